@@ -1,0 +1,1 @@
+"""Targets, losses and measures of fairness. They know no sampler."""

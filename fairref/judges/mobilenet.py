@@ -1,0 +1,263 @@
+"""MobileNetV3 (Howard et al. 2019), the attribute classifier. Parameter names are torchvision's.
+
+B batch, C channels, H W pixels, K classes of one attribute, M the logits of all attributes side by side.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from fairref.errors import UserError
+from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
+
+# One row an inverted residual block, features.1 first, channels at width 1:
+# kernel, expanded channels, output channels, squeeze-excitation, activation, stride. Input channels: the row above's
+# output, and the stem's 16 for the first.
+LARGE = (
+    (3, 16, 16, False, "relu", 1),
+    (3, 64, 24, False, "relu", 2),
+    (3, 72, 24, False, "relu", 1),
+    (5, 72, 40, True, "relu", 2),
+    (5, 120, 40, True, "relu", 1),
+    (5, 120, 40, True, "relu", 1),
+    (3, 240, 80, False, "hardswish", 2),
+    (3, 200, 80, False, "hardswish", 1),
+    (3, 184, 80, False, "hardswish", 1),
+    (3, 184, 80, False, "hardswish", 1),
+    (3, 480, 112, True, "hardswish", 1),
+    (3, 672, 112, True, "hardswish", 1),
+    (5, 672, 160, True, "hardswish", 2),
+    (5, 960, 160, True, "hardswish", 1),
+    (5, 960, 160, True, "hardswish", 1),
+)
+SMALL = (
+    (3, 16, 16, True, "relu", 2),
+    (3, 72, 24, False, "relu", 2),
+    (3, 88, 24, False, "relu", 1),
+    (5, 96, 40, True, "hardswish", 2),
+    (5, 240, 40, True, "hardswish", 1),
+    (5, 240, 40, True, "hardswish", 1),
+    (5, 120, 48, True, "hardswish", 1),
+    (5, 144, 48, True, "hardswish", 1),
+    (5, 288, 96, True, "hardswish", 2),
+    (5, 576, 96, True, "hardswish", 1),
+    (5, 576, 96, True, "hardswish", 1),
+)
+BLOCKS = {"large": LARGE, "small": SMALL}
+STEM_CHANNELS = 16
+HEAD_CHANNELS = {"large": 1280, "small": 1024}  # of the hidden layer of the head
+LAST_EXPANSION = 6  # the last 1x1 convolution widens the last block's output by this
+BN_EPS, BN_MOMENTUM = 1e-3, 0.01
+ACTIVATIONS = {"relu": nn.ReLU, "hardswish": nn.Hardswish, "none": nn.Identity}
+
+
+@dataclass(frozen=True)
+class MobileNetConfig:
+    """The shape of one MobileNetV3. Raises UserError for a value that no network has."""
+
+    kind: str = "large"  # which table of blocks: "large" or "small"
+    width: float = 1.0  # multiplies every channel count, which is then rounded to a multiple of 8
+    num_logits: int = 1000  # outputs of the last layer
+    input_size: int = 224  # side in pixels to which a Classifier resizes its pictures
+    dropout: float = 0.2  # between the two layers of the head, in train mode only
+
+    def __post_init__(self):
+        if self.kind not in BLOCKS:
+            raise UserError(f'MobileNet option "kind" is {self.kind!r}; choose one of {", ".join(BLOCKS)}.')
+        if not self.width > 0 or self.num_logits < 1 or self.input_size < 1 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"MobileNet options are {asdict(self)}; width, num_logits and input_size must be positive"
+                " and dropout in [0, 1): correct the one that is not."
+            )
+
+    @classmethod
+    def from_dict(cls, d):
+        """The config of a dict of its fields (absent ones take their default). Raises UserError for other keys."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(d) - set(known))
+        if unknown:
+            raise UserError(f'MobileNet option "{unknown[0]}" is unknown; the options are {", ".join(known)}.')
+        return cls(**d)
+
+    def to_dict(self):
+        return asdict(self)
+
+
+def make_divisible(channels, divisor=8):
+    """`channels` rounded to a multiple of `divisor` (at least one multiple), never more than 10 % down."""
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+def conv_norm_act(c_in, c_out, kernel, stride, groups, activation):
+    """Convolution (0), BatchNorm (1), activation (2); the padding keeps H and W at stride 1."""
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(c_out, eps=BN_EPS, momentum=BN_MOMENTUM),
+        ACTIVATIONS[activation](),
+    )
+
+
+class SqueezeExcitation(nn.Module):
+    """Each channel times a gate in [0, 1] computed from all channels' means."""
+
+    def __init__(self, channels):
+        super().__init__()
+        squeezed = make_divisible(channels // 4)
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x):
+        gate = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+        gate = self.fc2(F.relu(self.fc1(gate)))
+        return x * F.hardsigmoid(gate)
+
+
+class InvertedResidual(nn.Module):
+    """Widen 1x1, filter each channel, gate, narrow 1x1; plus the input where the shapes agree."""
+
+    def __init__(self, c_in, c_out, expanded, kernel, gated, activation, stride):
+        super().__init__()
+        layers = []
+        if expanded != c_in:
+            layers.append(conv_norm_act(c_in, expanded, 1, 1, 1, activation))
+        layers.append(conv_norm_act(expanded, expanded, kernel, stride, expanded, activation))
+        if gated:
+            layers.append(SqueezeExcitation(expanded))
+        layers.append(conv_norm_act(expanded, c_out, 1, 1, 1, "none"))
+        self.block = nn.Sequential(*layers)
+        self.residual = stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        return x + self.block(x) if self.residual else self.block(x)
+
+
+class MobileNetV3(nn.Module):
+    """x (B, 3, H, W), ImageNet-normalised -> logits (B, num_logits), for any H and W."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+        def wide(channels):
+            return make_divisible(channels * config.width)
+
+        c = wide(STEM_CHANNELS)
+        features = [conv_norm_act(3, c, 3, 2, 1, "hardswish")]
+        for kernel, expanded, c_out, gated, activation, stride in BLOCKS[config.kind]:
+            features.append(
+                InvertedResidual(c, wide(c_out), wide(expanded), kernel, gated, activation, stride)
+            )
+            c = wide(c_out)
+        features.append(conv_norm_act(c, LAST_EXPANSION * c, 1, 1, 1, "hardswish"))
+        self.features = nn.Sequential(*features)
+        hidden = wide(HEAD_CHANNELS[config.kind])
+        self.classifier = nn.Sequential(
+            nn.Linear(LAST_EXPANSION * c, hidden),
+            nn.Hardswish(),
+            nn.Dropout(config.dropout),
+            nn.Linear(hidden, config.num_logits),
+        )
+        for module in self.modules():  # the values that training from scratch starts at
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        x = self.features(x)  # (B, 6 c, H/32, W/32)
+        x = x.mean((2, 3))  # (B, 6 c)
+        return self.classifier(x)  # (B, num_logits)
+
+
+class Classifier(nn.Module):
+    """h of METHOD.md: pictures x (B, 3, H, W) in [-1, 1] -> {attribute: logits (B, K)}, differentiable.
+
+    `attributes` maps a name to its class names; the network's M = sum of all K logits lie in that order.
+    Made in train mode like any module; `from_folder` gives it in eval mode.
+    """
+
+    def __init__(self, network, attributes):
+        super().__init__()
+        self.network = network
+        self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
+        total = sum(len(classes) for classes in self.attributes.values())
+        if total != network.config.num_logits:
+            raise UserError(
+                f"A classifier's attributes have {total} classes in all but its network has"
+                f" {network.config.num_logits} logits; the two must be equal."
+            )
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+
+    def preprocess(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), ImageNet-normalised."""
+        size = (self.network.config.input_size,) * 2
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+        return ((x + 1) / 2 - self.mean) / self.std
+
+    def forward(self, x):
+        logits = self.network(self.preprocess(x))  # (B, M)
+        parts = logits.split([len(classes) for classes in self.attributes.values()], dim=1)
+        return dict(zip(self.attributes, parts))  # each (B, K)
+
+    @classmethod
+    def from_folder(cls, path):
+        """The classifier of config.json and model.safetensors, float32, eval mode. Raises UserError."""
+        from fairref.weights_io import load_strict, read
+
+        path = Path(path)
+        config, attributes = read_config(path / "config.json")
+        classifier = cls(MobileNetV3(config), attributes)
+        weights = path / "model.safetensors"
+        load_strict(classifier.network, read(weights), str(weights))
+        return classifier.eval()
+
+    def to_folder(self, path, dtype=torch.float32):
+        """Writes config.json and model.safetensors.
+
+        With `dtype` torch.float16 the weights of convolutions and linear layers are halved; BatchNorm's statistics and
+        biases, small but of any range, stay as they are.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            key: (value.detach().to(dtype) if value.dim() >= 2 else value.detach()).cpu().contiguous()
+            for key, value in self.network.state_dict().items()
+        }
+        save_file(tensors, path / "model.safetensors")
+        config = self.network.config.to_dict()
+        del config["num_logits"]  # the attributes say it
+        config["attributes"] = {name: list(classes) for name, classes in self.attributes.items()}
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(path):
+    """A classifier's config.json -> (MobileNetConfig, {attribute: class names}). Raises UserError."""
+    try:
+        d = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); a classifier's folder needs it.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); write it again.") from None
+    attributes = d.pop("attributes", None) if isinstance(d, dict) else None
+    if not isinstance(attributes, dict) or not all(
+        isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
+    ):
+        raise UserError(
+            f'{path}: "attributes" is {attributes!r}; it must map each attribute to a list of at least two classes.'
+        )
+    try:
+        config = MobileNetConfig.from_dict({**d, "num_logits": sum(map(len, attributes.values()))})
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    return config, attributes
