@@ -1,0 +1,1 @@
+"""The small world: its pictures, and the training of its weights."""

@@ -1,0 +1,83 @@
+"""Makes a small BPE vocabulary in CLIP's file format."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from fairref.tokenizer import BOS, END_OF_WORD, EOS, normaliser, word_splitter
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable characters that stand for bytes, in the order of CLIP's vocabulary."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(b) for b in shown] + [chr(256 + n) for n in range(256 - len(shown))]
+
+
+def train_bpe(texts: list[str], vocab_size: int, folder: str | Path) -> int:
+    """Writes `vocab.json` and `merges.txt` learnt from `texts`; returns the number of tokens.
+
+    Order of ids: 256 byte symbols, the same with `</w>`, one for each merge, BOS, EOS. The most frequent pair is
+    merged first, of equals the one that sorts first, so the same texts make the same files. Fewer tokens than
+    `vocab_size` come out when the texts have no pair left to merge.
+    """
+    symbols = byte_symbols()
+    alphabet = symbols + [s + END_OF_WORD for s in symbols]
+    if vocab_size < len(alphabet) + 2:
+        raise ValueError(f"vocab_size is {vocab_size}; the bytes and two special tokens alone need 514")
+    merges = _merges(_word_counts(texts), vocab_size - len(alphabet) - 2)
+    # two merges may make the same string: it is one token
+    tokens = dict.fromkeys([*alphabet, *("".join(pair) for pair in merges), BOS, EOS])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(vocab)
+
+
+def _word_counts(texts):
+    normalise, split = normaliser(), word_splitter()
+    counts = Counter()
+    for text in texts:
+        counts.update(word for word, _ in split.pre_tokenize_str(normalise.normalize_str(text)))
+    return counts
+
+
+def _merges(word_counts, number):
+    """The merges that make `number` new symbols, best first, as pairs of symbols."""
+    words = [(*word[:-1], word[-1] + END_OF_WORD) for word in word_counts]
+    weight = list(word_counts.values())
+    count, places = Counter(), defaultdict(set)  # of a pair: how often, and in which words
+
+    def add(w, sign):
+        for pair in zip(words[w][:-1], words[w][1:], strict=True):
+            count[pair] += sign * weight[w]
+            if sign > 0:
+                places[pair].add(w)
+
+    for w in range(len(words)):
+        add(w, +1)
+    merges, made = [], set()
+    while len(made) < number and count:
+        best = min(count, key=lambda pair: (-count[pair], pair))
+        if count[best] <= 0:
+            break
+        for w in places.pop(best):
+            add(w, -1)
+            words[w] = _merge(words[w], best)
+            add(w, +1)
+        del count[best]
+        made.add("".join(best))
+        merges.append(best)
+    return merges
+
+
+def _merge(word, pair):
+    """The word with each occurrence of the pair, from the left, joined."""
+    merged, i = [], 0
+    while i < len(word):
+        joined = word[i : i + 2] == pair
+        merged.append("".join(pair) if joined else word[i])
+        i += 2 if joined else 1
+    return tuple(merged)
