@@ -1,0 +1,365 @@
+"""The U-Net: noise prediction eps(z_t, t, c) of Stable Diffusion.
+
+Parameter names are those of diffusers' UNet2DConditionModel. B batch, C channels, h w latent height and width, T tokens,
+D width of the text encoder. SD-1.5, level by level ("*": followed by attention to the text; down goes top to bottom,
+up bottom to top; a level's skips are what its way down made, and what the level above handed it):
+
+    level   h w       down                  up: channels from below + skip
+    0       64 x 64    320*  320*            640 +  320*   320 +  320*   320 +  320*
+    1       32 x 32    640*  640*           1280 +  640*   640 +  640*   640 +  320*
+    2       16 x 16   1280* 1280*           1280 + 1280*  1280 + 1280*  1280 +  640*
+    3        8 x 8    1280  1280            1280 + 1280   1280 + 1280   1280 + 1280
+    mid      8 x 8    1280* 1280
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fairref.nets import are_counts, is_count, read_config, require
+
+TRANSFORMER_GROUP_EPS = 1e-6  # GroupNorm before a transformer; the resnets' is config.norm_eps
+LAYER_NORM_EPS = 1e-5
+MAX_PERIOD = 10000  # of the time features
+
+ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+ONLY = {  # config keys with a closed set of implemented values
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "act_fn": ("silu",),
+    "time_embedding_type": ("positional",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "resnet_time_scale_shift": ("default",),
+    "attention_type": ("default",),
+    "transformer_layers_per_block": (1,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "dropout": (0,),
+    **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention", "resnet_skip_time_act",
+                     "mid_block_only_cross_attention", "class_embeddings_concat"), (False, None)),
+    **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim",
+                     "encoder_hid_dim_type", "num_attention_heads", "reverse_transformer_layers_per_block",
+                     "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim",
+                     "cross_attention_norm"), (None,)),
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net; names as in diffusers' unet/config.json."""
+
+    block_out_channels: tuple  # channels per level, finest first
+    down_block_types: tuple  # per level, finest first: with or without attention on the way down
+    up_block_types: tuple  # per level, coarsest first: with or without attention on the way up
+    layers_per_block: int  # resnets per level on the way down (one more on the way up)
+    cross_attention_dim: int  # D, width of the text encoder
+    attention_head_dim: int | tuple = 8  # NUMBER of heads (diffusers' name notwithstanding), for all levels or per level
+    in_channels: int = 4  # channels of z
+    out_channels: int = 4  # channels of eps
+    norm_num_groups: int = 32  # groups of every GroupNorm
+    norm_eps: float = 1e-5  # eps of the resnets' GroupNorm and of the last one
+    use_linear_projection: bool = False  # linear layers instead of 1x1 convolutions into and out of a transformer
+
+    @classmethod
+    def from_dict(cls, d, source="unet/config.json"):
+        """Settings from a diffusers config.json dict; UserError for what is not implemented."""
+        return read_config(cls, d, source, ONLY)
+
+    @property
+    def heads(self):
+        """Number of attention heads per level."""
+        per_level = self.attention_head_dim
+        return per_level if isinstance(per_level, tuple) else (per_level,) * len(self.block_out_channels)
+
+    def __post_init__(self):
+        source, widths = "unet/config.json", self.block_out_channels
+        require(are_counts(widths) and len(widths) >= 2, source, f"block_out_channels = {widths!r}",
+                "a list of two or more positive whole numbers")
+        for name in ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels", "norm_num_groups"):
+            value = getattr(self, name)
+            require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
+        for name in ("down_block_types", "up_block_types", "heads"):
+            value = getattr(self, name)
+            require(len(value) == len(widths), source, f"{len(value)} entries in {name}", f"one per level, {len(widths)}")
+        require(are_counts(self.heads), source, f"attention_head_dim = {self.attention_head_dim!r}",
+                "a positive whole number, or one per level")
+        for c, heads in zip(widths, self.heads):
+            require(c % self.norm_num_groups == 0 and c % heads == 0, source, f"a level of {c} channels",
+                    f"a multiple of norm_num_groups = {self.norm_num_groups} and of its {heads} heads")
+        require(widths[0] % 2 == 0, source, f"{widths[0]} channels at the finest level", "an even number")
+
+
+SD15 = UNetConfig(
+    block_out_channels=(320, 640, 1280, 1280),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=2,
+    cross_attention_dim=768,
+    attention_head_dim=8,
+)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One row of the channel table: a level's way down and its way up."""
+
+    width: int  # channels of every resnet's output
+    down: tuple  # channels into each resnet on the way down
+    up: tuple  # (channels from below, channels of the skip) into each resnet on the way up
+    heads: int  # attention heads
+    attends_down: bool  # whether each resnet on the way down is followed by attention
+    attends_up: bool  # whether each resnet on the way up is followed by attention
+
+
+def channel_table(config):
+    """The `Level` rows of a U-Net, finest first: every channel count of the network."""
+    widths, layers, coarsest = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
+    skips = [widths[0]]  # made by conv_in
+    downs = []
+    for i, width in enumerate(widths):
+        downs.append((widths[max(i - 1, 0)],) + (width,) * (layers - 1))
+        skips += [width] * (layers if i == coarsest else layers + 1)  # one a resnet, one the downsampling
+    rows, below = [], widths[-1]
+    for i in reversed(range(len(widths))):
+        up = []
+        for _ in range(layers + 1):
+            up.append((below, skips.pop()))
+            below = widths[i]
+        rows.insert(0, Level(widths[i], downs[i], tuple(up), config.heads[i],
+                             ATTENDS[config.down_block_types[i]], ATTENDS[config.up_block_types[coarsest - i]]))
+    return tuple(rows)
+
+
+def time_features(t, width):
+    """t (B,), time step index 0..999 -> (B, width): cos(t f_j), then sin(t f_j), f_j = 10000^(-2j/width), float32."""
+    half = width // 2
+    frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t.float()[:, None] * frequency  # (B, width/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Time features (B, C_0) -> (B, 4 C_0), what every resnet is told about t."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.linear_1 = nn.Linear(c, 4 * c)
+        self.linear_2 = nn.Linear(4 * c, 4 * c)
+
+    def forward(self, features):
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class Resnet(nn.Module):
+    """x (B, C_in, h, w), time embedding (B, C_t) -> (B, C_out, h, w)."""
+
+    def __init__(self, c_in, c_out, c_time, groups, eps):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(c_time, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.changes_width = c_in != c_out
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, C_out, 1, 1), the same for all pixels
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if self.changes_width else x) + h
+
+
+class Attention(nn.Module):
+    """x (B, n, C) attends to context (B, m, D): softmax(Q K^T / sqrt(C/heads)) V, then a linear layer."""
+
+    def __init__(self, c, c_context, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(c_context, c, bias=False)
+        self.to_v = nn.Linear(c_context, c, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x, context):
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, n, C) -> (B, heads, n, C/heads)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, heads, n, C/heads) -> (B, n, C)
+
+
+class GEGLU(nn.Module):
+    """x (..., C) -> (..., C_out): a * gelu(b), where (a, b) is one linear layer of x."""
+
+    def __init__(self, c, c_out):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * c_out)
+
+    def forward(self, x):
+        a, b = self.proj(x).chunk(2, dim=-1)
+        return a * F.gelu(b, approximate="none")
+
+
+class FeedForward(nn.Module):
+    """x (..., C) -> (..., C) through 4 C gated channels."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # [1] is diffusers' dropout
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Pixels x (B, hw, C) attend to each other, then to the text c (B, T, D), then each goes through an MLP."""
+
+    def __init__(self, width, c_text, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn2 = Attention(width, c_text, heads)
+        self.norm3 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ff = FeedForward(width)
+
+    def forward(self, x, c):
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), c)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Feature map x (B, C, h, w) and text c (B, T, D) -> (B, C, h, w)."""
+
+    def __init__(self, width, c_text, heads, groups, linear):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, width, eps=TRANSFORMER_GROUP_EPS)
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, c_text, heads)])
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x, c):
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, hw, C)
+        if self.linear:
+            h = self.proj_in(h)
+        h = self.transformer_blocks[0](h, c)
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).reshape(x.shape)  # (B, hw, C) -> (B, C, h, w)
+        if not self.linear:
+            h = self.proj_out(h)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, h/2, w/2), stride-2 convolution padded on all sides (unlike the autoencoder's)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, *size), nearest neighbour and a convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Block(nn.Module):
+    """The modules of a level, one way; `UNet.forward` says in which order they run."""
+
+    def __init__(self, resnets, attentions, downsamplers=(), upsamplers=()):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+
+class UNet(nn.Module):
+    """eps(z_t, t, c), the noise in z_t as predicted from the time and the text."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table = channel_table(config)
+        c_0, groups, eps = config.block_out_channels[0], config.norm_num_groups, config.norm_eps
+
+        def resnet(c_in, c_out):
+            return Resnet(c_in, c_out, 4 * c_0, groups, eps)
+
+        def attention(level):
+            return Transformer(level.width, config.cross_attention_dim, level.heads, groups, config.use_linear_projection)
+
+        finest, coarsest = self.table[0], self.table[-1]
+        self.conv_in = nn.Conv2d(config.in_channels, c_0, 3, padding=1)
+        self.time_embedding = TimeEmbedding(c_0)
+        self.down_blocks = nn.ModuleList(
+            Block(resnets=[resnet(c, level.width) for c in level.down],
+                  attentions=[attention(level) for _ in level.down if level.attends_down],
+                  downsamplers=[] if level is coarsest else [Downsample(level.width)])
+            for level in self.table)
+        self.mid_block = Block(resnets=[resnet(coarsest.width, coarsest.width) for _ in range(2)],
+                               attentions=[attention(coarsest)])
+        self.up_blocks = nn.ModuleList(
+            Block(resnets=[resnet(below + skip, level.width) for below, skip in level.up],
+                  attentions=[attention(level) for _ in level.up if level.attends_up],
+                  upsamplers=[] if level is finest else [Upsample(level.width)])
+            for level in reversed(self.table))
+        self.conv_norm_out = nn.GroupNorm(groups, c_0, eps=eps)
+        self.conv_out = nn.Conv2d(c_0, config.out_channels, 3, padding=1)
+
+    def forward(self, z, t, c):
+        """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (B, T, D) -> eps (B, 4, h, w)."""
+        t = torch.as_tensor(t, device=z.device).expand(len(z))  # (B,)
+        time = self.time_embedding(time_features(t, self.config.block_out_channels[0]).to(z.dtype))  # (B, 4 C_0)
+
+        h = self.conv_in(z)
+        skips = [h]
+        for block in self.down_blocks:
+            for j, resnet in enumerate(block.resnets):
+                h = resnet(h, time)
+                if block.attentions:
+                    h = block.attentions[j](h, c)
+                skips.append(h)
+            for downsample in block.downsamplers:
+                h = downsample(h)
+                skips.append(h)
+
+        h = self.mid_block.resnets[0](h, time)
+        h = self.mid_block.attentions[0](h, c)
+        h = self.mid_block.resnets[1](h, time)
+
+        for block in self.up_blocks:
+            for j, resnet in enumerate(block.resnets):
+                h = resnet(torch.cat([h, skips.pop()], dim=1), time)
+                if block.attentions:
+                    h = block.attentions[j](h, c)
+            for upsample in block.upsamplers:
+                h = upsample(h, size=skips[-1].shape[2:])  # the finer level's own size, also where it is odd
+
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
