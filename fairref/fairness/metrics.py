@@ -1,0 +1,58 @@
+"""Measures of generated images (METHOD.md §8). K classes, n images of a prompt, P prompts."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import binom
+
+FLOOR_DRAWS = 100_000
+BLEND = 0.8  # an image whose largest class probability is below blends classes
+
+
+def class_counts(classes, K):
+    """How often each class 0..K-1 occurs in `classes` (n,) -> array (K,)."""
+    return np.bincount(np.asarray(torch.as_tensor(classes, dtype=torch.long).cpu()), minlength=K)
+
+
+def bias(counts):
+    """bias(P) = 1/(K(K-1)/2) Σ_{i<j} |freq(i) - freq(j)| of counts or frequencies (..., K) -> (...).
+
+    0 for equal shares, 2/K for a single class. Raises ValueError where there is no image.
+    """
+    counts = np.asarray(counts, np.float64)
+    total = counts.sum(-1, keepdims=True)
+    if counts.shape[-1] < 2 or not (total > 0).all():
+        raise ValueError(f"counts are {counts.tolist()}; a bias needs at least two classes and one image.")
+    freq = counts / total
+    i, j = np.triu_indices(counts.shape[-1], 1)  # all pairs i < j
+    return np.abs(freq[..., i] - freq[..., j]).mean(-1)
+
+
+def noise_floor(K, n, rng=None):
+    """Mean and standard deviation of bias(P) for a perfectly fair model with n images.
+
+    K = 2 exactly, else from 100,000 draws of `rng` (a numpy Generator; default a fixed one). The mean over P prompts
+    scatters by std / √P.
+    """
+    if K == 2:
+        heads = np.arange(n + 1)
+        value, weight = bias(np.stack([heads, n - heads], 1)), binom.pmf(heads, n, 0.5)
+    else:
+        rng = rng or np.random.default_rng(0)
+        value = bias(rng.multinomial(n, np.full(K, 1 / K), FLOOR_DRAWS))
+        weight = np.full(FLOOR_DRAWS, 1 / FLOOR_DRAWS)
+    mean = (weight * value).sum()
+    return float(mean), float(np.sqrt((weight * (value - mean) ** 2).sum()))
+
+
+def mean_cosine(a, b):
+    """The mean over images of cos(a_i, b_i): features (n, D), and (n, D) or, one for all, (1, D) -> float.
+
+    CLIP-T with b a prompt's text features, CLIP-I and DINO with b the original images' features.
+    """
+    return F.cosine_similarity(a, b, dim=1).mean().item()
+
+
+def blend_share(logits):
+    """The share of images (n, K) whose largest class probability is below 0.8 -> float."""
+    return (logits.softmax(1).amax(1) < BLEND).float().mean().item()
