@@ -1,0 +1,315 @@
+"""CLIP: the text tower that conditions the U-Net, the image tower, and both together.
+
+Parameter names are those of transformers' CLIPTextModel, CLIPVisionModelWithProjection and CLIPModel, with the
+`text_model.` and `vision_model.` prefixes. B batch, T tokens, D width, P width of the shared space of image and text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fairref.nets import is_count, read_config, require
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], the same for every CLIP
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+LEGACY_EOS = 2  # configs before transformers 4.31 say 2 and mean "the largest id of the sequence"
+INIT_STD = 0.02  # of embeddings that are trained from scratch
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": lambda x: F.gelu(x, approximate="none"),
+}
+
+ONLY = {  # config keys with a closed set of implemented values
+    "hidden_act": tuple(ACTIVATIONS),
+    "attention_dropout": (0,),
+}
+
+
+def check_tower(config, source, counts):
+    """UserError unless the fields named in `counts` are positive and the heads divide the width."""
+    for name in (*counts, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim"):
+        value = getattr(config, name)
+        require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
+    require(config.hidden_size % config.num_attention_heads == 0, source, f"hidden_size = {config.hidden_size}",
+            f"a multiple of num_attention_heads = {config.num_attention_heads}")
+    require(config.hidden_act in ACTIVATIONS, source, f"hidden_act = {config.hidden_act!r}", " or ".join(ACTIVATIONS))
+
+
+@dataclass(frozen=True)
+class ClipTextConfig:
+    """Shape of the text tower; names and defaults as in transformers' config.json, which leaves defaults out."""
+
+    vocab_size: int = 49408  # rows of the token embedding
+    hidden_size: int = 512  # D
+    intermediate_size: int = 2048  # width of the MLP
+    projection_dim: int = 512  # P
+    num_hidden_layers: int = 12  # transformer layers
+    num_attention_heads: int = 8  # heads of each
+    max_position_embeddings: int = 77  # longest T
+    hidden_act: str = "quick_gelu"  # activation of the MLP, quick_gelu or gelu
+    layer_norm_eps: float = 1e-5  # eps of every LayerNorm
+    eos_token_id: int = 49407  # where the text is pooled; 2 means the largest id
+
+    @classmethod
+    def from_dict(cls, d, source="text_encoder/config.json"):
+        """Settings from a transformers config.json dict; UserError for what is not implemented."""
+        return read_config(cls, d, source, ONLY)
+
+    def __post_init__(self):
+        check_tower(self, "the CLIP text config", ("vocab_size", "max_position_embeddings"))
+        require(isinstance(self.eos_token_id, int), "the CLIP text config", f"eos_token_id = {self.eos_token_id!r}",
+                "one whole number")
+
+
+@dataclass(frozen=True)
+class ClipVisionConfig:
+    """Shape of the image tower; names and defaults as in transformers' config.json, which leaves defaults out."""
+
+    hidden_size: int = 768  # D
+    intermediate_size: int = 3072  # width of the MLP
+    projection_dim: int = 512  # P
+    num_hidden_layers: int = 12  # transformer layers
+    num_attention_heads: int = 12  # heads of each
+    num_channels: int = 3  # of the picture
+    image_size: int = 224  # height and width of the picture in pixels
+    patch_size: int = 32  # height and width of a patch in pixels
+    hidden_act: str = "quick_gelu"  # activation of the MLP, quick_gelu or gelu
+    layer_norm_eps: float = 1e-5  # eps of every LayerNorm
+
+    @classmethod
+    def from_dict(cls, d, source="image_encoder/config.json"):
+        """Settings from a transformers config.json dict; UserError for what is not implemented."""
+        return read_config(cls, d, source, ONLY)
+
+    def __post_init__(self):
+        check_tower(self, "the CLIP vision config", ("num_channels", "image_size", "patch_size"))
+        require(self.image_size >= self.patch_size, "the CLIP vision config", f"image_size = {self.image_size}",
+                f"at least patch_size = {self.patch_size}")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Shape of both towers and of the space they share."""
+
+    text: ClipTextConfig  # the text tower
+    vision: ClipVisionConfig  # the image tower
+    projection_dim: int = 512  # P, which overrides the towers' own
+    logit_scale_init_value: float = 2.6592  # log of the first inverse temperature, ln(1 / 0.07)
+
+    @classmethod
+    def from_dict(cls, d, source="clip/config.json"):
+        """Settings from the config.json dict of a transformers CLIPModel; UserError for what is not implemented."""
+        require(isinstance(d, dict), source, type(d).__name__, "an object with text_config and vision_config")
+        parts = {}
+        for part, part_cls in (("text", ClipTextConfig), ("vision", ClipVisionConfig)):
+            found = d.get(f"{part}_config_dict") or d.get(f"{part}_config") or {}  # the former is legacy and wins
+            parts[part] = part_cls.from_dict(found, source)
+        return read_config(cls, {**d, **parts}, source, {})
+
+    def __post_init__(self):
+        require(is_count(self.projection_dim), "the CLIP config", f"projection_dim = {self.projection_dim!r}",
+                "a positive whole number")
+
+
+class Attention(nn.Module):
+    """x (B, T, D) -> (B, T, D): softmax(Q K^T / sqrt(D/heads)) V and a linear layer, causal for text."""
+
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, D/heads)
+                   for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, heads, T, D/heads) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    """x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer, x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config.hidden_size, config.num_attention_heads, causal)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """A stack of layers, x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    """The token and the position table."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        nn.init.normal_(self.token_embedding.weight, std=INIT_STD)
+        nn.init.normal_(self.position_embedding.weight, std=INIT_STD)
+
+
+class TextTower(nn.Module):
+    """Token embeddings (B, T, D) -> hidden states (B, T, D) after the final LayerNorm; token i sees tokens up to i."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config, causal=True)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def embed(self, ids):
+        """ids (B, T) -> token embeddings (B, T, D), without positions."""
+        return self.embeddings.token_embedding(ids)
+
+    def forward(self, embeddings):
+        positions = self.embeddings.position_embedding.weight[: embeddings.shape[1]]  # (T, D)
+        return self.final_layer_norm(self.encoder(embeddings + positions))
+
+
+class VisionEmbeddings(nn.Module):
+    """Normalised pixels (B, 3, H, W) -> (B, 1 + patches, D): class token first, positions added."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(1 + (config.image_size // patch) ** 2, width)
+        nn.init.normal_(self.class_embedding, std=INIT_STD)
+        nn.init.normal_(self.position_embedding.weight, std=INIT_STD)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, hw, D)
+        first = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, D)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionTower(nn.Module):
+    """Normalised pixels (B, 3, H, W) -> the class token's last state after LayerNorm, (B, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # checkpoints spell it so
+        self.encoder = Encoder(config, causal=False)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixels):
+        h = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        return self.post_layernorm(h[:, 0])
+
+
+class ClipText(nn.Module):
+    """The text encoder of Stable Diffusion."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTower(config)
+
+    def embed(self, ids):
+        """ids (B, T) -> token embeddings (B, T, D), without positions: where a soft prompt is put in."""
+        return self.text_model.embed(ids)
+
+    def forward(self, ids=None, embeddings=None):
+        """ids (B, T), or token embeddings (B, T, D) in their place -> hidden states (B, T, D), T up to 77."""
+        return self.text_model(self.embed(ids) if embeddings is None else embeddings)
+
+
+class ClipVision(nn.Module):
+    """The image tower without projection: normalised pixels (B, 3, image_size, image_size) -> (B, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTower(config)
+
+    def forward(self, pixels):
+        return self.vision_model(pixels)
+
+
+def clip_pixels(x, size):
+    """x (B, 3, H, W) in [-1, 1] -> (B, 3, size, size) as CLIP's image tower expects it: bicubic, normalised."""
+    x = F.interpolate((x + 1) / 2, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return (x - x.new_tensor(PIXEL_MEAN)[:, None, None]) / x.new_tensor(PIXEL_STD)[:, None, None]
+
+
+class ClipImage(nn.Module):
+    """The image tower with its projection, as transformers' CLIPVisionModelWithProjection; P is the config's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vision_config = config
+        self.vision_model = VisionTower(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def encode_image(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> (B, P) of unit norm, differentiable."""
+        pooled = self.vision_model(clip_pixels(x, self.vision_config.image_size))
+        return F.normalize(self.visual_projection(pooled), dim=-1)
+
+
+class Clip(nn.Module):
+    """Both towers, as transformers' CLIPModel: similarity of image and text = dot product of their encodings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTower(config.text)
+        self.vision_model = VisionTower(config.vision)
+        self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+
+    def encode_image(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> (B, P) of unit norm, differentiable."""
+        pooled = self.vision_model(clip_pixels(x, self.config.vision.image_size))
+        return F.normalize(self.visual_projection(pooled), dim=-1)
+
+    def encode_text(self, ids):
+        """ids (B, T) -> (B, P) of unit norm, read at each text's end (`end_positions`)."""
+        h = self.text_model(self.text_model.embed(ids))  # (B, T, D)
+        pooled = h[torch.arange(len(ids), device=ids.device), end_positions(ids, self.config.text.eos_token_id)]
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+
+def end_positions(ids, eos):
+    """ids (B, T) -> (B,): index of the first `eos`; of the first largest id where `eos` is the legacy value 2."""
+    is_end = ids == (ids.amax(dim=1, keepdim=True) if eos == LEGACY_EOS else eos)
+    return is_end.int().argmax(dim=1)
