@@ -14,8 +14,8 @@ class Attribute:
     """One attribute and its target distribution D. Raises UserError if the two do not fit."""
 
     name: str  # as the classifier calls it, e.g. "gender"
-    classes: tuple  # K >= 2 class names, in the order of the classifier's logits
-    target: tuple  # K shares >= 0 with sum 1
+    classes: tuple[str, ...]  # K >= 2 class names, in the order of the classifier's logits
+    target: tuple[float, ...]  # K shares >= 0 with sum 1
 
     def __post_init__(self):
         name, classes, target = self.name, self.classes, self.target
@@ -37,10 +37,11 @@ class Attribute:
             )
 
 
-def parse_target(text, attributes):
-    """ "gender=0.5,0.5" -> Attribute; "gender" alone means equal shares. Numbers may be fractions: "1/3".
+def parse_target(text: str, attributes: dict[str, tuple[str, ...]]) -> Attribute:
+    """The target "gender=0.5,0.5" as an Attribute; "gender" alone means equal shares.
 
-    `attributes` maps the names that the classifier knows to their class names. Raises UserError.
+    Numbers may be fractions ("1/3"). `attributes` maps the names that the classifier knows to their class
+    names. Raises UserError.
     """
     name, equals, numbers = text.partition("=")
     name = name.strip()
@@ -54,8 +55,8 @@ def parse_target(text, attributes):
         target = tuple(float(Fraction(number.strip())) for number in numbers.split(","))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise UserError(
-            f'The target "{text}" has "{numbers}" after "="; expected {len(classes)} numbers separated by commas,'
-            f" for {', '.join(classes)}."
+            f'The target "{text}" has "{numbers}" after "="; expected {len(classes)} numbers, separated'
+            f" by commas, for {', '.join(classes)}."
         ) from None
     return Attribute(name, classes, target)
 

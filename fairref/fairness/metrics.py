@@ -4,17 +4,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import binom
+from torch import Tensor
 
 FLOOR_DRAWS = 100_000
 BLEND = 0.8  # an image whose largest class probability is below blends classes
 
 
-def class_counts(classes, K):
+def class_counts(classes: Tensor, K: int) -> np.ndarray:
     """How often each class 0..K-1 occurs in `classes` (n,) -> array (K,)."""
     return np.bincount(np.asarray(torch.as_tensor(classes, dtype=torch.long).cpu()), minlength=K)
 
 
-def bias(counts):
+def bias(counts: np.ndarray) -> np.ndarray:
     """bias(P) = 1/(K(K-1)/2) Σ_{i<j} |freq(i) - freq(j)| of counts or frequencies (..., K) -> (...).
 
     0 for equal shares, 2/K for a single class. Raises ValueError where there is no image.
@@ -28,11 +29,11 @@ def bias(counts):
     return np.abs(freq[..., i] - freq[..., j]).mean(-1)
 
 
-def noise_floor(K, n, rng=None):
+def noise_floor(K: int, n: int, rng: np.random.Generator | None = None) -> tuple[float, float]:
     """Mean and standard deviation of bias(P) for a perfectly fair model with n images.
 
-    K = 2 exactly, else from 100,000 draws of `rng` (a numpy Generator; default a fixed one). The mean over P prompts
-    scatters by std / √P.
+    K = 2 exactly, else from 100,000 draws of `rng`; without it the same draws at every call. The mean over P
+    prompts scatters by std / √P.
     """
     if K == 2:
         heads = np.arange(n + 1)
@@ -45,7 +46,7 @@ def noise_floor(K, n, rng=None):
     return float(mean), float(np.sqrt((weight * (value - mean) ** 2).sum()))
 
 
-def mean_cosine(a, b):
+def mean_cosine(a: Tensor, b: Tensor) -> float:
     """The mean over images of cos(a_i, b_i): features (n, D), and (n, D) or, one for all, (1, D) -> float.
 
     CLIP-T with b a prompt's text features, CLIP-I and DINO with b the original images' features.
@@ -53,6 +54,6 @@ def mean_cosine(a, b):
     return F.cosine_similarity(a, b, dim=1).mean().item()
 
 
-def blend_share(logits):
+def blend_share(logits: Tensor) -> float:
     """The share of images (n, K) whose largest class probability is below 0.8 -> float."""
     return (logits.softmax(1).amax(1) < BLEND).float().mean().item()

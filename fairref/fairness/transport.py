@@ -1,7 +1,7 @@
 """Targets of the distributional alignment loss by expected optimal transport (METHOD.md §3, eqs 4 and 5).
 
-N images of one prompt, K classes. u^(1..N) are iid one-hot draws from the target distribution D; only their class
-counts n ~ Multinomial(N, D) matter. Everything here is float64 on the CPU and carries no gradient.
+N images of one prompt, K classes. u^(1..N) are iid one-hot draws from the target distribution D; only their
+class counts n ~ Multinomial(N, D) matter. Everything here is float64 on the CPU and carries no gradient.
 """
 
 import math
@@ -29,15 +29,21 @@ class OT:
 
 
 def expected_ot(
-    logits, target, mask=None, *, exact_limit=EXACT_LIMIT, tolerance=TOLERANCE, rng=None
-):
-    """q^(i) = E_u[u^(σ*_i)] for σ* the cheapest assignment (eqs 4, 5): logits (N, K), target (K,) -> OT.
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    exact_limit: int = EXACT_LIMIT,
+    tolerance: float = TOLERANCE,
+    rng: np.random.Generator | None = None,
+) -> OT:
+    """q^(i) = E_u[u^(σ*_i)] for σ* the cheapest assignment (eqs 4, 5), of logits (N, K) and a target D (K,).
 
-    `mask` (N,) bool: the images that take part (default all). K = 2 has a closed form; otherwise the count vectors
-    are enumerated when there are at most `exact_limit`, else drawn from `rng` (a numpy Generator; default a fixed one,
-    so that every process finds the same q) until no standard error exceeds `tolerance`.
-    Equal logits get equal q, and the result does not depend on the order of the images.
-    Raises ValueError for shapes that do not fit, logits that are not finite, a target that is no distribution.
+    `mask` (N,) bool: the images that take part (default all). K = 2 has a closed form; otherwise the count
+    vectors are enumerated when there are at most `exact_limit`, else drawn from `rng` until no standard error
+    exceeds `tolerance`; without `rng` the draws are the same at every call, so all processes find the same q.
+    Equal logits get equal q, and the result does not depend on the order of the images. Raises ValueError for
+    shapes that do not fit, logits that are not finite, a target that is no distribution.
     """
     logits = np.asarray(torch.as_tensor(logits).detach().to("cpu", torch.float64))
     target = check_target(target, logits)
@@ -48,7 +54,7 @@ def expected_ot(
         raise ValueError("logits must be finite.")
     q, stderr, cost = np.zeros_like(logits), np.zeros_like(logits), 0.0
     if keep.any():
-        # Distinct rows come out sorted: assignments are solved in an order that the input's order cannot change.
+        # Distinct rows come out sorted, so that assignments don't depend on the order of the images.
         rows, group = np.unique(logits[keep], axis=0, return_inverse=True)
         group = group.reshape(-1)  # (N,) the distinct row of each image
         size = np.bincount(group)  # (G,) images of each distinct row
@@ -75,7 +81,7 @@ def check_target(target, logits):
 
 
 def class_distance(logits):
-    """‖p^(i) - e_k‖₂ (N, K) of logits (N, K); 1 - p_k is summed from the others, so that p_k = 1 loses no digit."""
+    """‖p^(i) - e_k‖₂ (N, K) of logits (N, K). 1 - p_k is summed from the others: exact also near p_k = 1."""
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     others = ~np.eye(logits.shape[1], dtype=bool)  # (K, K) row k: all classes but k
@@ -86,8 +92,8 @@ def class_distance(logits):
 def two_classes(logits, size, target):
     """q (G, 2) for K = 2: the image of rank r in log-odds gets class 0 iff n_0 >= r, n_0 ~ Binomial(N, d_0).
 
-    `logits` (G, 2) distinct rows, `size` (G,) how often each occurs. Ranks are by log-odds, not by p, which saturates at
-    1.0 and would tie; images of equal log-odds share the mean of their ranks' q.
+    `logits` (G, 2) distinct rows, `size` (G,) how often each occurs. Ranks are by log-odds, not by p, which
+    saturates at 1.0 and would tie; images of equal log-odds share the mean of their ranks' q.
     """
     N = size.sum()
     rank = np.arange(1, N + 1)
@@ -132,14 +138,14 @@ def draw(distance, group, target, tolerance, rng):
 
 
 def assign(distance, n):
-    """The class (N,) of each image in the cheapest assignment with n_k images in class k: distance (N, K), n (K,)."""
+    """Each image's class (N,) in the cheapest assignment of n_k images to class k: distance (N, K), n (K,)."""
     classes = np.repeat(np.arange(len(n)), n)  # (N,)
     images, slots = linear_sum_assignment(distance[:, classes])
     return classes[slots[np.argsort(images)]]
 
 
 def count_vectors(N, allowed):
-    """Every vector (M, K) of counts >= 0 with sum N, zero where `allowed` (K,) is false. M = C(N+k-1, k-1)."""
+    """Every vector (M, K) of counts >= 0 with sum N, 0 where `allowed` (K,) is false. M = C(N+k-1, k-1)."""
     k = int(allowed.sum())
     bars = np.array(list(combinations(range(N + k - 1), k - 1)), int).reshape(-1, k - 1)  # stars and bars
     ends = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, N + k - 1)))  # (M, k + 1)

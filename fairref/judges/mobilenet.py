@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fairref.errors import UserError
 from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
+from fairref.weights_io import load_strict, read
 
-# One row an inverted residual block, features.1 first, channels at width 1:
-# kernel, expanded channels, output channels, squeeze-excitation, activation, stride. Input channels: the row above's
-# output, and the stem's 16 for the first.
+# One row an inverted residual block, features.1 first, channels at width 1: kernel, expanded channels, output
+# channels, squeeze-excitation, activation, stride. Input channels are the output channels of the row above.
 LARGE = (
     (3, 16, 16, False, "relu", 1),
     (3, 64, 24, False, "relu", 2),
@@ -76,19 +76,19 @@ class MobileNetConfig:
             )
 
     @classmethod
-    def from_dict(cls, d):
-        """The config of a dict of its fields (absent ones take their default). Raises UserError for other keys."""
+    def from_dict(cls, d: dict) -> "MobileNetConfig":
+        """The config of a dict of its fields (default if absent). Raises UserError for other keys."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(d) - set(known))
         if unknown:
-            raise UserError(f'MobileNet option "{unknown[0]}" is unknown; the options are {", ".join(known)}.')
+            raise UserError(f'MobileNet option "{unknown[0]}" is unknown; choose from {", ".join(known)}.')
         return cls(**d)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return asdict(self)
 
 
-def make_divisible(channels, divisor=8):
+def make_divisible(channels: float, divisor: int = 8) -> int:
     """`channels` rounded to a multiple of `divisor` (at least one multiple), never more than 10 % down."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
@@ -140,7 +140,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV3(nn.Module):
     """x (B, 3, H, W), ImageNet-normalised -> logits (B, num_logits), for any H and W."""
 
-    def __init__(self, config):
+    def __init__(self, config: MobileNetConfig):
         super().__init__()
         self.config = config
 
@@ -171,7 +171,7 @@ class MobileNetV3(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (B, 6 c, H/32, W/32)
         x = x.mean((2, 3))  # (B, 6 c)
         return self.classifier(x)  # (B, num_logits)
@@ -184,7 +184,7 @@ class Classifier(nn.Module):
     Made in train mode like any module; `from_folder` gives it in eval mode.
     """
 
-    def __init__(self, network, attributes):
+    def __init__(self, network: MobileNetV3, attributes: dict[str, tuple[str, ...]]):
         super().__init__()
         self.network = network
         self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
@@ -198,23 +198,21 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
-    def preprocess(self, x):
+    def preprocess(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), ImageNet-normalised."""
         size = (self.network.config.input_size,) * 2
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         return ((x + 1) / 2 - self.mean) / self.std
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         logits = self.network(self.preprocess(x))  # (B, M)
         parts = logits.split([len(classes) for classes in self.attributes.values()], dim=1)
         return dict(zip(self.attributes, parts))  # each (B, K)
 
     @classmethod
-    def from_folder(cls, path):
+    def from_folder(cls, path: str | Path) -> "Classifier":
         """The classifier of config.json and model.safetensors, float32, eval mode. Raises UserError."""
-        from fairref.weights_io import load_strict, read
-
         path = Path(path)
         config, attributes = read_config(path / "config.json")
         classifier = cls(MobileNetV3(config), attributes)
@@ -222,11 +220,11 @@ class Classifier(nn.Module):
         load_strict(classifier.network, read(weights), str(weights))
         return classifier.eval()
 
-    def to_folder(self, path, dtype=torch.float32):
+    def to_folder(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json and model.safetensors.
 
-        With `dtype` torch.float16 the weights of convolutions and linear layers are halved; BatchNorm's statistics and
-        biases, small but of any range, stay as they are.
+        `dtype` is for the weights of convolutions and linear layers; biases and BatchNorm's parameters and
+        statistics, few but of any range, stay float32.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -241,12 +239,12 @@ class Classifier(nn.Module):
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(path):
+def read_config(path: Path) -> tuple[MobileNetConfig, dict]:
     """A classifier's config.json -> (MobileNetConfig, {attribute: class names}). Raises UserError."""
     try:
         d = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); a classifier's folder needs it.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct the folder's path.") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); write it again.") from None
     attributes = d.pop("attributes", None) if isinstance(d, dict) else None
@@ -254,7 +252,7 @@ def read_config(path):
         isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
     ):
         raise UserError(
-            f'{path}: "attributes" is {attributes!r}; it must map each attribute to a list of at least two classes.'
+            f'{path}: "attributes" is {attributes!r}; expected each attribute with a list of two or more classes.'
         )
     try:
         config = MobileNetConfig.from_dict({**d, "num_logits": sum(map(len, attributes.values()))})
