@@ -8,18 +8,19 @@ from fairref.errors import UserError
 def read_config(cls, d, source, only):
     """Build the settings dataclass `cls` from a config.json dict `d` of diffusers or transformers.
 
-    Keys of `d` that are fields of `cls` are taken (lists become tuples, a field without a default is required); for keys of
-    `only` (name -> the values this code implements, each item of a list counting by itself) any other value is a
-    UserError; every other key is ignored. `source` names the file in messages.
+    Keys of `d` that are fields of `cls` are taken (lists become tuples, a field without a default is required); for
+    keys of `only` (name -> the values this code implements, each item of a list counting by itself) any other value
+    is a UserError; every other key is ignored. `source` names the file in messages.
     """
     if not isinstance(d, dict):
-        raise UserError(f"{source}: found {type(d).__name__}, expected the object of a config.json; use an intact file.")
+        raise UserError(f"{source}: found {type(d).__name__}, expected the object of a config.json; "
+                        "use an intact file.")
     for key, allowed in only.items():
         found = d.get(key, allowed[0])
         items = found if isinstance(found, (list, tuple)) else [found]
         if any(item not in allowed for item in items):
             expected = " or ".join(repr(value) for value in allowed)
-            raise UserError(f"{source}: found {key} = {found!r}, expected {expected}; this architecture is not "
+            raise UserError(f"{source}: found {key} = {found!r}, expected {expected}; nothing else is "
                             "implemented, use a checkpoint of Stable Diffusion 1.5's kind.")
     values = {}
     for field in fields(cls):
@@ -35,12 +36,18 @@ def read_config(cls, d, source, only):
 def require(condition, source, found, expected):
     """Raise a UserError about the settings in `source` unless `condition` holds."""
     if not condition:
-        raise UserError(f"{source}: found {found}, expected {expected}; correct the config.json or use another checkpoint.")
+        raise UserError(f"{source}: found {found}, expected {expected}; "
+                        "correct the config.json or use another checkpoint.")
 
 
 def is_count(value):
     """Whether `value` is a positive int (bool is not a count)."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_positive(value):
+    """Whether `value` is a positive number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def are_counts(values):

@@ -4,13 +4,13 @@ Parameter names are those of transformers' CLIPTextModel, CLIPVisionModelWithPro
 `text_model.` and `vision_model.` prefixes. B batch, T tokens, D width, P width of the shared space of image and text.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairref.nets import is_count, read_config, require
+from fairref.nets import is_count, is_positive, read_config, require
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], the same for every CLIP
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,12 +30,14 @@ ONLY = {  # config keys with a closed set of implemented values
 
 def check_tower(config, source, counts):
     """UserError unless the fields named in `counts` are positive and the heads divide the width."""
-    for name in (*counts, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim"):
+    for name in (*counts, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         value = getattr(config, name)
         require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
     require(config.hidden_size % config.num_attention_heads == 0, source, f"hidden_size = {config.hidden_size}",
             f"a multiple of num_attention_heads = {config.num_attention_heads}")
     require(config.hidden_act in ACTIVATIONS, source, f"hidden_act = {config.hidden_act!r}", " or ".join(ACTIVATIONS))
+    require(is_positive(config.layer_norm_eps), source, f"layer_norm_eps = {config.layer_norm_eps!r}",
+            "a positive number")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class ClipTextConfig:
     vocab_size: int = 49408  # rows of the token embedding
     hidden_size: int = 512  # D
     intermediate_size: int = 2048  # width of the MLP
-    projection_dim: int = 512  # P
     num_hidden_layers: int = 12  # transformer layers
     num_attention_heads: int = 8  # heads of each
     max_position_embeddings: int = 77  # longest T
@@ -85,7 +86,7 @@ class ClipVisionConfig:
         return read_config(cls, d, source, ONLY)
 
     def __post_init__(self):
-        check_tower(self, "the CLIP vision config", ("num_channels", "image_size", "patch_size"))
+        check_tower(self, "the CLIP vision config", ("num_channels", "image_size", "patch_size", "projection_dim"))
         require(self.image_size >= self.patch_size, "the CLIP vision config", f"image_size = {self.image_size}",
                 f"at least patch_size = {self.patch_size}")
 
@@ -185,7 +186,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token embeddings (B, T, D) -> hidden states (B, T, D) after the final LayerNorm; token i sees tokens up to i."""
+    """Token embeddings (B, T, D) -> hidden states (B, T, D) after the final LayerNorm; a token sees none after it."""
 
     def __init__(self, config):
         super().__init__()
@@ -285,22 +286,15 @@ class ClipImage(nn.Module):
         return F.normalize(self.visual_projection(pooled), dim=-1)
 
 
-class Clip(nn.Module):
+class Clip(ClipImage):
     """Both towers, as transformers' CLIPModel: similarity of image and text = dot product of their encodings."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(replace(config.vision, projection_dim=config.projection_dim))
         self.config = config
         self.text_model = TextTower(config.text)
-        self.vision_model = VisionTower(config.vision)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
-        self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
-
-    def encode_image(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> (B, P) of unit norm, differentiable."""
-        pooled = self.vision_model(clip_pixels(x, self.config.vision.image_size))
-        return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def encode_text(self, ids):
         """ids (B, T) -> (B, P) of unit norm, read at each text's end (`end_positions`)."""

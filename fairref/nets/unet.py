@@ -1,8 +1,8 @@
 """The U-Net: noise prediction eps(z_t, t, c) of Stable Diffusion.
 
-Parameter names are those of diffusers' UNet2DConditionModel. B batch, C channels, h w latent height and width, T tokens,
-D width of the text encoder. SD-1.5, level by level ("*": followed by attention to the text; down goes top to bottom,
-up bottom to top; a level's skips are what its way down made, and what the level above handed it):
+Parameter names are those of diffusers' UNet2DConditionModel. B batch, C channels, h w latent height and width,
+T tokens, D width of the text encoder. SD-1.5, level by level (one entry a resnet, "*" if attention follows; the way
+down is read top to bottom, the way up bottom to top; skips are used last made, first used):
 
     level   h w       down                  up: channels from below + skip
     0       64 x 64    320*  320*            640 +  320*   320 +  320*   320 +  320*
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairref.nets import are_counts, is_count, read_config, require
+from fairref.nets import are_counts, is_count, is_positive, read_config, require
 
 TRANSFORMER_GROUP_EPS = 1e-6  # GroupNorm before a transformer; the resnets' is config.norm_eps
 LAYER_NORM_EPS = 1e-5
@@ -62,7 +62,7 @@ class UNetConfig:
     up_block_types: tuple  # per level, coarsest first: with or without attention on the way up
     layers_per_block: int  # resnets per level on the way down (one more on the way up)
     cross_attention_dim: int  # D, width of the text encoder
-    attention_head_dim: int | tuple = 8  # NUMBER of heads (diffusers' name notwithstanding), for all levels or per level
+    attention_head_dim: int | tuple = 8  # NUMBER of heads whatever diffusers calls it, for all levels or per level
     in_channels: int = 4  # channels of z
     out_channels: int = 4  # channels of eps
     norm_num_groups: int = 32  # groups of every GroupNorm
@@ -89,12 +89,14 @@ class UNetConfig:
             require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
         for name in ("down_block_types", "up_block_types", "heads"):
             value = getattr(self, name)
-            require(len(value) == len(widths), source, f"{len(value)} entries in {name}", f"one per level, {len(widths)}")
+            require(isinstance(value, tuple) and len(value) == len(widths), source, f"{name} = {value!r}",
+                    f"one entry per level, {len(widths)}")
         require(are_counts(self.heads), source, f"attention_head_dim = {self.attention_head_dim!r}",
                 "a positive whole number, or one per level")
         for c, heads in zip(widths, self.heads):
             require(c % self.norm_num_groups == 0 and c % heads == 0, source, f"a level of {c} channels",
                     f"a multiple of norm_num_groups = {self.norm_num_groups} and of its {heads} heads")
+        require(is_positive(self.norm_eps), source, f"norm_eps = {self.norm_eps!r}", "a positive number")
         require(widths[0] % 2 == 0, source, f"{widths[0]} channels at the finest level", "an even number")
 
 
@@ -313,7 +315,8 @@ class UNet(nn.Module):
             return Resnet(c_in, c_out, 4 * c_0, groups, eps)
 
         def attention(level):
-            return Transformer(level.width, config.cross_attention_dim, level.heads, groups, config.use_linear_projection)
+            return Transformer(level.width, config.cross_attention_dim, level.heads, groups,
+                               config.use_linear_projection)
 
         finest, coarsest = self.table[0], self.table[-1]
         self.conv_in = nn.Conv2d(config.in_channels, c_0, 3, padding=1)

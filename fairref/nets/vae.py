@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairref.nets import are_counts, is_count, read_config, require
+from fairref.nets import are_counts, is_count, is_positive, read_config, require
 
 EPS = 1e-6  # of every GroupNorm of the autoencoder; the U-Net's resnets use 1e-5
 
@@ -51,9 +51,9 @@ class VAEConfig:
             value = getattr(self, name)
             require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
         require(all(c % self.norm_num_groups == 0 for c in self.block_out_channels), source,
-                f"block_out_channels = {self.block_out_channels}", f"multiples of norm_num_groups = {self.norm_num_groups}")
-        require(isinstance(self.scaling_factor, (int, float)) and self.scaling_factor > 0, source,
-                f"scaling_factor = {self.scaling_factor!r}", "a positive number")
+                f"block_out_channels = {self.block_out_channels}",
+                f"multiples of norm_num_groups = {self.norm_num_groups}")
+        require(is_positive(self.scaling_factor), source, f"scaling_factor = {self.scaling_factor!r}", "a positive number")
 
 
 class Resnet(nn.Module):
@@ -161,11 +161,11 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, groups, levels = config.block_out_channels, config.norm_num_groups, len(config.block_out_channels)
+        widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, last=i == levels - 1)
-            for i in range(levels))
+            DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, last=i == len(widths) - 1)
+            for i in range(len(widths)))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -183,12 +183,12 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths, groups, levels = config.block_out_channels[::-1], config.norm_num_groups, len(config.block_out_channels)
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, last=i == levels - 1)
-            for i in range(levels))
+            UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, last=i == len(widths) - 1)
+            for i in range(len(widths)))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
