@@ -8,9 +8,9 @@ from fairref.errors import UserError
 def read_config(cls, d, source, only):
     """Build the settings dataclass `cls` from a config.json dict `d` of diffusers or transformers.
 
-    Keys of `d` that are fields of `cls` are taken (lists become tuples, a field without a default is required); for
-    keys of `only` (name -> the values this code implements, each item of a list counting by itself) any other value
-    is a UserError; every other key is ignored. `source` names the file in messages.
+    Keys of `d` that are fields of `cls` are taken (lists become tuples, a field without a default is required).
+    For keys of `only` (name -> the values this code implements, each item of a list counting by itself) any other
+    value is a UserError; every other key is ignored. `source` names the file in messages.
     """
     if not isinstance(d, dict):
         raise UserError(f"{source}: found {type(d).__name__}, expected the object of a config.json; "
@@ -38,6 +38,13 @@ def require(condition, source, found, expected):
     if not condition:
         raise UserError(f"{source}: found {found}, expected {expected}; "
                         "correct the config.json or use another checkpoint.")
+
+
+def require_counts(config, source, names):
+    """Raise a UserError unless each field of `config` in `names` is a positive int."""
+    for name in names:
+        value = getattr(config, name)
+        require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
 
 
 def is_count(value):

@@ -1,7 +1,8 @@
 """CLIP: the text tower that conditions the U-Net, the image tower, and both together.
 
-Parameter names are those of transformers' CLIPTextModel, CLIPVisionModelWithProjection and CLIPModel, with the
-`text_model.` and `vision_model.` prefixes. B batch, T tokens, D width, P width of the shared space of image and text.
+Parameter names are those of transformers' CLIPTextModel, CLIPVisionModelWithProjection and CLIPModel, with
+the `text_model.` and `vision_model.` prefixes. B batch, T tokens, D width, P width of the space that image and
+text share.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairref.nets import is_count, is_positive, read_config, require
+from fairref.nets import is_positive, read_config, require, require_counts
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], the same for every CLIP
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,19 +31,19 @@ ONLY = {  # config keys with a closed set of implemented values
 
 def check_tower(config, source, counts):
     """UserError unless the fields named in `counts` are positive and the heads divide the width."""
-    for name in (*counts, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        value = getattr(config, name)
-        require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
-    require(config.hidden_size % config.num_attention_heads == 0, source, f"hidden_size = {config.hidden_size}",
-            f"a multiple of num_attention_heads = {config.num_attention_heads}")
-    require(config.hidden_act in ACTIVATIONS, source, f"hidden_act = {config.hidden_act!r}", " or ".join(ACTIVATIONS))
+    require_counts(config, source, (*counts, "hidden_size", "intermediate_size", "num_hidden_layers",
+                                    "num_attention_heads"))
+    width, heads = config.hidden_size, config.num_attention_heads
+    require(width % heads == 0, source, f"hidden_size = {width}", f"a multiple of num_attention_heads = {heads}")
+    require(config.hidden_act in ACTIVATIONS, source, f"hidden_act = {config.hidden_act!r}",
+            " or ".join(ACTIVATIONS))
     require(is_positive(config.layer_norm_eps), source, f"layer_norm_eps = {config.layer_norm_eps!r}",
             "a positive number")
 
 
 @dataclass(frozen=True)
 class ClipTextConfig:
-    """Shape of the text tower; names and defaults as in transformers' config.json, which leaves defaults out."""
+    """Shape of the text tower; names and defaults are transformers', whose config.json leaves defaults out."""
 
     vocab_size: int = 49408  # rows of the token embedding
     hidden_size: int = 512  # D
@@ -60,14 +61,14 @@ class ClipTextConfig:
         return read_config(cls, d, source, ONLY)
 
     def __post_init__(self):
-        check_tower(self, "the CLIP text config", ("vocab_size", "max_position_embeddings"))
-        require(isinstance(self.eos_token_id, int), "the CLIP text config", f"eos_token_id = {self.eos_token_id!r}",
-                "one whole number")
+        source = "the CLIP text config"
+        check_tower(self, source, ("vocab_size", "max_position_embeddings"))
+        require(isinstance(self.eos_token_id, int), source, f"eos_token_id = {self.eos_token_id!r}", "one id")
 
 
 @dataclass(frozen=True)
 class ClipVisionConfig:
-    """Shape of the image tower; names and defaults as in transformers' config.json, which leaves defaults out."""
+    """Shape of the image tower; names and defaults are transformers', whose config.json leaves defaults out."""
 
     hidden_size: int = 768  # D
     intermediate_size: int = 3072  # width of the MLP
@@ -86,8 +87,9 @@ class ClipVisionConfig:
         return read_config(cls, d, source, ONLY)
 
     def __post_init__(self):
-        check_tower(self, "the CLIP vision config", ("num_channels", "image_size", "patch_size", "projection_dim"))
-        require(self.image_size >= self.patch_size, "the CLIP vision config", f"image_size = {self.image_size}",
+        source = "the CLIP vision config"
+        check_tower(self, source, ("num_channels", "image_size", "patch_size", "projection_dim"))
+        require(self.image_size >= self.patch_size, source, f"image_size = {self.image_size}",
                 f"at least patch_size = {self.patch_size}")
 
 
@@ -102,11 +104,11 @@ class ClipConfig:
 
     @classmethod
     def from_dict(cls, d, source="clip/config.json"):
-        """Settings from the config.json dict of a transformers CLIPModel; UserError for what is not implemented."""
+        """Settings from a transformers CLIPModel's config.json dict; UserError for what is not implemented."""
         require(isinstance(d, dict), source, type(d).__name__, "an object with text_config and vision_config")
         parts = {}
         for part, part_cls in (("text", ClipTextConfig), ("vision", ClipVisionConfig)):
-            found = d.get(f"{part}_config_dict") or d.get(f"{part}_config") or {}  # the former is legacy and wins
+            found = d.get(f"{part}_config_dict") or d.get(f"{part}_config") or {}  # the legacy key wins
             parts[part] = part_cls.from_dict(found, source)
         return read_config(cls, {**d, **parts}, source, {})
 
@@ -186,7 +188,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token embeddings (B, T, D) -> hidden states (B, T, D) after the final LayerNorm; a token sees none after it."""
+    """Token embeddings (B, T, D) -> hidden states (B, T, D) after the final LayerNorm, causal."""
 
     def __init__(self, config):
         super().__init__()
@@ -227,7 +229,7 @@ class VisionTower(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # checkpoints spell it so
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelt so
         self.encoder = Encoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -266,13 +268,13 @@ class ClipVision(nn.Module):
 
 
 def clip_pixels(x, size):
-    """x (B, 3, H, W) in [-1, 1] -> (B, 3, size, size) as CLIP's image tower expects it: bicubic, normalised."""
+    """x (B, 3, H, W) in [-1, 1] -> (B, 3, size, size) as CLIP's image tower expects: bicubic, normalised."""
     x = F.interpolate((x + 1) / 2, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
     return (x - x.new_tensor(PIXEL_MEAN)[:, None, None]) / x.new_tensor(PIXEL_STD)[:, None, None]
 
 
 class ClipImage(nn.Module):
-    """The image tower with its projection, as transformers' CLIPVisionModelWithProjection; P is the config's."""
+    """The image tower with its projection, as transformers' CLIPVisionModelWithProjection."""
 
     def __init__(self, config):
         super().__init__()
@@ -287,7 +289,7 @@ class ClipImage(nn.Module):
 
 
 class Clip(ClipImage):
-    """Both towers, as transformers' CLIPModel: similarity of image and text = dot product of their encodings."""
+    """Both towers, as transformers' CLIPModel; an image and a text are as similar as their dot product."""
 
     def __init__(self, config):
         super().__init__(replace(config.vision, projection_dim=config.projection_dim))
@@ -299,11 +301,12 @@ class Clip(ClipImage):
     def encode_text(self, ids):
         """ids (B, T) -> (B, P) of unit norm, read at each text's end (`end_positions`)."""
         h = self.text_model(self.text_model.embed(ids))  # (B, T, D)
-        pooled = h[torch.arange(len(ids), device=ids.device), end_positions(ids, self.config.text.eos_token_id)]
+        ends = end_positions(ids, self.config.text.eos_token_id)  # (B,)
+        pooled = h[torch.arange(len(ids), device=ids.device), ends]  # (B, D)
         return F.normalize(self.text_projection(pooled), dim=-1)
 
 
 def end_positions(ids, eos):
-    """ids (B, T) -> (B,): index of the first `eos`; of the first largest id where `eos` is the legacy value 2."""
+    """ids (B, T) -> (B,): index of the first `eos`, or of the first largest id if `eos` is LEGACY_EOS."""
     is_end = ids == (ids.amax(dim=1, keepdim=True) if eos == LEGACY_EOS else eos)
     return is_end.int().argmax(dim=1)

@@ -1,8 +1,8 @@
 """The U-Net: noise prediction eps(z_t, t, c) of Stable Diffusion.
 
-Parameter names are those of diffusers' UNet2DConditionModel. B batch, C channels, h w latent height and width,
-T tokens, D width of the text encoder. SD-1.5, level by level (one entry a resnet, "*" if attention follows; the way
-down is read top to bottom, the way up bottom to top; skips are used last made, first used):
+Parameter names are those of diffusers' UNet2DConditionModel. B batch, C channels, h w latent height and
+width, T tokens, D width of the text encoder. SD-1.5, level by level (one entry a resnet, "*" if attention
+follows; the way down is read top to bottom, the way up bottom to top; skips are used last made, first used):
 
     level   h w       down                  up: channels from below + skip
     0       64 x 64    320*  320*            640 +  320*   320 +  320*   320 +  320*
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairref.nets import are_counts, is_count, is_positive, read_config, require
+from fairref.nets import are_counts, is_positive, read_config, require, require_counts
 
 TRANSFORMER_GROUP_EPS = 1e-6  # GroupNorm before a transformer; the resnets' is config.norm_eps
 LAYER_NORM_EPS = 1e-5
@@ -44,8 +44,9 @@ ONLY = {  # config keys with a closed set of implemented values
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "dropout": (0,),
-    **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention", "resnet_skip_time_act",
-                     "mid_block_only_cross_attention", "class_embeddings_concat"), (False, None)),
+    **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention",
+                     "resnet_skip_time_act", "mid_block_only_cross_attention", "class_embeddings_concat"),
+                    (False, None)),
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim",
                      "encoder_hid_dim_type", "num_attention_heads", "reverse_transformer_layers_per_block",
                      "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim",
@@ -62,12 +63,12 @@ class UNetConfig:
     up_block_types: tuple  # per level, coarsest first: with or without attention on the way up
     layers_per_block: int  # resnets per level on the way down (one more on the way up)
     cross_attention_dim: int  # D, width of the text encoder
-    attention_head_dim: int | tuple = 8  # NUMBER of heads whatever diffusers calls it, for all levels or per level
+    attention_head_dim: int | tuple = 8  # NUMBER of heads (the name is diffusers'), for all levels or per level
     in_channels: int = 4  # channels of z
     out_channels: int = 4  # channels of eps
     norm_num_groups: int = 32  # groups of every GroupNorm
     norm_eps: float = 1e-5  # eps of the resnets' GroupNorm and of the last one
-    use_linear_projection: bool = False  # linear layers instead of 1x1 convolutions into and out of a transformer
+    use_linear_projection: bool = False  # linear layers, not 1x1 convolutions, into and out of a transformer
 
     @classmethod
     def from_dict(cls, d, source="unet/config.json"):
@@ -84,9 +85,8 @@ class UNetConfig:
         source, widths = "unet/config.json", self.block_out_channels
         require(are_counts(widths) and len(widths) >= 2, source, f"block_out_channels = {widths!r}",
                 "a list of two or more positive whole numbers")
-        for name in ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels", "norm_num_groups"):
-            value = getattr(self, name)
-            require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
+        require_counts(self, source, ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels",
+                                      "norm_num_groups"))
         for name in ("down_block_types", "up_block_types", "heads"):
             value = getattr(self, name)
             require(isinstance(value, tuple) and len(value) == len(widths), source, f"{name} = {value!r}",
@@ -124,7 +124,8 @@ class Level:
 
 def channel_table(config):
     """The `Level` rows of a U-Net, finest first: every channel count of the network."""
-    widths, layers, coarsest = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
+    widths, layers = config.block_out_channels, config.layers_per_block
+    coarsest = len(widths) - 1
     skips = [widths[0]]  # made by conv_in
     downs = []
     for i, width in enumerate(widths):
@@ -136,15 +137,16 @@ def channel_table(config):
         for _ in range(layers + 1):
             up.append((below, skips.pop()))
             below = widths[i]
-        rows.insert(0, Level(widths[i], downs[i], tuple(up), config.heads[i],
-                             ATTENDS[config.down_block_types[i]], ATTENDS[config.up_block_types[coarsest - i]]))
-    return tuple(rows)
+        rows.append(Level(widths[i], downs[i], tuple(up), config.heads[i],
+                          ATTENDS[config.down_block_types[i]], ATTENDS[config.up_block_types[coarsest - i]]))
+    return tuple(reversed(rows))
 
 
 def time_features(t, width):
-    """t (B,), time step index 0..999 -> (B, width): cos(t f_j), then sin(t f_j), f_j = 10000^(-2j/width), float32."""
+    """t (B,), index 0..999 -> (B, width) float32: all cos(t f_j), then all sin(t f_j), f_j = 10000^(-2j/width)."""
     half = width // 2
-    frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    j = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(-math.log(MAX_PERIOD) * j / half)
     angle = t.float()[:, None] * frequency  # (B, width/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -177,7 +179,7 @@ class Resnet(nn.Module):
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, C_out, 1, 1), the same for all pixels
+        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, C_out, 1, 1)
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.conv_shortcut(x) if self.changes_width else x) + h
 
@@ -217,14 +219,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # [1] is diffusers' dropout
+        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # [1] is a dropout there
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
-    """Pixels x (B, hw, C) attend to each other, then to the text c (B, T, D), then each goes through an MLP."""
+    """Pixels x (B, hw, C) attend to each other, to the text c (B, T, D), and go through an MLP."""
 
     def __init__(self, width, c_text, heads):
         super().__init__()
@@ -270,7 +272,7 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, h, w) -> (B, C, h/2, w/2), stride-2 convolution padded on all sides (unlike the autoencoder's)."""
+    """(B, C, h, w) -> (B, C, h/2, w/2), stride-2 convolution padded on all sides, unlike the autoencoder's."""
 
     def __init__(self, c):
         super().__init__()
@@ -339,7 +341,8 @@ class UNet(nn.Module):
     def forward(self, z, t, c):
         """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (B, T, D) -> eps (B, 4, h, w)."""
         t = torch.as_tensor(t, device=z.device).expand(len(z))  # (B,)
-        time = self.time_embedding(time_features(t, self.config.block_out_channels[0]).to(z.dtype))  # (B, 4 C_0)
+        features = time_features(t, self.config.block_out_channels[0])  # (B, C_0)
+        time = self.time_embedding(features.to(z.dtype))  # (B, 4 C_0)
 
         h = self.conv_in(z)
         skips = [h]

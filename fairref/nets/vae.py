@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairref.nets import are_counts, is_count, is_positive, read_config, require
+from fairref.nets import are_counts, is_positive, read_config, require, require_counts
 
 EPS = 1e-6  # of every GroupNorm of the autoencoder; the U-Net's resnets use 1e-5
 
@@ -44,16 +44,13 @@ class VAEConfig:
         return read_config(cls, d, source, ONLY)
 
     def __post_init__(self):
-        source = "vae/config.json"
-        require(are_counts(self.block_out_channels), source, f"block_out_channels = {self.block_out_channels!r}",
-                "a list of positive whole numbers")
-        for name in ("layers_per_block", "in_channels", "out_channels", "latent_channels", "norm_num_groups"):
-            value = getattr(self, name)
-            require(is_count(value), source, f"{name} = {value!r}", "a positive whole number")
-        require(all(c % self.norm_num_groups == 0 for c in self.block_out_channels), source,
-                f"block_out_channels = {self.block_out_channels}",
-                f"multiples of norm_num_groups = {self.norm_num_groups}")
-        require(is_positive(self.scaling_factor), source, f"scaling_factor = {self.scaling_factor!r}", "a positive number")
+        source, widths, groups = "vae/config.json", self.block_out_channels, self.norm_num_groups
+        counts = ("layers_per_block", "in_channels", "out_channels", "latent_channels", "norm_num_groups")
+        require_counts(self, source, counts)
+        require(are_counts(widths) and all(c % groups == 0 for c in widths), source,
+                f"block_out_channels = {widths!r}", f"a list of multiples of norm_num_groups = {groups}")
+        require(is_positive(self.scaling_factor), source, f"scaling_factor = {self.scaling_factor!r}",
+                "a positive number")
 
 
 class Resnet(nn.Module):
@@ -162,10 +159,11 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
+        layers, last = config.layers_per_block, len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, last=i == len(widths) - 1)
-            for i in range(len(widths)))
+            DownBlock(widths[max(i - 1, 0)], width, layers, groups, last=i == last)
+            for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -184,11 +182,12 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        layers, last = config.layers_per_block + 1, len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, last=i == len(widths) - 1)
-            for i in range(len(widths)))
+            UpBlock(widths[max(i - 1, 0)], width, layers, groups, last=i == last)
+            for i, width in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
@@ -212,7 +211,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
     def moments(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> (mean, logvar), each (B, 4, H/8, W/8), unscaled, logvar in [-30, 20]."""
+        """x (B, 3, H, W) in [-1, 1] -> (mean, logvar), each (B, 4, H/8, W/8), unscaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, torch.clamp(logvar, -30.0, 20.0)
 
