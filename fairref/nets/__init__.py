@@ -8,9 +8,9 @@ from fairref.errors import UserError
 def read_config(cls, d, source, only):
     """Build the settings dataclass `cls` from a config.json dict `d` of diffusers or transformers.
 
-    Keys of `d` that are fields of `cls` are taken (lists become tuples, a field without a default is required).
-    For keys of `only` (name -> the values this code implements, each item of a list counting by itself) any other
-    value is a UserError; every other key is ignored. `source` names the file in messages.
+    Keys of `d` that are fields of `cls` are taken: lists become tuples, a field without a default is required.
+    `only` maps keys to the values that are implemented (each item of a list counts by itself); any other value
+    is a UserError. All other keys are ignored. `source` names the file in messages.
     """
     if not isinstance(d, dict):
         raise UserError(f"{source}: found {type(d).__name__}, expected the object of a config.json; "

@@ -1,8 +1,7 @@
 """CLIP: the text tower that conditions the U-Net, the image tower, and both together.
 
 Parameter names are those of transformers' CLIPTextModel, CLIPVisionModelWithProjection and CLIPModel, with
-the `text_model.` and `vision_model.` prefixes. B batch, T tokens, D width, P width of the space that image and
-text share.
+the `text_model.` and `vision_model.` prefixes. B batch, T tokens, D width, P width of the shared space.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +33,8 @@ def check_tower(config, source, counts):
     require_counts(config, source, (*counts, "hidden_size", "intermediate_size", "num_hidden_layers",
                                     "num_attention_heads"))
     width, heads = config.hidden_size, config.num_attention_heads
-    require(width % heads == 0, source, f"hidden_size = {width}", f"a multiple of num_attention_heads = {heads}")
+    require(width % heads == 0, source, f"hidden_size = {width}",
+            f"a multiple of num_attention_heads = {heads}")
     require(config.hidden_act in ACTIVATIONS, source, f"hidden_act = {config.hidden_act!r}",
             " or ".join(ACTIVATIONS))
     require(is_positive(config.layer_norm_eps), source, f"layer_norm_eps = {config.layer_norm_eps!r}",
@@ -43,7 +43,7 @@ def check_tower(config, source, counts):
 
 @dataclass(frozen=True)
 class ClipTextConfig:
-    """Shape of the text tower; names and defaults are transformers', whose config.json leaves defaults out."""
+    """Shape of the text tower, with the names and defaults of transformers' config.json."""
 
     vocab_size: int = 49408  # rows of the token embedding
     hidden_size: int = 512  # D
@@ -68,7 +68,7 @@ class ClipTextConfig:
 
 @dataclass(frozen=True)
 class ClipVisionConfig:
-    """Shape of the image tower; names and defaults are transformers', whose config.json leaves defaults out."""
+    """Shape of the image tower, with the names and defaults of transformers' config.json."""
 
     hidden_size: int = 768  # D
     intermediate_size: int = 3072  # width of the MLP
@@ -104,7 +104,7 @@ class ClipConfig:
 
     @classmethod
     def from_dict(cls, d, source="clip/config.json"):
-        """Settings from a transformers CLIPModel's config.json dict; UserError for what is not implemented."""
+        """Settings from the config.json dict of a CLIPModel; UserError for what is not implemented."""
         require(isinstance(d, dict), source, type(d).__name__, "an object with text_config and vision_config")
         parts = {}
         for part, part_cls in (("text", ClipTextConfig), ("vision", ClipVisionConfig)):
@@ -113,8 +113,7 @@ class ClipConfig:
         return read_config(cls, {**d, **parts}, source, {})
 
     def __post_init__(self):
-        require(is_count(self.projection_dim), "the CLIP config", f"projection_dim = {self.projection_dim!r}",
-                "a positive whole number")
+        require_counts(self, "the CLIP config", ("projection_dim",))
 
 
 class Attention(nn.Module):

@@ -63,7 +63,7 @@ class UNetConfig:
     up_block_types: tuple  # per level, coarsest first: with or without attention on the way up
     layers_per_block: int  # resnets per level on the way down (one more on the way up)
     cross_attention_dim: int  # D, width of the text encoder
-    attention_head_dim: int | tuple = 8  # NUMBER of heads (the name is diffusers'), for all levels or per level
+    attention_head_dim: int | tuple = 8  # NUMBER of heads (diffusers' name), for all levels or per level
     in_channels: int = 4  # channels of z
     out_channels: int = 4  # channels of eps
     norm_num_groups: int = 32  # groups of every GroupNorm
@@ -85,8 +85,8 @@ class UNetConfig:
         source, widths = "unet/config.json", self.block_out_channels
         require(are_counts(widths) and len(widths) >= 2, source, f"block_out_channels = {widths!r}",
                 "a list of two or more positive whole numbers")
-        require_counts(self, source, ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels",
-                                      "norm_num_groups"))
+        counts = ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels", "norm_num_groups")
+        require_counts(self, source, counts)
         for name in ("down_block_types", "up_block_types", "heads"):
             value = getattr(self, name)
             require(isinstance(value, tuple) and len(value) == len(widths), source, f"{name} = {value!r}",
@@ -143,7 +143,7 @@ def channel_table(config):
 
 
 def time_features(t, width):
-    """t (B,), index 0..999 -> (B, width) float32: all cos(t f_j), then all sin(t f_j), f_j = 10000^(-2j/width)."""
+    """t (B,), index 0..999 -> (B, width) float32: cos(t f_j), then sin(t f_j), f_j = 10000^(-2j/width)."""
     half = width // 2
     j = torch.arange(half, dtype=torch.float32, device=t.device)
     frequency = torch.exp(-math.log(MAX_PERIOD) * j / half)
@@ -219,7 +219,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # [1] is a dropout there
+        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # [1]: a dropout
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
@@ -272,7 +272,7 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, h, w) -> (B, C, h/2, w/2), stride-2 convolution padded on all sides, unlike the autoencoder's."""
+    """(B, C, h, w) -> (B, C, h/2, w/2), stride-2 convolution padded on all sides, unlike the VAE's."""
 
     def __init__(self, c):
         super().__init__()
