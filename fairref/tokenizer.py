@@ -1,8 +1,9 @@
 """Text -> token ids: CLIP's byte-level BPE, read from the two files `vocab.json` and `merges.txt`.
 
-A text is put into Unicode form C, its runs of white space become one blank, and it is lowercased. The pattern below
-cuts it into words (the white space between them is dropped), the UTF-8 bytes of a word become one printable symbol
-each, the last symbol of a word carries `</w>`, and merges join neighbours in the order of `merges.txt`.
+A text is put into Unicode form C, its runs of white space become one blank, and it is lowercased. The pattern
+below cuts it into words (the white space between them is dropped), the UTF-8 bytes of a word become one
+printable symbol each, the last symbol of a word carries `</w>`, and merges join neighbours in the order of
+`merges.txt`.
 """
 
 import json
@@ -45,8 +46,8 @@ def word_splitter():
 class Tokenizer:
     """Texts -> (B, length) ids: BOS, tokens, EOS, and EOS again as padding (as SD-1.5 pads).
 
-    `bos`, `eos`, `pad` are ids, `vocab_size` is one more than the largest id. Raises UserError for files that are
-    missing or aren't a CLIP vocabulary.
+    `bos`, `eos`, `pad` are ids, `vocab_size` is one more than the largest id. Raises UserError for files that
+    are missing or aren't a CLIP vocabulary.
     """
 
     def __init__(self, vocab_path: str | Path, merges_path: str | Path, length: int = 77):

@@ -1,7 +1,7 @@
-"""safetensors files -> named tensors -> networks, strictly, and the renaming of old and single-file layouts.
+"""safetensors files -> named tensors -> networks, strictly; and the renaming of old and single-file layouts.
 
-The names inside fairref are those of diffusers (U-Net, VAE) and transformers (CLIP). Other layouts of the same
-weights are brought to them here: `rename` applies a table of (prefix there, prefix here).
+The names inside fairref are those of diffusers (U-Net, VAE) and transformers (CLIP). Other layouts of the
+same weights are brought to them here: `rename` applies a table of (prefix there, prefix here).
 """
 
 import json
@@ -21,15 +21,16 @@ LDM_PARTS = {
     "first_stage_model.": "vae",
     "cond_stage_model.transformer.": "text_encoder",
 }
-# What a checkpoint holds beside its networks: the moving average of training, the autoencoder's discriminator,
-# index buffers, and the schedule's tables.
+# What a checkpoint holds beside its networks (and `position_ids` in any place): the moving average of
+# training, the autoencoder's discriminator, the schedule's tables.
 IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
-IGNORED_NAMES = frozenset(
-    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod"
-    " log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance"
-    " posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 logvar lvlb_weights scale_factor"
-    " global_step".split()
-)
+IGNORED_NAMES = {
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
+    "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "lvlb_weights", "scale_factor",
+    "global_step",
+}
 
 # Inside one block: (LDM, diffusers). Names that are missing here are the same in both.
 UNET_RESNET = (
@@ -65,8 +66,8 @@ VAE_LEGACY = tuple(
 def unet_table(levels: int, layers: int) -> list[tuple[str, str]]:
     """(LDM prefix, diffusers prefix) of the U-Net's parameters; SD-1.5 has 4 levels of 2 layers.
 
-    LDM numbers the blocks of each half through: 0 is conv_in, then each level has `layers` blocks and, but for the
-    last, a downsampler; going up, `layers` + 1 blocks, of which the last holds the upsampler.
+    LDM numbers the blocks of each half through: 0 is conv_in, then each level has `layers` blocks and, but
+    for the last, a downsampler; going up, `layers` + 1 blocks, of which the last holds the upsampler.
     """
     table = [
         ("time_embed.0.", "time_embedding.linear_1."),
@@ -82,7 +83,7 @@ def unet_table(levels: int, layers: int) -> list[tuple[str, str]]:
             n = i * (layers + 1) + j + 1
             resnets.append((f"input_blocks.{n}.0.", f"down_blocks.{i}.resnets.{j}."))
             table.append((f"input_blocks.{n}.1.", f"down_blocks.{i}.attentions.{j}."))
-        table.append((f"input_blocks.{(i + 1) * (layers + 1)}.0.op.", f"down_blocks.{i}.downsamplers.0.conv."))
+        table.append((f"input_blocks.{n + 1}.0.op.", f"down_blocks.{i}.downsamplers.0.conv."))
         for j in range(layers + 1):
             n = i * (layers + 1) + j
             resnets.append((f"output_blocks.{n}.0.", f"up_blocks.{i}.resnets.{j}."))
@@ -93,7 +94,7 @@ def unet_table(levels: int, layers: int) -> list[tuple[str, str]]:
 
 
 def vae_table(levels: int, layers: int) -> list[tuple[str, str]]:
-    """(LDM prefix, diffusers prefix) of the autoencoder's parameters; LDM's decoder counts from the finest level."""
+    """(LDM prefix, diffusers prefix) of the VAE's parameters; LDM's decoder counts from the finest level."""
     table, resnets, attentions = [], [], []
     for half in ("encoder", "decoder"):
         table += [(f"{half}.conv_in.", f"{half}.conv_in."), (f"{half}.conv_out.", f"{half}.conv_out.")]
@@ -134,7 +135,7 @@ def rename(tensors: dict[str, Tensor], table, source: str) -> dict[str, Tensor]:
 
 
 def squeeze_vae_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's attention weights as matrices (C, C), where a file has them as 1x1 convolutions (C, C, 1, 1)."""
+    """The VAE's attention weights as (C, C), where a file has them as 1x1 convolutions (C, C, 1, 1)."""
     return {
         key: tensor[:, :, 0, 0] if ".attentions." in key and tensor.shape[2:] == (1, 1) else tensor
         for key, tensor in tensors.items()
@@ -158,8 +159,8 @@ def ignored(key: str) -> bool:
     return key.startswith(IGNORED_PREFIXES) or key in IGNORED_NAMES or key.split(".")[-1] == "position_ids"
 
 
-def ldm_split(tensors: dict[str, Tensor], source: str, unet=(4, 2), vae=(4, 2)) -> dict[str, dict[str, Tensor]]:
-    """A single-file LDM checkpoint -> {"unet", "vae", "text_encoder"} with names of diffusers and transformers.
+def ldm_split(tensors: dict[str, Tensor], source: str, unet=(4, 2), vae=(4, 2)) -> dict[str, dict]:
+    """Single-file LDM checkpoint -> {"unet", "vae", "text_encoder"}, names of diffusers and transformers.
 
     `unet` and `vae` are (levels, layers per block). Raises UserError for a tensor of none of the three.
     """
@@ -187,11 +188,25 @@ def ldm_split(tensors: dict[str, Tensor], source: str, unet=(4, 2), vae=(4, 2)) 
     }
 
 
+def read_json(path: str | Path) -> dict:
+    """The object of a JSON file. Raises UserError."""
+    path = Path(path)
+    try:
+        d = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); put the file there.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); get or write the file again.") from error
+    if not isinstance(d, dict):
+        raise UserError(f"{path}: found a {type(d).__name__}, expected a JSON object; correct the file.")
+    return d
+
+
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises UserError; never unpickles."""
     path = Path(path)
     if not path.is_file():
-        pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+        pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt"))
         beside = f" ({pickles[0]} is a pickle, which could run code and isn't read)" if pickles else ""
         raise UserError(f"{path}: no such file{beside}; put the safetensors file there or correct the path.")
     _check_header(path)
@@ -202,7 +217,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _check_header(path):
-    """Says what a file is that isn't whole safetensors: 8 bytes of length n, then n bytes of JSON, then the data."""
+    """Says what a file is that isn't whole safetensors: 8 bytes with the length of JSON, JSON, data."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -210,14 +225,14 @@ def _check_header(path):
         file.seek(8)
         header = file.read(length) if start[8:9] == b"{" and 8 + length <= size else b""
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        raise UserError(f"{path}: a pickle, which could run code and isn't read; convert it to safetensors first.")
+        raise UserError(f"{path}: a pickle, which could run code and isn't read; convert it to safetensors.")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there.")
     if start[8:9] != b"{":
         raise UserError(f"{path}: not a safetensors file ({size} bytes); get or convert the file again.")
     expected = 8 + length + _data_bytes(header)
     if size < expected:
-        raise UserError(f"{path}: truncated at {size} bytes, at least {expected} expected; get the file again.")
+        raise UserError(f"{path}: truncated: {size} bytes, expected {expected}; get the file again.")
 
 
 def _data_bytes(header):

@@ -9,7 +9,7 @@ from fairref.tokenizer import BOS, END_OF_WORD, EOS, normaliser, word_splitter
 
 def byte_symbols() -> list[str]:
     """The 256 printable characters that stand for bytes, in the order of CLIP's vocabulary."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
     return [chr(b) for b in shown] + [chr(256 + n) for n in range(256 - len(shown))]
 
 
