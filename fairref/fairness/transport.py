@@ -138,7 +138,7 @@ def draw(distance, group, target, tolerance, rng):
 
 
 def assign(distance, n):
-    """Each image's class (N,) in the cheapest assignment of n_k images to class k: distance (N, K), n (K,)."""
+    """Each image's class (N,) when n_k images go to class k at the least cost: distance (N, K), n (K,)."""
     classes = np.repeat(np.arange(len(n)), n)  # (N,)
     images, slots = linear_sum_assignment(distance[:, classes])
     return classes[slots[np.argsort(images)]]

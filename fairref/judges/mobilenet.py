@@ -252,7 +252,7 @@ def read_config(path: Path) -> tuple[MobileNetConfig, dict]:
         isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
     ):
         raise UserError(
-            f'{path}: "attributes" is {attributes!r}; expected each attribute with a list of two or more classes.'
+            f'{path}: "attributes" is {attributes!r}; expected a list of two or more classes for each.'
         )
     try:
         config = MobileNetConfig.from_dict({**d, "num_logits": sum(map(len, attributes.values()))})
