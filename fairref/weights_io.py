@@ -224,11 +224,11 @@ def _check_header(path):
         length = int.from_bytes(start[:8], "little")
         file.seek(8)
         header = file.read(length) if start[8:9] == b"{" and 8 + length <= size else b""
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        raise UserError(f"{path}: a pickle, which could run code and isn't read; convert it to safetensors.")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there.")
-    if start[8:9] != b"{":
+    if start[8:9] != b"{":  # first, for a length may begin with the same bytes as a pickle
+        if start.startswith((b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))):
+            raise UserError(f"{path}: a pickle, which could run code and isn't read; convert it to safetensors.")
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there.")
         raise UserError(f"{path}: not a safetensors file ({size} bytes); get or convert the file again.")
     expected = 8 + length + _data_bytes(header)
     if size < expected:

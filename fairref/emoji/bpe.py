@@ -16,9 +16,9 @@ def byte_symbols() -> list[str]:
 def train_bpe(texts: list[str], vocab_size: int, folder: str | Path) -> int:
     """Writes `vocab.json` and `merges.txt` learnt from `texts`; returns the number of tokens.
 
-    Order of ids: 256 byte symbols, the same with `</w>`, one for each merge, BOS, EOS. The most frequent pair is
-    merged first, of equals the one that sorts first, so the same texts make the same files. Fewer tokens than
-    `vocab_size` come out when the texts have no pair left to merge.
+    Order of ids: 256 byte symbols, the same with `</w>`, one for each merge, BOS, EOS. The most frequent pair
+    is merged first, of equals the one that sorts first, so the same texts make the same files. Fewer tokens
+    than `vocab_size` come out when the texts have no pair left to merge.
     """
     symbols = byte_symbols()
     alphabet = symbols + [s + END_OF_WORD for s in symbols]
