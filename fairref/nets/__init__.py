@@ -8,8 +8,8 @@ from fairref.errors import UserError
 def read_config(cls, d, source, only):
     """Build the settings dataclass `cls` from a config.json dict `d` of diffusers or transformers.
 
-    Keys of `d` that are fields of `cls` are taken: lists become tuples, a field without a default is required.
-    `only` maps keys to the values that are implemented (each item of a list counts by itself); any other value
+    Keys of `d` that are fields of `cls` are taken: lists become tuples, a field without default is required.
+    `only` maps keys to the values that are implemented (each item of a list counts by itself); another value
     is a UserError. All other keys are ignored. `source` names the file in messages.
     """
     if not isinstance(d, dict):
