@@ -45,7 +45,7 @@ def expected_ot(
     Equal logits get equal q, and the result does not depend on the order of the images. Raises ValueError for
     shapes that do not fit, logits that are not finite, a target that is no distribution.
     """
-    logits = np.asarray(torch.as_tensor(logits).detach().to("cpu", torch.float64))
+    logits = np.asarray(torch.as_tensor(logits).detach().cpu().double())
     target = check_target(target, logits)
     keep = np.ones(len(logits), bool) if mask is None else np.asarray(torch.as_tensor(mask).cpu())
     if keep.dtype != bool or keep.shape != logits.shape[:1]:
@@ -70,7 +70,7 @@ def expected_ot(
 
 def check_target(target, logits):
     """The target (K,) as float64 with sum exactly 1. Raises ValueError."""
-    target = np.asarray(torch.as_tensor(target).detach().to("cpu", torch.float64))
+    target = np.asarray(torch.as_tensor(target, dtype=torch.float64).detach().cpu())
     if logits.ndim != 2 or target.shape != logits.shape[1:] or len(target) < 2:
         raise ValueError(
             f"logits are {logits.shape} and the target is {target.shape}; expected (N, K), (K,), K > 1."
@@ -147,7 +147,8 @@ def assign(distance, n):
 def count_vectors(N, allowed):
     """Every vector (M, K) of counts >= 0 with sum N, 0 where `allowed` (K,) is false. M = C(N+k-1, k-1)."""
     k = int(allowed.sum())
-    bars = np.array(list(combinations(range(N + k - 1), k - 1)), int).reshape(-1, k - 1)  # stars and bars
+    bars = np.array(list(combinations(range(N + k - 1), k - 1)), int)  # stars and bars
+    bars = bars.reshape(math.comb(N + k - 1, k - 1), k - 1)  # (M, k - 1), also for k = 1
     ends = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, N + k - 1)))  # (M, k + 1)
     counts = np.zeros((len(bars), len(allowed)), int)
     counts[:, allowed] = np.diff(ends, axis=1) - 1

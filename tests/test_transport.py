@@ -1,0 +1,242 @@
+"""Expected optimal transport against brute force over permutations (eq 4) and label vectors (eq 5)."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fairref.fairness.transport import class_distance, count_vectors, expected_ot, two_classes
+
+
+def draw_logits(N, K, seed=0, scale=2.0):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def by_definition(logits, target):
+    """q and the cost of eqs 4 and 5 from all K^N label vectors u and all N! permutations σ of each."""
+    p = logits.softmax(1).numpy()
+    N, K = p.shape
+    q, cost = np.zeros((N, K)), 0.0
+    for labels in itertools.product(range(K), repeat=N):
+        u = np.eye(K)[list(labels)]
+        probability = math.prod(target[k] for k in labels)
+        best = min(
+            itertools.permutations(range(N)),
+            key=lambda s: sum(np.linalg.norm(p[i] - u[s[i]]) for i in range(N)),
+        )
+        q += probability * u[list(best)]
+        cost += probability * np.linalg.norm(p - u[list(best)], axis=1).sum() / N
+    return q, cost
+
+
+@pytest.mark.parametrize(
+    ("N", "target"),
+    [
+        (1, (0.3, 0.7)),
+        (2, (0.5, 0.5)),
+        (5, (0.5, 0.5)),
+        (6, (0.2, 0.8)),
+        (1, (0.5, 0.2, 0.3)),
+        (5, (0.5, 0.2, 0.3)),
+        (4, (0.1, 0.4, 0.2, 0.3)),
+        (4, (0.0, 0.5, 0.0, 0.5)),
+    ],
+)
+def test_q_and_cost_are_those_of_the_definition(N, target):
+    logits = draw_logits(N, len(target), seed=N)
+    ot = expected_ot(logits, torch.tensor(target, dtype=torch.float64))
+    q, cost = by_definition(logits, target)
+    assert np.abs(ot.q.numpy() - q).max() < 1e-12
+    assert abs(ot.cost - cost) < 1e-12
+    assert (ot.stderr == 0).all()
+
+
+@pytest.mark.parametrize("d", [0.5, 0.3, 1.0, 0.0])
+def test_the_closed_form_is_the_enumeration_for_two_classes(d):
+    """A third class that the target never asks for makes the general path solve the same problem."""
+    N, never = 24, -60.0
+    logits = draw_logits(N, 2, scale=3)
+    closed = expected_ot(logits, [d, 1 - d])
+    three = torch.cat([logits, torch.full((N, 1), never)], 1)
+    general = expected_ot(three, [d, 1 - d, 0])
+    assert (closed.q - general.q[:, :2]).abs().max() < 1e-12
+    assert abs(closed.cost - general.cost) < 1e-12
+
+
+def test_class_0_goes_to_the_largest_log_odds_for_class_0():
+    ot = expected_ot(torch.tensor([[0.0, 3.0], [3.0, 0.0], [0.0, 1.0]]), [0.5, 0.5])
+    # P(Binomial(3, ½) >= 1, 2, 3) = 7/8, 4/8, 1/8 for the ranks
+    assert torch.allclose(ot.q[:, 0], torch.tensor([1 / 8, 7 / 8, 4 / 8], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("N", "target"),
+    [(9, (0.5, 0.5)), (24, (0.1, 0.9)), (9, (0.5, 0.2, 0.3)), (7, (0.25,) * 4)],
+)
+def test_rows_sum_to_1_and_the_column_mean_is_the_target(N, target):
+    q = expected_ot(draw_logits(N, len(target)), target).q
+    assert (q.sum(1) - 1).abs().max() < 1e-12
+    assert (q.mean(0) - torch.tensor(target, dtype=torch.float64)).abs().max() < 1e-12
+    assert (q >= 0).all()
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_saturated_probabilities_still_have_confident_targets(K):
+    """All p are 1.0 in float64, yet the extremes of the ranking get targets with c near 1, not the mean."""
+    logits = torch.zeros(24, K, dtype=torch.float32)
+    logits[:, 0] = 50 + torch.arange(24)
+    ot = expected_ot(logits, [1 / K] * K)
+    assert (logits.double().softmax(1)[:, 0] == 1).all()
+    assert len(ot.q.unique(dim=0)) == 24
+    assert ot.q.amax(1).max() > 0.99
+    if K == 2:
+        assert (ot.q[1:, 0] > ot.q[:-1, 0]).all()
+
+
+def test_log_odds_rank_in_float64():
+    logits = torch.tensor([[60.0, 0.0], [60.0, -1e-6], [60.0, 1e-6]])  # equal in float32
+    q = expected_ot(logits, [0.5, 0.5]).q[:, 0]
+    assert torch.allclose(q, torch.tensor([4 / 8, 7 / 8, 1 / 8], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("K", [2, 3, 8])
+def test_equal_logits_share_their_q(K):
+    logits = draw_logits(6, K)
+    logits[4] = logits[3] = logits[1]
+    target = [1 / K] * K
+    ot = expected_ot(logits, target)
+    assert (ot.q[1] == ot.q[3]).all() and (ot.q[1] == ot.q[4]).all()
+    assert (ot.q.mean(0) - 1 / K).abs().max() <= 3 * ot.stderr.max() + 1e-12
+    same = expected_ot(torch.ones(5, K), target).q
+    assert (same - 1 / K).abs().max() <= 0.03 if K == 8 else (same - 1 / K).abs().max() < 1e-12
+
+
+def test_equal_log_odds_tie_whatever_the_logits():
+    q = expected_ot(torch.tensor([[1.0, 0.0], [3.0, 2.0], [0.0, 5.0], [5.0, 0.0]]), [0.5, 0.5]).q
+    assert q[0, 0] == q[1, 0]
+    assert torch.allclose(q[0, 0], torch.tensor((11 / 16 + 5 / 16) / 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_the_order_of_the_images_does_not_matter(K):
+    logits = draw_logits(7, K)
+    logits[2] = logits[5]
+    logits[:3] += torch.tensor([100.0] + [0.0] * (K - 1))  # saturated: costs tie exactly
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
+    target = [0.4, 0.6] if K == 2 else [0.4, 0.3, 0.2, 0.1]
+    assert torch.equal(expected_ot(logits[order], target).q, expected_ot(logits, target).q[order])
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_a_mask_is_the_same_as_leaving_images_out(K):
+    logits, target = draw_logits(8, K), torch.full((K,), 1 / K)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0], dtype=torch.bool)
+    poisoned = logits.clone()
+    poisoned[~mask] = float("nan")
+    ot, kept = expected_ot(poisoned, target, mask), expected_ot(logits[mask], target)
+    assert torch.equal(ot.q[mask], kept.q) and ot.cost == kept.cost
+    assert (ot.q[~mask] == 0).all() and (ot.stderr == 0).all()
+
+
+@pytest.mark.parametrize("K", [2, 4, 8])
+def test_no_image_and_one_image(K):
+    target = torch.arange(1.0, K + 1) / torch.arange(1.0, K + 1).sum()
+    none = expected_ot(torch.zeros(0, K), target)
+    assert none.q.shape == none.stderr.shape == (0, K) and none.cost == 0
+    masked = expected_ot(torch.zeros(3, K), target, torch.zeros(3, dtype=torch.bool))
+    assert (masked.q == 0).all() and masked.cost == 0
+    one = expected_ot(draw_logits(1, K), target)  # q of one image is the target, whatever the image
+    assert (one.q[0] - target.double()).abs().max() < 1e-6
+
+
+def test_drawing_agrees_with_enumerating_within_its_standard_error():
+    logits, target = draw_logits(12, 4), [0.4, 0.3, 0.2, 0.1]
+    exact = expected_ot(logits, target)
+    drawn = expected_ot(logits, target, exact_limit=0, tolerance=0.01, rng=np.random.default_rng(1))
+    assert 0 < drawn.stderr.max() <= 0.01
+    z = (drawn.q - exact.q).abs() / drawn.stderr.clamp(min=1e-3)
+    assert z.max() < 4 and z.mean() > 0.05
+    assert abs(drawn.cost - exact.cost) < 0.02
+
+
+def test_the_standard_error_is_the_scatter_of_repeated_drawing():
+    logits, target = draw_logits(6, 3), [0.5, 0.3, 0.2]
+    runs = [
+        expected_ot(logits, target, exact_limit=0, tolerance=0.03, rng=np.random.default_rng(seed))
+        for seed in range(40)
+    ]
+    scatter = torch.stack([run.q for run in runs]).std(0)
+    claimed = torch.stack([run.stderr for run in runs]).mean(0)
+    big = claimed > 0.5 * claimed.max()
+    assert (scatter[big] / claimed[big]).sub(1).abs().max() < 0.4
+
+
+def test_drawing_without_a_generator_is_the_same_at_every_call():
+    logits = draw_logits(12, 8)
+    state = np.random.get_state()[1].copy()
+    a, b = expected_ot(logits, [1 / 8] * 8), expected_ot(logits, [1 / 8] * 8)
+    assert torch.equal(a.q, b.q) and a.stderr.max() > 0
+    assert (np.random.get_state()[1] == state).all()
+
+
+def test_the_cost_falls_to_the_chance_of_the_counts_as_the_batch_becomes_fair():
+    skewed = torch.tensor([[5.0, 0.0]]).repeat(24, 1) + draw_logits(24, 2, scale=0.1)
+    fair = torch.cat([skewed[:12], skewed[12:].flip(1)])
+    costs = [expected_ot(logits, [0.5, 0.5]).cost for logits in (skewed, fair)]
+    assert costs[0] > 0.65 and costs[1] < 0.15
+
+
+@pytest.mark.parametrize("K", [2, 5])
+def test_distances_are_accurate_near_certainty(K):
+    logits = torch.tensor([[30.0] + [0.0] * (K - 1)], dtype=torch.float64).numpy()
+    tail = math.exp(-30) / (1 + (K - 1) * math.exp(-30))
+    expected = tail * math.sqrt((K - 1) ** 2 + (K - 1))
+    assert class_distance(logits)[0, 0] == pytest.approx(expected, rel=1e-12)
+    p = draw_logits(3, K).softmax(1).numpy()
+    direct = np.linalg.norm(p[:, None] - np.eye(K), axis=2)
+    assert np.abs(class_distance(np.log(p)) - direct).max() < 1e-12
+
+
+def test_count_vectors_are_all_compositions():
+    counts = count_vectors(5, np.array([True, True, False, True]))
+    assert len({tuple(n) for n in counts}) == len(counts) == math.comb(7, 2)
+    assert (counts.sum(1) == 5).all() and (counts[:, 2] == 0).all() and (counts >= 0).all()
+    assert count_vectors(4, np.array([False, True])).tolist() == [[0, 4]]
+
+
+def test_two_classes_repeats_rows_by_their_size():
+    once = two_classes(
+        np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), np.array([1, 1, 1]), np.array([0.5, 0.5])
+    )
+    grouped = two_classes(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([2, 1]), np.array([0.5, 0.5]))
+    assert np.array_equal(once[[0, 2]], grouped)
+
+
+def test_the_arguments_are_not_changed_and_gradients_do_not_enter():
+    logits = draw_logits(5, 3).requires_grad_()
+    before = logits.detach().clone()
+    target = torch.tensor([0.2, 0.3, 0.5])
+    ot = expected_ot(logits, target)
+    assert not ot.q.requires_grad and ot.q.dtype == torch.float64
+    assert torch.equal(logits, before) and torch.equal(target, torch.tensor([0.2, 0.3, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "mask", "said"),
+    [
+        (torch.zeros(3, 2), [0.5, 0.6], None, "sum to 1"),
+        (torch.zeros(3, 2), [1.5, -0.5], None, "no distribution"),
+        (torch.zeros(3, 2), [0.5, float("nan")], None, "no distribution"),
+        (torch.zeros(3, 2), [0.2, 0.3, 0.5], None, "the target is"),
+        (torch.zeros(3), [0.2, 0.3, 0.5], None, "expected"),
+        (torch.zeros(3, 1), [1.0], None, "K > 1"),
+        (torch.zeros(3, 2), [0.5, 0.5], torch.ones(2, dtype=torch.bool), "mask is"),
+        (torch.zeros(3, 2), [0.5, 0.5], torch.ones(3), "mask is"),
+        (torch.full((3, 2), float("inf")), [0.5, 0.5], None, "finite"),
+    ],
+)
+def test_wrong_arguments_are_refused(logits, target, mask, said):
+    with pytest.raises(ValueError, match=said):
+        expected_ot(logits, target, mask)
