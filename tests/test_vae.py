@@ -36,13 +36,23 @@ def relative(found, expected, floor=0.0):
     return ((found - expected).norm() / expected.norm().clamp(min=floor)).item()
 
 
+def shapes(net):
+    """Name -> shape of everything in a state dict."""
+    return {name: tensor.shape for name, tensor in net.state_dict().items()}
+
+
+def build_peer(d):
+    """diffusers' autoencoder from a config.json dict."""
+    return AutoencoderKL(**{key: value for key, value in d.items() if not key.startswith("_")})
+
+
 def pair(d, dtype):
     """Our VAE and diffusers' with the same random weights, norms and biases included.
 
     In float32 the peer's attention is written out; that form takes its softmax in float32 whatever the dtype.
     """
     torch.manual_seed(0)
-    peer = AutoencoderKL(**{key: value for key, value in d.items() if not key.startswith("_")})
+    peer = build_peer(d)
     if dtype == torch.float32:
         peer.set_attn_processor(AttnProcessor())
     with torch.no_grad():
@@ -62,7 +72,8 @@ def check_parity(ours, peer, ours_out, peer_out, ours_in, peer_in, parameters, t
     peer_grads = torch.autograd.grad(peer_out, [peer_in, *(peer_named[n] for n in parameters)], g)
     largest = max(p.norm() for p in peer_grads)
     for name, a, b in zip(["input", *parameters], ours_grads, peer_grads, strict=True):
-        assert relative(a, b, floor=1e-3 * largest) <= tolerance, name  # a bias of keys has no gradient but rounding
+        # the gradient of the keys' bias is zero but for rounding
+        assert relative(a, b, floor=1e-3 * largest) <= tolerance, name
 
 
 @pytest.mark.parametrize("d", [FOUR_LEVELS, THREE_LEVELS], ids=["four", "three"])
@@ -114,8 +125,8 @@ def test_channels_last_changes_nothing():
 def test_sd15_has_diffusers_names_and_shapes():
     with torch.device("meta"):
         ours = VAE(VAEConfig.from_dict(SD15))
-        peer = AutoencoderKL(**{key: value for key, value in SD15.items() if not key.startswith("_")})
-    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in peer.state_dict().items()}
+        peer = build_peer(SD15)
+    assert shapes(ours) == shapes(peer)
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863
     assert ours.config == VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 

@@ -87,8 +87,8 @@ class UNetConfig:
                 "a list of two or more positive whole numbers")
         counts = ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels", "norm_num_groups")
         require_counts(self, source, counts)
-        for name in ("down_block_types", "up_block_types", "heads"):
-            value = getattr(self, name)
+        for name in ("down_block_types", "up_block_types", "attention_head_dim"):
+            value = self.heads if name == "attention_head_dim" else getattr(self, name)
             require(isinstance(value, tuple) and len(value) == len(widths), source, f"{name} = {value!r}",
                     f"one entry per level, {len(widths)}")
         require(are_counts(self.heads), source, f"attention_head_dim = {self.attention_head_dim!r}",
