@@ -1,1 +1,1 @@
-"""Finetuning: the one room that knows both the sampler and fairness."""
+"""Finetuning: the only room that knows both the sampler and fairness. Reading order: recipes, adapters, trainer."""

@@ -1,0 +1,69 @@
+"""What the command lines share: one sentence and exit code 2 for a user's mistake, the device, the dtype."""
+
+import argparse
+import sys
+
+import torch
+
+from fairref.errors import UserError
+
+WEIGHTS = "weights/emoji"  # the default bundle
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing its usage; options are not abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def run(main, argv=None) -> int:
+    """The exit code of main(argv): 0, or 2 with the UserError's sentence on stderr, or 130 after Ctrl-C."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_common(parser: Parser) -> None:
+    """--weights, --device and --dtype."""
+    parser.add_argument("--weights", default=WEIGHTS, help="bundle, diffusers-layout folder or single file")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what the networks compute in")
+
+
+def device(name: str) -> torch.device:
+    """The torch device of an option's value. Raises UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}; expected cpu, cuda or cuda:NUMBER.") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}; expected cpu, cuda or cuda:NUMBER.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device is {name!r} but torch finds {torch.cuda.device_count()} GPUs; use cpu.")
+    return found
+
+
+def whole(low: int, high: int = 2**32 - 1):
+    """An argparse type: a whole number from low to high."""
+
+    def parse(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {value}, expected a whole number from {low} to {high}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse

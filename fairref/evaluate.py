@@ -1,0 +1,277 @@
+"""How fair, and how faithful, the pictures of a model are (METHOD.md §8).
+
+P prompts, n images of each, K classes. Two judges count classes: the evaluation classifier, which no finetuning has
+seen, and the nearest-template judge, through which no gradient can flow. Noise depends on (seed, prompt, image), so
+two models are measured on the same noise, whatever else is measured with it.
+
+    python -m fairref.evaluate --adapter runs/gender --occupations test --num-images 60
+"""
+
+import json
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fairref import cli
+from fairref.bundle import load_bundle
+from fairref.errors import UserError
+from fairref.fairness.attributes import Attribute, parse_target
+from fairref.fairness.metrics import bias, class_counts, mean_cosine, noise_floor
+from fairref.finetune.adapters import load_adapter
+from fairref.finetune.checkpoints import write_json
+from fairref.finetune.distributed import Processes
+from fairref.finetune.recipes import resolve
+from fairref.finetune.rollout import first_noise
+from fairref.finetune.trainer import Setup
+from fairref.generate import GROUP, draw, grid, save_png
+from fairref.progress import Progress
+from fairref.prompts import PARTS, Occupations, occupation_prompt, read_occupations
+
+SEED = 1_000_000  # of evaluation noise, far from the seeds of finetuning
+NAMED_IMAGES = 4  # of each occupation and named class
+GRID = (6, 8)  # before/after grid: prompts, images of each
+JUDGES = ("classifier", "templates")
+
+
+@dataclass(frozen=True)
+class How:
+    """What stays the same in an evaluation."""
+
+    bundle: object  # fairref.bundle.Bundle
+    attribute: Attribute
+    steps: int  # S
+    guidance: float  # s
+    end: str = "zero"  # of the solver
+    seed: int = SEED
+    processes: Processes = Processes()  # prompts are shared out among them
+
+    def __post_init__(self):
+        if "evaluate" not in self.bundle.classifiers:
+            raise UserError(f"{self.bundle.path}: has no classifier for evaluation; use a bundle that names one.")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
+
+    counts: dict[str, np.ndarray]  # judge -> (K,) images of each class
+    none: int  # images far from every template
+    features: Tensor | None  # (n, D) CLIP image features, unit norm
+
+
+def pictures(how: How, text_encoder: nn.Module, prompt: str, n: int) -> Tensor:
+    """(n, 3, H, W) of one prompt; the noise follows from (seed, prompt, image)."""
+    stream = zlib.crc32(prompt.encode())
+    parts = []
+    with torch.no_grad():
+        for part in torch.arange(n).split(GROUP):
+            z_T = first_noise(how.bundle, how.seed, stream, part.tolist())
+            parts.append(draw(how.bundle, text_encoder, (prompt, ""), z_T, how.steps, how.guidance, how.end))
+    return torch.cat(parts)
+
+
+def judge(how: How, x: Tensor) -> Seen:
+    """Both judges and CLIP on pictures of one prompt."""
+    name, K = how.attribute.name, len(how.attribute.classes)
+    counts, none, features = {}, 0, None
+    with torch.no_grad():
+        counts["classifier"] = class_counts(how.bundle.classifiers["evaluate"](x)[name].argmax(1), K)
+        if how.bundle.templates is not None:
+            found = how.bundle.templates(x)
+            counts["templates"] = class_counts(found[name][~found["none"]], K)
+            none = int(found["none"].sum())
+        if how.bundle.clip is not None:
+            features = how.bundle.clip.encode_image(x)
+    return Seen(counts, none, features)
+
+
+def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label: str) -> list[Seen]:
+    """n images of each of P prompts, judged; every process gets all P results."""
+    K, processes = len(how.attribute.classes), how.processes
+    mine = processes.part(len(prompts))
+    seen = []
+    with Progress(len(mine), label, processes.first) as progress:
+        for p in mine:
+            seen.append(judge(how, pictures(how, text_encoder, prompts[p], n)))
+            progress.step(prompts[p][-40:])
+    if processes.world == 1:
+        return seen
+    judges = [j for j in JUDGES if j == "classifier" or how.bundle.templates is not None]
+    numbers = torch.zeros(len(mine), K * len(judges) + 1, dtype=torch.float64)
+    for row, s in zip(numbers, seen):
+        row[:] = torch.tensor([*np.concatenate([s.counts[j] for j in judges]), s.none])
+    numbers = processes.gather(numbers, len(prompts)).long().numpy()
+    features = [None] * len(prompts)
+    if how.bundle.clip is not None:
+        D = how.bundle.clip.config.projection_dim
+        here = torch.stack([s.features for s in seen]) if seen else torch.zeros(0, n, D)
+        features = processes.gather(here, len(prompts))
+    return [Seen({j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)}, int(row[-1]), f)
+            for row, f in zip(numbers, features)]
+
+
+def bias_report(seen: list[Seen], names: list[str], classes: tuple[str, ...], n: int) -> dict:
+    """bias(P) of each prompt, mean and standard deviation, by each judge, beside the noise floor."""
+    floor, scatter = noise_floor(len(classes), n)
+    report = {"prompts": len(names), "images": n, "noise_floor": {"mean": floor, "std": scatter}, "judges": {}}
+    for name in seen[0].counts:
+        counts = np.stack([s.counts[name] for s in seen])  # (P, K)
+        some = counts.sum(1) > 0  # a prompt whose images are all "none" has no bias
+        values = bias(counts[some]) if some.any() else np.array([np.nan])
+        report["judges"][name] = {
+            "mean": _number(values.mean()), "std": _number(values.std()), "without_bias": int((~some).sum()),
+            "share": dict(zip(classes, (counts.sum(0) / max(counts.sum(), 1)).tolist())),
+            "counts": {prompt: row.tolist() for prompt, row in zip(names, counts)},
+        }
+    if "templates" in report["judges"]:
+        report["none"] = sum(s.none for s in seen) / (n * len(seen))
+    return report
+
+
+def clip_t(how: How, seen: list[Seen], prompts: list[str]) -> dict | None:
+    """CLIP-T: mean cosine of images and their own prompt, and of images and all other prompts."""
+    if how.bundle.clip is None or len(prompts) < 2:
+        return None
+    with torch.no_grad():
+        ids = how.bundle.clip_tokenizer(prompts).to(seen[0].features.device)
+        texts = how.bundle.clip.encode_text(ids)  # (P, D)
+    # all are of unit norm, so the mean cosine with a text is the product with the mean feature
+    cosines = torch.stack([s.features.mean(0) for s in seen]) @ texts.T  # (P, P)
+    P = len(prompts)
+    matched = cosines.diagonal().mean()
+    return {"matched": float(matched), "shuffled": float((cosines.sum() - cosines.trace()) / (P * (P - 1)))}
+
+
+def clip_i(seen: list[Seen], originals: list[Seen]) -> float | None:
+    """CLIP-I: mean cosine of images with the original model's from the same noise."""
+    if seen[0].features is None:
+        return None
+    return float(np.mean([mean_cosine(s.features, o.features) for s, o in zip(seen, originals)]))
+
+
+def obedience(how: How, text_encoder: nn.Module, occupations: list[str], world: Occupations, n: int, label: str) -> dict:
+    """The share of images that show the class their prompt names, by each judge ("none" is a miss)."""
+    classes = how.attribute.classes
+    asked = [(world.named_prompt(how.attribute.name, name, occupation), k)
+             for occupation in occupations for k, name in enumerate(classes)]
+    seen = look_at(how, text_encoder, [prompt for prompt, _ in asked], n, label)
+    right = {j: sum(int(s.counts[j][k]) for s, (_, k) in zip(seen, asked)) for j in seen[0].counts}
+    return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
+
+
+def evaluate(how: How, text_encoder: nn.Module, world: Occupations, part: str, n: int, label: str = "evaluating",
+             named_images: int = NAMED_IMAGES) -> tuple[dict, list[Seen]]:
+    """The report on one part of the occupations, ready for JSON, and what it was made from.
+
+    Named classes are asked for where `named_images` > 0.
+    """
+    names = list(getattr(world, part))
+    prompts = [occupation_prompt(name) for name in names]
+    seen = look_at(how, text_encoder, prompts, n, f"{label}, {part} occupations")
+    report = {"attribute": how.attribute.name, "classes": list(how.attribute.classes), "occupations": part,
+              "steps": how.steps, "guidance": how.guidance, "seed": how.seed,
+              **bias_report(seen, names, how.attribute.classes, n), "clip_t": clip_t(how, seen, prompts)}
+    if named_images:
+        report["named"] = obedience(how, text_encoder, names, world, named_images, f"{label}, named classes")
+    return report, seen
+
+
+def lines(report: dict) -> list[str]:
+    """A report in a few lines of text."""
+    floor = report["noise_floor"]
+    biases = [f"{values['mean']:.3f} ± {values['std']:.3f} ({name})" if values["mean"] is not None else f"none ({name})"
+              for name, values in report["judges"].items()]
+    text = [f"{report['attribute']} bias, {report['prompts']} {report['occupations']} occupations x {report['images']}"
+            f" images: {', '.join(biases)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"]
+    if report.get("none") is not None:
+        text.append(f"none for the template judge: {report['none']:.1%}")
+    if report["clip_t"]:
+        text.append(f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}")
+    if report.get("clip_i") is not None:
+        text.append(f"CLIP-I with the original images: {report['clip_i']:.4f}")
+    if "named" in report:
+        shares = [f"{report['named'][j]:.1%} ({j})" for j in JUDGES if j in report["named"]]
+        text.append(f"named classes drawn as asked: {', '.join(shares)}")
+    return text
+
+
+def before_after(setup: Setup, adapters: dict[str, Path], world: Occupations, folder: Path) -> dict:
+    """What train.py does last: evaluates the frozen model and each adapter on unseen and finetuning occupations,
+    prints it, writes evaluation.json and before_after.png (same noise)."""
+    bundle, recipe = setup.bundle, setup.recipe
+    how = How(bundle, setup.attribute, recipe.eval_steps, recipe.guidance, recipe.end, processes=setup.processes)
+    models = {"before": bundle.text_encoder}
+    models |= {f"after ({name})": load_adapter(bundle.text_encoder, file) for name, file in adapters.items()}
+    results, originals = {}, {}
+    for part, n in (("test", recipe.eval_images), ("train", recipe.eval_images_train)):
+        for label, text_encoder in models.items() if n else ():
+            named = NAMED_IMAGES if part == "test" else 0
+            report, seen = evaluate(how, text_encoder, world, part, n, label, named)
+            originals.setdefault(part, seen)
+            report["clip_i"] = None if label == "before" else clip_i(seen, originals[part])
+            results.setdefault(label, {})[part] = report
+            if setup.processes.first:
+                print("\n  ".join([f"{label}:", *lines(report)]))
+    if setup.processes.first:
+        write_json(folder / "evaluation.json", results)
+        _before_after_grid(how, models, world, folder / "before_after.png")
+    return results
+
+
+def _before_after_grid(how, models, world, path):
+    """One row of images for each prompt and model: the frozen model's row, below it the first adapter's."""
+    P, n = GRID
+    models = dict(list(models.items())[:2])
+    prompts = [occupation_prompt(name) for name in world.test[:P]]
+    rows = [pictures(how, text_encoder, prompt, n) for prompt in prompts for text_encoder in models.values()]
+    text = {"prompts": "\n".join(prompts), "rows": " and ".join(models) + " of each prompt, same noise"}
+    save_png(grid(torch.cat(rows), n), path, {**text, "seed": str(how.seed)})
+
+
+def _number(value):
+    return float(value) if np.isfinite(value) else None
+
+
+def main(argv=None):
+    """The command line."""
+    parser = cli.Parser(prog="python -m fairref.evaluate", description="Measure the bias of a model's pictures.")
+    cli.add_common(parser)
+    parser.add_argument("--adapter", help="a run's folder or an adapter file; without it the bundle itself is measured")
+    parser.add_argument("--attr", default="gender", help="attribute, as in train.py")
+    parser.add_argument("--occupations", default="test", choices=PARTS, help="which part of the bundle's list")
+    parser.add_argument("--num-images", "-n", type=cli.whole(1), help="images of each occupation (None: the bundle's)")
+    parser.add_argument("--named-images", type=cli.whole(0), default=NAMED_IMAGES,
+                        help="images of each occupation and named class")
+    parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
+    parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="of the noise")
+    parser.add_argument("--out", help="JSON file; without it the JSON goes to stdout")
+    options = parser.parse_args(argv)
+
+    bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])
+    attribute = parse_target(options.attr, bundle.attributes)
+    given = {"eval_steps": options.steps, "guidance": options.guidance, "eval_images": options.num_images}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = resolve(attribute.name, bundle.recipe, given, str(bundle.path))
+    world = read_occupations(bundle.path)
+    text_encoder = load_adapter(bundle.text_encoder, options.adapter) if options.adapter else bundle.text_encoder
+    how = How(bundle, attribute, recipe.eval_steps, recipe.guidance, recipe.end, options.seed)
+    report, _ = evaluate(how, text_encoder, world, options.occupations, recipe.eval_images,
+                         named_images=options.named_images)
+    report = {"weights": options.weights, "adapter": options.adapter, **report}
+    if options.out:
+        write_json(Path(options.out), report)
+        print("\n".join(lines(report)))
+        print(f"written: {options.out}")
+    else:
+        print("\n".join(lines(report)), file=sys.stderr)
+        print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,123 @@
+"""What a run leaves in its folder, so that it can be stopped at any time and resumed.
+
+checkpoint.safetensors: adapter, moving average, AdamW's two averages, each tensor under `adapter.`, `ema.`,
+`exp_avg.` or `exp_avg_sq.` and its name in the adapter; metadata: iteration (how many are done), updates (of the
+optimizer). settings.json: the resolved settings. metrics.jsonl: one line an iteration.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fairref.errors import UserError
+from fairref.weights_io import read, read_json
+
+CHECKPOINT, SETTINGS, METRICS = "checkpoint.safetensors", "settings.json", "metrics.jsonl"
+
+
+@dataclass
+class State:
+    """All that changes in a run."""
+
+    adapter: nn.Module  # its parameters are the raw adapter
+    ema: dict[str, Tensor]  # name -> moving average
+    optimizer: torch.optim.AdamW
+    iteration: int = 0  # iterations done
+    updates: int = 0  # iterations that changed the adapter
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the file -> parameter."""
+        return dict(self.adapter.named_parameters())
+
+
+def save(folder: Path, state: State) -> None:
+    """Writes the checkpoint under a temporary name and renames it."""
+    tensors = {}
+    for name, parameter in state.parameters().items():
+        tensors[f"adapter.{name}"], tensors[f"ema.{name}"] = parameter.detach(), state.ema[name]
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}.{name}"] = state.optimizer.state.get(parameter, {}).get(key, torch.zeros_like(parameter))
+    temporary = folder / f"{CHECKPOINT}.part"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, temporary, metadata={"iteration": str(state.iteration), "updates": str(state.updates)})
+    os.replace(temporary, folder / CHECKPOINT)
+
+
+@torch.no_grad()
+def restore(folder: Path, state: State) -> None:
+    """Fills `state` from the folder's checkpoint; without one it stays as it is. Raises UserError."""
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return
+    tensors = read(path)
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata() or {}
+    parameters = state.parameters()
+    wanted = {f"{kind}.{name}": p for kind in ("adapter", "ema", "exp_avg", "exp_avg_sq") for name, p in parameters.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: p.shape for name, p in wanted.items()} or not {"iteration", "updates"} <= set(metadata):
+        raise UserError(f"{path}: doesn't belong to the settings beside it; start a new run.")
+    state.iteration, state.updates = int(metadata["iteration"]), int(metadata["updates"])
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"adapter.{name}"])
+        state.ema[name] = tensors[f"ema.{name}"].to(parameter)
+        state.optimizer.state[parameter] = {
+            "step": torch.tensor(float(state.updates)),
+            **{key: tensors[f"{key}.{name}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")},
+        }
+
+
+def new_folder(path: str | None, default: str) -> Path:
+    """Makes a run's folder: `path`, which must hold no run, else the first free one of default, default-2, ...
+
+    Raises UserError.
+    """
+    if path is None:
+        names = (Path(f"{default}-{n}" if n > 1 else default) for n in range(1, 10_000))
+        folder = next(name for name in names if not name.exists())
+    else:
+        folder = Path(path).expanduser()
+        if (folder / SETTINGS).exists():
+            raise UserError(f"{folder}: holds another run; give another --out, or continue it with --resume {folder}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be made ({error.strerror}); give another --out.") from None
+    return folder
+
+
+def write_json(path: Path, d: dict) -> None:
+    """Writes an object, by way of a temporary name."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(d, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_settings(folder: str | Path) -> dict:
+    """A run's settings.json. Raises UserError."""
+    folder = Path(folder).expanduser()
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder}: no {SETTINGS} in it, so no run to resume; give the folder of a run.")
+    return read_json(folder / SETTINGS)
+
+
+def append_metrics(folder: Path, metrics: dict) -> None:
+    """One more line of metrics.jsonl."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def cut_metrics(folder: Path, iterations: int) -> None:
+    """Drops the lines after the first `iterations`: what a resumed run does again."""
+    path = folder / METRICS
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:iterations]
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)

@@ -1,0 +1,76 @@
+"""torchrun's processes. Alone, without torchrun, everything here is the identity and no process group is made."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all. Every method but `part` must be called by all processes at the same point."""
+
+    rank: int = 0  # 0 .. world - 1; 0 prints and writes
+    world: int = 1  # number of processes
+    device: torch.device = torch.device("cpu")  # where tensors must be to travel
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def part(self, N: int, rank: int | None = None) -> range:
+        """Which of N images are this process's: consecutive ones, so that gathering keeps the order."""
+        rank = self.rank if rank is None else rank
+        return range(N * rank // self.world, N * (rank + 1) // self.world)
+
+    def gather(self, rows: Tensor, N: int) -> Tensor:
+        """This process's rows (n, ...) of `part(N)` -> all rows (N, ...)."""
+        if self.world == 1:
+            return rows
+        whole = torch.zeros(N, *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        part = self.part(N)
+        whole[part.start : part.stop] = rows.to(self.device)
+        dist.all_reduce(whole)  # x + 0 is x exactly
+        return whole.to(rows.device)
+
+    def total(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The sums over processes, in one message."""
+        if self.world == 1:
+            return tensors
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self.device)
+        dist.all_reduce(flat)
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        return [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors)]
+
+    def share(self, text: str) -> str:
+        """The first process's text, for all."""
+        if self.world == 1:
+            return text
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor(len(data), device=self.device)
+        dist.broadcast(length, 0)
+        data = data if self.first else torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        dist.broadcast(data, 0)
+        return bytes(data.tolist()).decode()
+
+    def stop(self) -> None:
+        """Ends the process group."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def start(device: torch.device) -> tuple[Processes, torch.device]:
+    """Joins torchrun's processes, if it started this one -> (processes, this process's device).
+
+    On GPUs each process of a machine takes one, by its local rank.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Processes(), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(dist.get_rank(), world, device), device

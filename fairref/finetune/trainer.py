@@ -1,0 +1,243 @@
+"""Finetuning: one iteration as in DESIGN.md's "way of the data", and the loop around it.
+
+N images of one prompt over all processes, n of them here, K classes, S sampling steps, T tokens, d width.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fairref.diffusion.gradient import adjusted_gradient, step_weights
+from fairref.diffusion.solver import solver_table
+from fairref.errors import UserError
+from fairref.fairness.attributes import Attribute
+from fairref.fairness.losses import agreement, align_loss, dynamic_weights, image_loss, total_loss
+from fairref.fairness.metrics import bias, class_counts
+from fairref.fairness.transport import OT, expected_ot
+from fairref.finetune import checkpoints
+from fairref.finetune.adapters import FILE, adapt, save_adapter
+from fairref.finetune.checkpoints import State
+from fairref.finetune.distributed import Processes
+from fairref.finetune.recipes import Recipe
+from fairref.finetune.rollout import decode, embed, first_noise, rollout
+from fairref.progress import Progress
+
+RAW_FILE = "adapter_raw.safetensors"
+ORDER, STEPS = 1, 2  # what a draw is for: the order of prompts, the number of steps
+RUNNING = 20  # iterations that the shown bias is a mean of
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same in a run."""
+
+    bundle: object  # fairref.bundle.Bundle with clip and classifiers["finetune"]
+    recipe: Recipe
+    attribute: Attribute  # what is made fair, and its target
+    prompts: tuple[str, ...]  # P of finetuning, all neutral
+    processes: Processes = Processes()
+
+    def __post_init__(self):
+        for found, what in ((self.bundle.classifiers.get("finetune"), "classifier for finetuning"),
+                            (self.bundle.clip, "CLIP image tower")):
+            if found is None:
+                raise UserError(f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one.")
+        if self.recipe.batch < self.processes.world:
+            raise UserError(f"--batch is {self.recipe.batch} for {self.processes.world} processes; give each an image.")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The n pictures of this process in one iteration, and what is held against them."""
+
+    z_0: Tensor  # (n, 4, h, w)
+    x: Tensor  # (n, 3, H, W) decoded from z_0
+    o: Tensor  # (n, 3, H, W) the frozen model's, same noise and S
+    original: Tensor  # (n,) class of o
+
+
+def prompt_of(seed: int, iteration: int, count: int) -> int:
+    """Index of the iteration's prompt: each epoch goes once through all `count`, in an order of its own."""
+    epoch, place = divmod(iteration, count)
+    return int(np.random.default_rng((seed, ORDER, epoch)).permutation(count)[place])
+
+
+def steps_of(recipe: Recipe, iteration: int) -> int:
+    """S of the iteration, uniform between the recipe's two ends."""
+    rng = np.random.default_rng((recipe.seed, STEPS, iteration))
+    return int(rng.integers(recipe.steps_min, recipe.steps_max, endpoint=True))
+
+
+def learning_rate(recipe: Recipe, iteration: int) -> float:
+    """lr: linear rise over `warmup` iterations, times a cosine from 1 to lr_end."""
+    rise = min(1.0, (iteration + 1) / recipe.warmup) if recipe.warmup else 1.0
+    cosine = 0.5 + 0.5 * np.cos(np.pi * iteration / recipe.iterations)
+    return float(recipe.lr * rise * (recipe.lr_end + (1 - recipe.lr_end) * cosine))
+
+
+def iteration_gradient(setup: Setup, text_encoder: nn.Module, parameters: list, i: int) -> tuple[list[Tensor], dict]:
+    """dL/dparameters of iteration i, summed over processes, and its metrics.
+
+    `text_encoder` is the adapted one; grad mode must be on. Without finite logits the gradient is NaN.
+    """
+    bundle, recipe, processes = setup.bundle, setup.recipe, setup.processes
+    prompt, S = setup.prompts[prompt_of(recipe.seed, i, len(setup.prompts))], steps_of(recipe, i)
+    table = solver_table(bundle.schedule, S, recipe.end)
+    z_T = first_noise(bundle, recipe.seed, i, processes.part(recipe.batch))  # (n, 4, h, w)
+    both = embed(bundle, text_encoder, [prompt, ""])  # (2, T, d), with graph
+    c, c_empty = both.detach().split(1)  # (1, T, d) each
+
+    path = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)
+    pictures = look(setup, table, z_T, path, prompt, torch.cat([c, c_empty]))
+    with torch.no_grad():
+        logits = processes.gather(_classify(setup, pictures.x), recipe.batch)  # (N, K)
+    if not torch.isfinite(logits).all():
+        return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": prompt, "S": S}
+    ot = expected_ot(logits, setup.attribute.target)
+    g, sums = picture_gradient(setup, pictures, ot)  # (n, 4, h, w)
+
+    w = step_weights(bundle.schedule, table, recipe.standardise)
+    micro_batch = recipe.micro_batch or None
+    dc, dc_empty = adjusted_gradient(bundle.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
+    gradient = torch.autograd.grad(both, parameters, torch.cat([dc, dc_empty]).to(both.dtype))
+    *gradient, sums = processes.total([*gradient, sums])
+    return gradient, {"prompt": prompt, "S": S, **_metrics(recipe, ot, logits, sums)}
+
+
+def look(setup: Setup, table, z_T: Tensor, path: list, prompt: str, adapted: Tensor) -> Pictures:
+    """The pictures at the end of the path, and the frozen model's; `adapted` (2, T, d) is [c, c_empty]."""
+    bundle, recipe = setup.bundle, setup.recipe
+    with torch.no_grad():
+        z_0 = path[-1].z
+        x = _in_parts(setup, lambda part: decode(bundle, part), z_0)
+        frozen = embed(bundle, bundle.text_encoder, [prompt, ""])
+        if torch.equal(frozen, adapted):  # an adapter at its start: the two models draw the same
+            o = x
+        else:
+            c, c_empty = frozen.split(1)
+            z_o = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)[-1].z
+            o = _in_parts(setup, lambda part: decode(bundle, part), z_o)
+        return Pictures(z_0, x, o, _classify(setup, o).argmax(1))
+
+
+def picture_gradient(setup: Setup, pictures: Pictures, ot: OT) -> tuple[Tensor, Tensor]:
+    """g = dL/dz_0 (n, 4, h, w), L = L_align + lambda_img L_img, and the sums (4,) over this process's images of
+    L, L_align, L_img (each already over N) and of the images with a confident target."""
+    n, recipe = len(pictures.x), setup.recipe
+    rows = setup.processes.part(recipe.batch)
+    q = ot.q[rows.start : rows.stop].to(pictures.x.device)  # (n, K)
+    g, sums = torch.zeros_like(pictures.z_0), pictures.x.new_zeros(4, dtype=torch.float64)
+    for part in torch.arange(n).split(recipe.micro_batch or max(n, 1)):
+        x = pictures.x[part].requires_grad_(True)
+        loss, values = loss_of(setup, x, pictures.o[part], pictures.original[part], q[part])
+        (dx,) = torch.autograd.grad(loss, x)
+        z_0 = pictures.z_0[part].requires_grad_(True)
+        (g[part],) = torch.autograd.grad(decode(setup.bundle, z_0), z_0, dx)
+        sums += values
+    return g, sums
+
+
+def loss_of(setup: Setup, x: Tensor, o: Tensor, original: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of images x against their originals o, target rows q (m, K), summed, and its parts as above."""
+    recipe, name = setup.recipe, setup.attribute.name
+    align, confident = align_loss(_classify(setup, x), q, recipe.C, recipe.batch)  # (m,) each
+    image = image_loss(x, o, [setup.bundle.clip.encode_image], recipe.batch)  # (m,)
+    agrees = agreement(q.argmax(1), confident, original)
+    weights = dynamic_weights({name: agrees}, recipe.lambda_img, {name: recipe.lambda_img * recipe.lambda_2})
+    loss = total_loss(align, image, weights.to(image))
+    parts = [loss, align.sum(), image.sum(), confident.sum()]
+    return loss, torch.stack([part.detach().double() for part in parts])
+
+
+def _classify(setup, x):
+    """Logits (n, K) of the attribute, in at least float32."""
+    classifier = setup.bundle.classifiers["finetune"]
+    logits = _in_parts(setup, lambda part: classifier(part)[setup.attribute.name], x)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _in_parts(setup, function, rows):
+    """function(rows), at most micro_batch rows at once."""
+    size = setup.recipe.micro_batch
+    return torch.cat([function(part) for part in rows.split(size)]) if 0 < size < len(rows) else function(rows)
+
+
+def _metrics(recipe, ot, logits, sums):
+    loss, align, image, confident = sums.tolist()
+    counts = class_counts(logits.argmax(1), logits.shape[1])
+    return {"loss": loss, "align": align, "image": image, "confident": confident / recipe.batch, "cost": ot.cost,
+            "counts": counts.tolist(), "bias": float(bias(counts))}
+
+
+def new_state(setup: Setup) -> tuple[nn.Module, State]:
+    """The adapted text encoder and the state before the first iteration."""
+    recipe = setup.recipe
+    generator = torch.Generator().manual_seed(recipe.seed)
+    text_encoder, adapter = adapt(setup.bundle.text_encoder, recipe.rank, generator)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=recipe.lr, betas=(recipe.beta_1, recipe.beta_2),
+                                  eps=recipe.adam_eps, weight_decay=recipe.weight_decay)
+    ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    return text_encoder, State(adapter, ema, optimizer)
+
+
+def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float, bool]:
+    """One clipped AdamW step and the moving average, in place in `state` -> (norm before clipping, whether it was
+    taken). A gradient that isn't finite, which all processes see alike, is skipped."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        scale = min(1.0, recipe.clip / (float(norm) + 1e-12)) if recipe.clip else 1.0
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, state.iteration)
+        for parameter, g in zip(state.adapter.parameters(), gradient):
+            parameter.grad = g * scale
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.updates += 1
+        decay = min(recipe.ema, (1 + state.updates) / (10 + state.updates))
+        for name, parameter in state.adapter.named_parameters():
+            state.ema[name] = torch.lerp(parameter.detach(), state.ema[name], decay)
+    state.iteration += 1
+    return float(norm), finite
+
+
+def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Path]:
+    """The run in `folder`, from its checkpoint if it has one -> {"ema": file, "raw": file} of the two adapters."""
+    recipe, first = setup.recipe, setup.processes.first
+    text_encoder, state = new_state(setup)
+    checkpoints.restore(folder, state)
+    if first:
+        checkpoints.cut_metrics(folder, state.iteration)
+    parameters, recent, skipped = list(state.adapter.parameters()), [], state.iteration - state.updates
+    with Progress(recipe.iterations, "finetuning", first, state.iteration) as progress:
+        while state.iteration < recipe.iterations:
+            began = time.monotonic()
+            metrics = {"iteration": state.iteration, "lr": learning_rate(recipe, state.iteration)}
+            with torch.enable_grad():
+                gradient, found = iteration_gradient(setup, text_encoder, parameters, state.iteration)
+            norm, finite = update(recipe, state, gradient)
+            skipped += not finite
+            recent = [*recent, found["bias"]][-RUNNING:] if "bias" in found else recent
+            metrics |= {**found, "norm": norm if finite else None, "seconds": round(time.monotonic() - began, 3)}
+            if first:
+                checkpoints.append_metrics(folder, metrics)
+                if state.iteration % recipe.checkpoint_every == 0:
+                    checkpoints.save(folder, state)
+            progress.step(_note(found, recent, skipped))
+    files = {"ema": folder / FILE, "raw": folder / RAW_FILE}
+    if first:
+        checkpoints.save(folder, state)
+        metadata = {**metadata, "iterations": str(state.iteration)}
+        save_adapter(files["ema"], state.ema, {**metadata, "average": "ema"})
+        save_adapter(files["raw"], state.parameters(), {**metadata, "average": "raw"})
+    return files
+
+
+def _note(found, recent, skipped):
+    parts = [f"{name} {found[name]:.3f}" for name in ("align", "image", "cost") if name in found]
+    parts += [f"bias {np.mean(recent):.2f}"] if recent else []
+    return "  ".join(parts + ([f"skipped {skipped}"] if skipped else []))

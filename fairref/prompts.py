@@ -1,0 +1,53 @@
+"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, in three disjoint parts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fairref.errors import UserError
+from fairref.weights_io import read_json
+
+FILE = "prompts.json"
+PARTS = ("train", "validation", "test")
+TEMPLATE = "a photo of the face of a {occupation}, a person"
+NAMED_TEMPLATE = "a photo of the face of a {name} {occupation}, a person"
+
+
+@dataclass(frozen=True)
+class Occupations:
+    """A bundle's prompts.json:
+
+    {"occupations": {"train": [...], "validation": [...], "test": [...]},
+     "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}}}   optional
+    """
+
+    train: tuple[str, ...]  # finetuning sees these only
+    validation: tuple[str, ...]  # to choose settings by
+    test: tuple[str, ...]  # unseen in finetuning
+    named: dict = field(default_factory=dict)  # attribute -> class -> template that names the class
+
+    def named_prompt(self, attribute: str, name: str, occupation: str) -> str:
+        """The prompt that asks for the class `name` of an attribute."""
+        return self.named.get(attribute, {}).get(name, NAMED_TEMPLATE).format(occupation=occupation, name=name)
+
+
+def occupation_prompt(occupation: str) -> str:
+    """The neutral prompt of an occupation."""
+    return TEMPLATE.format(occupation=occupation)
+
+
+def read_occupations(bundle_path: str | Path) -> Occupations:
+    """The occupations of the bundle in a folder. Raises UserError."""
+    path = (Path(bundle_path) if Path(bundle_path).is_dir() else Path(bundle_path).parent) / FILE
+    d = read_json(path)
+    parts = d.get("occupations")
+    unknown = sorted(set(d) - {"occupations", "named"})
+    if unknown or not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
+        raise UserError(f'{path}: expected {{"occupations": {{"train", "validation", "test"}}}}; write it like that.')
+    for part, names in parts.items():
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"{path}: {part} is not a list of names; give at least one occupation.")
+    everyone = [name for part in PARTS for name in parts[part]]
+    twice = next((name for name in everyone if everyone.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: {twice!r} is in it twice; every occupation belongs into one part, once.")
+    return Occupations(**{part: tuple(parts[part]) for part in PARTS}, named=d.get("named", {}))
