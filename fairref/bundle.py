@@ -192,7 +192,8 @@ def load_stable_diffusion(path: Path) -> tuple[dict, int]:
     }
     networks = {}
     for name, (tensors, source) in _weights(path, single, configs).items():
-        networks[name] = PARTS[name].network(configs[name])
+        with torch.device("meta"):  # random initial values would take longer than loading
+            networks[name] = PARTS[name].network(configs[name])
         load_strict(networks[name], tensors, source)
     length = configs["text_encoder"].max_position_embeddings
     tokenizer = _tokenizer(path, single, length)
@@ -204,7 +205,9 @@ def load_stable_diffusion(path: Path) -> tuple[dict, int]:
 def load_clip(folder: Path) -> tuple[Clip, Tokenizer]:
     """A transformers CLIPModel's folder -> (both towers, the tokenizer)."""
     config = ClipConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    clip, weights = Clip(config), folder / "model.safetensors"
+    weights = folder / "model.safetensors"
+    with torch.device("meta"):
+        clip = Clip(config)
     load_strict(clip, read(weights), str(weights))
     tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt", config.text.max_position_embeddings)
     return clip, tokenizer

@@ -226,7 +226,7 @@ def _check_header(path):
         header = file.read(length) if start[8:9] == b"{" and 8 + length <= size else b""
     if start[8:9] != b"{":  # first, for a length may begin with the same bytes as a pickle
         if start.startswith((b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))):
-            raise UserError(f"{path}: a pickle, which could run code and isn't read; convert it to safetensors.")
+            raise UserError(f"{path}: a pickle, which could run code and isn't read; make it safetensors.")
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there.")
         raise UserError(f"{path}: not a safetensors file ({size} bytes); get or convert the file again.")
@@ -247,6 +247,7 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     """Copies the tensors into the module's parameters and buffers; `source` names the file in errors.
 
     Keys must be the same both ways, and so must each shape and each kind (floating or not); else UserError.
+    A module on the meta device, which has no memory yet, gets its own on the CPU.
     """
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in tensors]
@@ -265,7 +266,9 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     ]
     if wrong:
         raise UserError(f"{source}: {_some(wrong)}; use the configuration and weights that belong together.")
-    module.load_state_dict({key: tensors[key] for key in wanted}, strict=True)
+    # copies, for what safetensors reads is backed by the file
+    copies = {key: tensors[key].to(value.dtype, copy=True) for key, value in wanted.items()}
+    module.load_state_dict(copies, strict=True, assign=any(value.is_meta for value in wanted.values()))
 
 
 def _kind(tensor):

@@ -51,15 +51,28 @@ ROLES = "pilot nurse doctor teacher farmer cook singer judge mechanic scientist 
 def prompts() -> list[str]:
     """More than 500 texts: corners, sentences, and random characters of several ranges."""
     draw = random.Random(0)
-    ranges = [(32, 127), (0, 0x250), (0x300, 0x370), (0x370, 0x800), (0x900, 0xE00), (0x2000, 0x2100), (0x3040, 0x30FF)]
+    ranges = [
+        (32, 127),
+        (0, 0x250),
+        (0x300, 0x370),
+        (0x370, 0x800),
+        (0x900, 0xE00),
+        (0x2000, 0x2100),
+        (0x3040, 0x30FF),
+    ]
     ranges += [(0x4E00, 0x9FFF), (0xAC00, 0xD7A0), (0xFB00, 0xFB50), (0x1F300, 0x1FAFF), (0, 0xD800)]
     texts = list(CORNERS)
     for role in ROLES:
-        texts += [f"a photo of the face of a {role}, a person", f"A {role.title()}'s portrait; 35mm, f/1.4, 4k!!"]
+        texts += [
+            f"a photo of the face of a {role}, a person",
+            f"A {role.title()}'s portrait; 35mm, f/1.4, 4k!!",
+        ]
     while len(texts) < 700:
         low, high = draw.choice(ranges)
         texts.append("".join(chr(draw.randrange(low, high)) for _ in range(draw.choice((1, 3, 10, 30, 120)))))
-        mixed = [draw.choice([draw.choice(ROLES), draw.choice(CORNERS)[:9], " ", "\n", "'s"]) for _ in range(12)]
+        mixed = [
+            draw.choice([draw.choice(ROLES), draw.choice(CORNERS)[:9], " ", "\n", "'s"]) for _ in range(12)
+        ]
         texts.append("".join(mixed))
     return texts
 
@@ -81,7 +94,9 @@ def own(tmp_path_factory):
     with gzip.open(Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     alphabet = byte_symbols()
-    tokens = alphabet + [s + "</w>" for s in alphabet] + [merge.replace(" ", "") for merge in merges] + [BOS, EOS]
+    tokens = (
+        alphabet + [s + "</w>" for s in alphabet] + [merge.replace(" ", "") for merge in merges] + [BOS, EOS]
+    )
     folder = tmp_path_factory.mktemp("own")
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
@@ -95,7 +110,9 @@ def load(folder, length=77):
 def peer_ids(folder, texts, length=77):
     transformers = pytest.importorskip("transformers")
     peer = transformers.CLIPTokenizer.from_pretrained(folder)
-    return peer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    return peer(
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids
 
 
 @pytest.mark.parametrize("vocabulary", ["small", "own"])

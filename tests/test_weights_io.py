@@ -12,6 +12,7 @@ from fairref.errors import UserError
 from fairref.weights_io import ldm_split, load_strict, read, read_json, rename, unet_table, vae_table
 
 # Names of the public SD-1.5 checkpoint and of its diffusers conversion, one of each kind.
+BLOCK = "transformer_blocks.0"
 UNET_NAMES = {
     "time_embed.0.weight": "time_embedding.linear_1.weight",
     "time_embed.2.bias": "time_embedding.linear_2.bias",
@@ -25,7 +26,7 @@ UNET_NAMES = {
     "input_blocks.9.0.op.bias": "down_blocks.2.downsamplers.0.conv.bias",
     "input_blocks.11.0.out_layers.0.weight": "down_blocks.3.resnets.1.norm2.weight",
     "middle_block.0.out_layers.3.weight": "mid_block.resnets.0.conv2.weight",
-    "middle_block.1.transformer_blocks.0.attn2.to_k.weight": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    f"middle_block.1.{BLOCK}.attn2.to_k.weight": f"mid_block.attentions.0.{BLOCK}.attn2.to_k.weight",
     "middle_block.2.in_layers.0.bias": "mid_block.resnets.1.norm1.bias",
     "output_blocks.2.0.in_layers.0.weight": "up_blocks.0.resnets.2.norm1.weight",
     "output_blocks.2.1.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
@@ -33,7 +34,7 @@ UNET_NAMES = {
     "output_blocks.5.1.proj_out.bias": "up_blocks.1.attentions.2.proj_out.bias",
     "output_blocks.5.2.conv.weight": "up_blocks.1.upsamplers.0.conv.weight",
     "output_blocks.8.2.conv.bias": "up_blocks.2.upsamplers.0.conv.bias",
-    "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight": "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj.weight",
+    f"output_blocks.11.1.{BLOCK}.ff.net.0.proj.bias": f"up_blocks.3.attentions.2.{BLOCK}.ff.net.0.proj.bias",
     "out.0.weight": "conv_norm_out.weight",
     "out.2.weight": "conv_out.weight",
 }
@@ -65,7 +66,9 @@ def test_names_of_the_public_checkpoint(table, names):
 
 def test_two_tensors_with_one_new_name_are_refused():
     both = {f"output_blocks.2.{place}.conv.weight": torch.zeros(1) for place in (1, 2)}
-    with pytest.raises(UserError, match=r"^some.safetensors: two tensors for up_blocks.0.upsamplers.0.conv.weight"):
+    with pytest.raises(
+        UserError, match=r"^some.safetensors: two tensors for up_blocks.0.upsamplers.0.conv.weight"
+    ):
         rename(both, unet_table(4, 2), "some.safetensors")
 
 
@@ -98,7 +101,9 @@ def test_single_file_is_split_and_the_attention_squeezed():
 
 
 def test_single_file_of_another_model_is_refused():
-    with pytest.raises(UserError, match=r"^xl.safetensors: found conditioner.embedders.0.weight, expected model.d"):
+    with pytest.raises(
+        UserError, match=r"^xl.safetensors: found conditioner.embedders.0.weight, expected model.d"
+    ):
         ldm_split({**ldm_tensors(), "conditioner.embedders.0.weight": torch.ones(1)}, "xl.safetensors")
     no_vae = {key: value for key, value in ldm_tensors().items() if not key.startswith("first_stage")}
     with pytest.raises(UserError, match=r"^pruned.safetensors: found no first_stage_model\.\*, expected"):
@@ -122,6 +127,20 @@ def test_strict_loading_copies_every_tensor_and_nothing_else():
     assert module.linear.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_loaded_tensors_are_not_those_of_the_file(tmp_path, device):
+    source, path = Small(), tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path)
+    with torch.device(device):
+        module = Small()
+    tensors = read(path)
+    load_strict(module, tensors, "file")
+    assert not any(p.is_meta for p in [*module.parameters(), *module.buffers()])
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    tensors["linear.weight"].zero_()
+    assert torch.equal(module.linear.weight, source.linear.weight)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -129,12 +148,25 @@ def test_strict_loading_copies_every_tensor_and_nothing_else():
         (lambda t: t.update(more=torch.ones(1)), r"found 1 unknown tensors \(more\); use"),
         (
             lambda t: [t.update({f"x{i}": t.pop(k)}) for i, k in enumerate(list(t))],
-            r"found 7 tensors missing \(linear.weight, linear.bias, norm.weight and 4 more\) and 7 unknown tensors \(x0",
+            r"found 7 tensors missing \(linear.weight, linear.bias, norm.weight and 4 more\) and "
+            r"7 unknown tensors \(x0",
         ),
-        (lambda t: t.update({"linear.weight": torch.ones(2, 4)}), r"linear.weight is float \[2, 4\], expected float \[2, 3\]; use"),
-        (lambda t: t.update({"linear.weight": torch.ones(3, 2)}), r"linear.weight is float \[3, 2\], expected float \[2, 3\]"),
-        (lambda t: t.update({"linear.bias": torch.ones(2, dtype=torch.int8)}), r"linear.bias is int8 \[2\], expected float \[2\]"),
-        (lambda t: t.update({"norm.num_batches_tracked": torch.tensor(1.5)}), r"norm.num_batches_tracked is float \[\], expected int64"),
+        (
+            lambda t: t.update({"linear.weight": torch.ones(2, 4)}),
+            r"linear.weight is float \[2, 4\], expected float \[2, 3\]; use",
+        ),
+        (
+            lambda t: t.update({"linear.weight": torch.ones(3, 2)}),
+            r"linear.weight is float \[3, 2\], expected float \[2, 3\]",
+        ),
+        (
+            lambda t: t.update({"linear.bias": torch.ones(2, dtype=torch.int8)}),
+            r"linear.bias is int8 \[2\], expected float \[2\]",
+        ),
+        (
+            lambda t: t.update({"norm.num_batches_tracked": torch.tensor(1.5)}),
+            r"norm.num_batches_tracked is float \[\], expected int64",
+        ),
     ],
 )
 def test_every_difference_is_named_and_nothing_is_loaded(change, message):
@@ -192,10 +224,16 @@ def torch_zip(path):
         (lambda whole, path: whole + b"more", "damaged safetensors file"),
         (lambda whole, path: whole.replace(b"F32", b"X32"), "damaged safetensors file"),
         (lambda whole, path: whole[:20] + b"\xff" * 10 + whole[30:], "damaged safetensors file"),
-        (lambda whole, path: pickle.dumps(Bomb(), protocol=2), "a pickle, which could run code and isn't read"),
+        (
+            lambda whole, path: pickle.dumps(Bomb(), protocol=2),
+            "a pickle, which could run code and isn't read",
+        ),
         (lambda whole, path: pickle.dumps(Bomb()), "a pickle, which could run code and isn't read"),
         (lambda whole, path: torch_zip(path), "a pickle, which could run code and isn't read"),
-        (lambda whole, path: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (
+            lambda whole, path: b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "a Git LFS pointer",
+        ),
     ],
 )
 def test_every_file_that_is_not_whole_safetensors_gets_one_sentence(tmp_path, whole, content, message):
@@ -230,5 +268,9 @@ def test_json_files(tmp_path):
 
 
 def test_ignored_names_are_whole_names():
-    assert weights_io.ignored("betas") and weights_io.ignored("x.position_ids") and weights_io.ignored("model_ema.a")
+    assert (
+        weights_io.ignored("betas")
+        and weights_io.ignored("x.position_ids")
+        and weights_io.ignored("model_ema.a")
+    )
     assert not weights_io.ignored("model.betas") and not weights_io.ignored("position_ids.weight")
