@@ -40,9 +40,9 @@ BOTH = pytest.mark.parametrize("d", [FOUR_LEVELS, THREE_LEVELS], ids=["four", "t
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def relative(found, expected, floor=0.0):
-    """|found - expected| / max(|expected|, floor) in the Euclidean norm."""
-    return ((found - expected).norm() / expected.norm().clamp(min=floor)).item()
+def relative(found, expected):
+    """|found - expected| / |expected| in the Euclidean norm."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def shapes(net):
@@ -56,7 +56,7 @@ def build_peer(d):
 
 
 def pair(d, dtype):
-    """Our U-Net and diffusers' (attention written out) with the same random weights, norms and biases too."""
+    """Our U-Net and diffusers' (attention written out) with the same weights, all of them random."""
     torch.manual_seed(0)
     peer = build_peer(d)
     peer.set_attn_processor(AttnProcessor())
@@ -89,10 +89,8 @@ def test_values_and_gradients_are_diffusers(d, dtype):
         parameters = dict(net.named_parameters())
         results.append([eps, *torch.autograd.grad(eps, [*leaves, *(parameters[name] for name in names)], g)])
         assert torch.equal(leaves[0], z) and torch.equal(leaves[1], c)
-    largest = max(grad.norm() for grad in results[1][3:])
     for name, a, b in zip(["eps", "z", "c", *names], *results, strict=True):
-        floor = 0.0 if name in ("eps", "z", "c") else 1e-3 * largest
-        assert relative(a, b, floor) <= TOLERANCE[dtype], name
+        assert relative(a, b) <= TOLERANCE[dtype], name
 
 
 @BOTH
@@ -170,8 +168,8 @@ def test_what_diffusers_saves_is_read(d):
     ("up_block_types", ["SimpleCrossAttnUpBlock2D"] * 4), ("mid_block_type", "UNetMidBlock2D"),
     ("flip_sin_to_cos", False), ("freq_shift", 1), ("time_embedding_type", "fourier"),
     ("resnet_time_scale_shift", "scale_shift"), ("transformer_layers_per_block", [1, 2, 10, 10]),
-    ("only_cross_attention", True), ("num_attention_heads", 8), ("conv_in_kernel", 1), ("encoder_hid_dim", 4096),
-    ("layers_per_block", [2, 2, 2, 2]), ("cross_attention_dim", None), ("block_out_channels", [320]),
+    ("only_cross_attention", True), ("num_attention_heads", 8), ("conv_in_kernel", 1),
+    ("encoder_hid_dim", 4096), ("layers_per_block", [2, 2, 2, 2]), ("cross_attention_dim", None), ("block_out_channels", [320]),
     ("up_block_types", ["UpBlock2D"] * 3), ("attention_head_dim", [8, 8, 8]), ("attention_head_dim", 0),
     ("norm_num_groups", 7), ("norm_eps", -1e-5)])
 def test_what_is_not_implemented_is_refused(key, value):
