@@ -169,9 +169,9 @@ def test_what_diffusers_saves_is_read(d):
     ("flip_sin_to_cos", False), ("freq_shift", 1), ("time_embedding_type", "fourier"),
     ("resnet_time_scale_shift", "scale_shift"), ("transformer_layers_per_block", [1, 2, 10, 10]),
     ("only_cross_attention", True), ("num_attention_heads", 8), ("conv_in_kernel", 1),
-    ("encoder_hid_dim", 4096), ("layers_per_block", [2, 2, 2, 2]), ("cross_attention_dim", None), ("block_out_channels", [320]),
-    ("up_block_types", ["UpBlock2D"] * 3), ("attention_head_dim", [8, 8, 8]), ("attention_head_dim", 0),
-    ("norm_num_groups", 7), ("norm_eps", -1e-5)])
+    ("encoder_hid_dim", 4096), ("layers_per_block", [2, 2, 2, 2]), ("cross_attention_dim", None),
+    ("block_out_channels", [320]), ("up_block_types", ["UpBlock2D"] * 3), ("attention_head_dim", [8, 8, 8]),
+    ("attention_head_dim", 0), ("norm_num_groups", 7), ("norm_eps", -1e-5)])
 def test_what_is_not_implemented_is_refused(key, value):
     with pytest.raises(UserError, match=key):
         UNetConfig.from_dict({**SD15_JSON, key: value})
