@@ -56,5 +56,7 @@ def test_an_attribute_made_by_hand_is_checked_too():
         Attribute("gender", ("woman", "woman"), (0.5, 0.5))
     with pytest.raises(UserError, match="at least two different names"):
         Attribute("gender", ("woman",), (1.0,))
+    with pytest.raises(UserError, match="sums to inf"):
+        Attribute("gender", ("woman", "man"), (float("inf"), 1.0))
     with pytest.raises(UserError, match="from 0 to 1"):
         Attribute("gender", ("woman", "man"), (float("nan"), 1.0))

@@ -54,10 +54,14 @@ def test_q_and_cost_are_those_of_the_definition(N, target):
 
 
 @pytest.mark.parametrize("d", [0.5, 0.3, 1.0, 0.0])
-def test_the_closed_form_is_the_enumeration_for_two_classes(d):
-    """A third class that the target never asks for makes the general path solve the same problem."""
+@pytest.mark.parametrize("shift", [0.0, 60.0])
+def test_the_closed_form_is_the_enumeration_for_two_classes(d, shift):
+    """A third class that the target never asks for makes the general path solve the same problem.
+
+    With a shift of 60 all p are 1.0: the distances tie, and the cross-entropy decides as the log-odds do.
+    """
     N, never = 24, -60.0
-    logits = draw_logits(N, 2, scale=3)
+    logits = draw_logits(N, 2, scale=3) + torch.tensor([shift, 0.0])
     closed = expected_ot(logits, [d, 1 - d])
     three = torch.cat([logits, torch.full((N, 1), never)], 1)
     general = expected_ot(three, [d, 1 - d, 0])
@@ -91,8 +95,7 @@ def test_saturated_probabilities_still_have_confident_targets(K):
     assert (logits.double().softmax(1)[:, 0] == 1).all()
     assert len(ot.q.unique(dim=0)) == 24
     assert ot.q.amax(1).max() > 0.99
-    if K == 2:
-        assert (ot.q[1:, 0] > ot.q[:-1, 0]).all()
+    assert (ot.q[1:, 0] > ot.q[:-1, 0]).all()  # the least certain image is the first to change class
 
 
 def test_log_odds_rank_in_float64():
@@ -193,7 +196,7 @@ def test_distances_are_accurate_near_certainty(K):
     logits = torch.tensor([[30.0] + [0.0] * (K - 1)], dtype=torch.float64).numpy()
     tail = math.exp(-30) / (1 + (K - 1) * math.exp(-30))
     expected = tail * math.sqrt((K - 1) ** 2 + (K - 1))
-    assert class_distance(logits)[0, 0] == pytest.approx(expected, rel=1e-12)
+    assert class_distance(logits)[0, 0] == pytest.approx(expected, rel=1e-12, abs=0)
     p = draw_logits(3, K).softmax(1).numpy()
     direct = np.linalg.norm(p[:, None] - np.eye(K), axis=2)
     assert np.abs(class_distance(np.log(p)) - direct).max() < 1e-12
@@ -204,6 +207,13 @@ def test_count_vectors_are_all_compositions():
     assert len({tuple(n) for n in counts}) == len(counts) == math.comb(7, 2)
     assert (counts.sum(1) == 5).all() and (counts[:, 2] == 0).all() and (counts >= 0).all()
     assert count_vectors(4, np.array([False, True])).tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("exact_limit", [0, 1000])
+def test_a_target_in_float32_sums_to_1_only_nearly(exact_limit):
+    target = torch.tensor([0.50000018, 0.5, 0.0])
+    ot = expected_ot(draw_logits(4, 3), target, exact_limit=exact_limit)
+    assert (ot.q.sum(1) - 1).abs().max() < 1e-12 and (ot.q[:, 2] == 0).all()
 
 
 def test_two_classes_repeats_rows_by_their_size():

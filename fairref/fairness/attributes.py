@@ -1,6 +1,5 @@
 """What is to be made fair: an attribute, its classes, and the distribution a user wants of them."""
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -28,7 +27,7 @@ class Attribute:
                 f'The target of "{name}" has {len(target)} numbers but there are {len(classes)} classes'
                 f" ({', '.join(classes)}); give one number for each."
             )
-        if not all(math.isfinite(share) and share >= 0 for share in target):
+        if not all(share >= 0 for share in target):
             raise UserError(f'The target of "{name}" is {_shown(target)}; its numbers must be from 0 to 1.')
         if abs(sum(target) - 1) > SUM_TOLERANCE:
             raise UserError(

@@ -26,7 +26,7 @@ def align_loss(logits: Tensor, q: Tensor, C: float, N: int) -> tuple[Tensor, Ten
     `logits` (n, K) of h, with gradient; `q` (n, K) the same images' rows of eq 5, on any device; `C` the
     confidence threshold; `N` images over all processes. -> values (n,), confident (n,) bool; else they are 0.
     """
-    y, confident = confident_targets(q.to(logits.device), C)
+    y, confident = (part.to(logits.device) for part in confident_targets(q, C))
     cross_entropy = F.cross_entropy(logits, y, reduction="none")  # (n,)
     return cross_entropy.where(confident, 0) / N, confident
 

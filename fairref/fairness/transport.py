@@ -16,6 +16,7 @@ from scipy.stats import binom, multinomial
 EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not enumerated
 TOLERANCE = 0.01  # largest standard error that drawing stops at
 DRAWS_A_ROUND = 500
+TIE_BREAK = 1e-12  # weight of the cross-entropy in the cost: it decides only where float64 sees no difference
 TARGET_SUM_TOLERANCE = 1e-6  # a target's sum may miss 1 by this, for targets that come from float32
 
 
@@ -62,7 +63,9 @@ def expected_ot(
         if len(target) == 2:
             q_rows, stderr_rows = two_classes(rows, size, target), np.zeros_like(rows)
         else:
-            q_rows, stderr_rows = any_classes(distance, size, target, exact_limit, tolerance, rng)
+            q_rows, stderr_rows = any_classes(
+                distance + TIE_BREAK * cross_entropy(rows), size, target, exact_limit, tolerance, rng
+            )
         q[keep], stderr[keep] = q_rows[group], stderr_rows[group]
         cost = float((q[keep] * distance[group]).sum(1).mean())  # the cost is linear in the assignment
     return OT(torch.from_numpy(q), torch.from_numpy(stderr), cost)
@@ -89,6 +92,16 @@ def class_distance(logits):
     return np.sqrt(rest**2 + p**2 @ others)
 
 
+def cross_entropy(logits):
+    """-log p^(i)_k (N, K) of logits (N, K).
+
+    Where p saturates at 1.0 the distances tie and assignments would be arbitrary. The cheapest one by cross-entropy
+    is what the ranking by log-odds picks for K = 2.
+    """
+    shifted = logits - logits.max(1, keepdims=True)
+    return np.log(np.exp(shifted).sum(1, keepdims=True)) - shifted
+
+
 def two_classes(logits, size, target):
     """q (G, 2) for K = 2: the image of rank r in log-odds gets class 0 iff n_0 >= r, n_0 ~ Binomial(N, d_0).
 
@@ -103,33 +116,33 @@ def two_classes(logits, size, target):
     return mean_by(tied_of_rank, by_rank)[tied]
 
 
-def any_classes(distance, size, target, exact_limit, tolerance, rng):
-    """q and its standard error (G, K) for any K, by enumerating or drawing the class counts."""
+def any_classes(cost, size, target, exact_limit, tolerance, rng):
+    """q and its standard error (G, K) for any K, by enumerating or drawing the class counts: cost (G, K)."""
     N, K = int(size.sum()), len(target)
     group = np.repeat(np.arange(len(size)), size)  # (N,) images in the order of the rows
-    distance = distance[group]  # (N, K)
+    cost = cost[group]  # (N, K)
     possible = int((target > 0).sum())
     if math.comb(N + possible - 1, possible - 1) <= exact_limit:
         counts = count_vectors(N, target > 0)  # (M, K)
         weights = multinomial.pmf(counts, N, target)
         q = np.zeros((N, K))
         for n, weight in zip(counts, weights):
-            q[np.arange(N), assign(distance, n)] += weight
+            q[np.arange(N), assign(cost, n)] += weight
         q_rows = mean_by(group, q)
         # The M weights miss 1 by rounding only.
         return q_rows / q_rows.sum(1, keepdims=True), np.zeros_like(q_rows)
-    return draw(distance, group, target, tolerance, rng or np.random.default_rng(0))
+    return draw(cost, group, target, tolerance, rng or np.random.default_rng(0))
 
 
-def draw(distance, group, target, tolerance, rng):
+def draw(cost, group, target, tolerance, rng):
     """Monte Carlo over n ~ Multinomial(N, D): q and its standard error (G, K), every error <= tolerance."""
-    N, K = distance.shape
+    N, K = cost.shape
     total, squares, M = 0.0, 0.0, 0
     stderr = np.inf
     while np.max(stderr) > tolerance:
         counts, times = np.unique(rng.multinomial(N, target, DRAWS_A_ROUND), axis=0, return_counts=True)
         for n, repeats in zip(counts, times):
-            one = mean_by(group, np.eye(K)[assign(distance, n)])  # (G, K)
+            one = mean_by(group, np.eye(K)[assign(cost, n)])  # (G, K)
             total, squares = total + repeats * one, squares + repeats * one**2
         M += DRAWS_A_ROUND
         q = total / M
@@ -137,10 +150,10 @@ def draw(distance, group, target, tolerance, rng):
     return q, stderr
 
 
-def assign(distance, n):
-    """Each image's class (N,) when n_k images go to class k at the least cost: distance (N, K), n (K,)."""
+def assign(cost, n):
+    """Each image's class (N,) when n_k images go to class k at the least cost: cost (N, K), n (K,)."""
     classes = np.repeat(np.arange(len(n)), n)  # (N,)
-    images, slots = linear_sum_assignment(distance[:, classes])
+    images, slots = linear_sum_assignment(cost[:, classes])
     return classes[slots[np.argsort(images)]]
 
 
