@@ -21,26 +21,72 @@ from fairref.emoji.pictures import RESOLUTION, draw
 from fairref.emoji.templates import Templates
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = {"iterations": 160, "lr": 3e-4, "lr_end": 0.1, "warmup": 5, "ema": 0.95, "steps_min": 8, "steps_max": 10,
-          "guidance": 3.0, "eval_steps": 20, "checkpoint_every": 40, "clip": 1.0}
-SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "_diffusers_version": "0.30.0", "num_train_timesteps": 1000,
-             "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
-             "prediction_type": "epsilon", "algorithm_type": "dpmsolver++", "solver_type": "midpoint",
-             "solver_order": 2, "lower_order_final": True, "euler_at_final": False, "thresholding": False,
-             "use_karras_sigmas": False, "timestep_spacing": "linspace", "steps_offset": 0,
-             "final_sigmas_type": "zero"}
-TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": stages.TOKENS, "do_lower_case": True,
-             "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-             "pad_token": "<|endoftext|>", "add_prefix_space": False}
-MODEL_INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
-               "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
-               "safety_checker": [None, None], "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-               "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-               "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-NAMED = {"gender": {name: f"a photo of the face of a {name} {{occupation}}, a person"
-                    for name in stages.ATTRIBUTES["gender"]},
-         "skin_tone": {name: f"a photo of the face of a {name}-skinned {{occupation}}, a person"
-                       for name in stages.ATTRIBUTES["skin_tone"]}}
+RECIPE = {
+    "iterations": 160,
+    "lr": 3e-4,
+    "lr_end": 0.1,
+    "warmup": 5,
+    "ema": 0.95,
+    "steps_min": 8,
+    "steps_max": 10,
+    "guidance": 3.0,
+    "eval_steps": 20,
+    "checkpoint_every": 40,
+    "clip": 1.0,
+}
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "_diffusers_version": "0.30.0",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "solver_order": 2,
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "final_sigmas_type": "zero",
+}
+TOKENIZER = {
+    "tokenizer_class": "CLIPTokenizer",
+    "model_max_length": stages.TOKENS,
+    "do_lower_case": True,
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "add_prefix_space": False,
+}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.30.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+NAMED = {
+    "gender": {
+        name: f"a photo of the face of a {name} {{occupation}}, a person"
+        for name in stages.ATTRIBUTES["gender"]
+    },
+    "skin_tone": {
+        name: f"a photo of the face of a {name}-skinned {{occupation}}, a person"
+        for name in stages.ATTRIBUTES["skin_tone"]
+    },
+}
 
 
 def train(folder: Path) -> dict[str, nn.Module]:
@@ -48,8 +94,13 @@ def train(folder: Path) -> dict[str, nn.Module]:
     folder.mkdir(parents=True, exist_ok=True)
     vae = stages.scaled(stages.train_vae(folder))
     painter = stages.train_unet(folder, stages.make_latents(folder, vae))
-    return {"vae": vae, "unet": painter.unet, "text_encoder": painter.text_encoder, "clip": stages.train_clip(folder),
-            **{role: stages.train_classifier(folder, role, vae) for role in stages.CLASSIFIER_CONFIG}}
+    return {
+        "vae": vae,
+        "unet": painter.unet,
+        "text_encoder": painter.text_encoder,
+        "clip": stages.train_clip(folder),
+        **{role: stages.train_classifier(folder, role, vae) for role in stages.CLASSIFIER_CONFIG},
+    }
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -74,16 +125,23 @@ def template_threshold(vae: nn.Module) -> float:
     """The error below which 99.9 % of real pictures fall, seen through the VAE, plus a fifth."""
     judge = Templates(float("inf"))
     scene = stages.balanced_scene(1024, stages.generator_for(0, "threshold", 0))
-    x = torch.cat([vae.decode(vae.encode(draw(scene[part]))).clamp(-1, 1) for part in torch.arange(1024).split(128)])
+    x = torch.cat(
+        [vae.decode(vae.encode(draw(scene[part]))).clamp(-1, 1) for part in torch.arange(1024).split(128)]
+    )
     return round(1.2 * judge(x)["error"].quantile(0.999).item(), 4)
 
 
 def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     """Write the bundle: diffusers' layout, the judges beside it, and the manifest."""
-    parts = {"vae": ({**stages.VAE_CONFIG, "scaling_factor": networks["vae"].config.scaling_factor},
-                     "diffusion_pytorch_model"),
-             "unet": (stages.UNET_CONFIG, "diffusion_pytorch_model"),
-             "text_encoder": (stages.TEXT_CONFIG, "model"), "clip": (stages.CLIP_CONFIG, "model")}
+    parts = {
+        "vae": (
+            {**stages.VAE_CONFIG, "scaling_factor": networks["vae"].config.scaling_factor},
+            "diffusion_pytorch_model",
+        ),
+        "unet": (stages.UNET_CONFIG, "diffusion_pytorch_model"),
+        "text_encoder": (stages.TEXT_CONFIG, "model"),
+        "clip": (stages.CLIP_CONFIG, "model"),
+    }
     for name, (config, file) in parts.items():
         write_json(out / name / "config.json", config)
         save_half(networks[name], out / name / f"{file}.safetensors")
@@ -95,25 +153,41 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", MODEL_INDEX)
     write_json(out / "templates.json", {"threshold": template_threshold(networks["vae"])})
-    write_json(out / "prompts.json", {
-        "occupations": {split: [job.name for job in occupations() if job.split == split] for split in SPLITS},
-        "named": NAMED})
-    write_json(out / "bundle.json", {
-        "name": "emoji", "resolution": RESOLUTION,
-        "attributes": {name: list(classes) for name, classes in stages.ATTRIBUTES.items()},
-        "stable_diffusion": ".", "clip": "clip",
-        "classifiers": {role: f"classifier_{role}" for role in stages.CLASSIFIER_CONFIG},
-        "templates": "templates.json", "recipe": RECIPE})
+    write_json(
+        out / "prompts.json",
+        {
+            "occupations": {
+                split: [job.name for job in occupations() if job.split == split] for split in SPLITS
+            },
+            "named": NAMED,
+        },
+    )
+    write_json(
+        out / "bundle.json",
+        {
+            "name": "emoji",
+            "resolution": RESOLUTION,
+            "attributes": {name: list(classes) for name, classes in stages.ATTRIBUTES.items()},
+            "stable_diffusion": ".",
+            "clip": "clip",
+            "classifiers": {role: f"classifier_{role}" for role in stages.CLASSIFIER_CONFIG},
+            "templates": "templates.json",
+            "recipe": RECIPE,
+        },
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "emoji", help="folder of the stage files")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "emoji", help="folder of the stage files"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "weights" / "emoji", help="folder of the bundle")
     parser.add_argument("--check", action="store_true", help="measure the gates instead")
     options = parser.parse_args(arguments)
     if options.check:
         from fairref.emoji.check import check
+
         return check(options.out)
     networks = train(options.work)
     export(networks, options.work, options.out)

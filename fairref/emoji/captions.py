@@ -17,15 +17,25 @@ from fairref.emoji.sheet import GENDERS, LOOKS, TONES
 
 TABLE = Path(__file__).with_name("occupations.csv")
 SPLITS = ("train", "validation", "test")
-TONE_SHARE = (0.65, 0.18, 0.10, 0.07)     # light, medium-light, medium, dark
+TONE_SHARE = (0.65, 0.18, 0.10, 0.07)  # light, medium-light, medium, dark
 GENDER_WORDS = {"woman": ("woman", "female"), "man": ("man", "male")}
 HAIR_WORDS = ("black", "brown", "red", "blond")
 HUES = ("red", "yellow", "green", "cyan", "blue", "purple")
 
-NEUTRAL = ("a photo of the face of a {o}, a person", "a photo of a {o}", "a picture of a {o}", "the face of a {o}",
-           "a {o}")
-GENDERED = ("a photo of the face of a {g} {o}, a person", "a photo of the face of a {g} {o}",
-            "a photo of the face of a {o}, a {g}", "a photo of a {g} {o}", "a {g} {o}")
+NEUTRAL = (
+    "a photo of the face of a {o}, a person",
+    "a photo of a {o}",
+    "a picture of a {o}",
+    "the face of a {o}",
+    "a {o}",
+)
+GENDERED = (
+    "a photo of the face of a {g} {o}, a person",
+    "a photo of the face of a {g} {o}",
+    "a photo of the face of a {o}, a {g}",
+    "a photo of a {g} {o}",
+    "a {g} {o}",
+)
 TONED = ("a photo of the face of a {t}-skinned {o}, a person", "a photo of a {o} with {t} skin")
 BOTH = ("a photo of the face of a {t}-skinned {g} {o}", "a photo of a {g} {o} with {t} skin")
 SHARE_OF = {"empty": 0.10, "neutral": 0.56, "gendered": 0.20, "toned": 0.07, "both": 0.07}
@@ -43,7 +53,10 @@ class Occupation:
 def occupations() -> tuple[Occupation, ...]:
     """All rows of the table."""
     with TABLE.open(encoding="utf-8", newline="") as file:
-        return tuple(Occupation(r["name"], r["look"], float(r["share_women"]), r["split"]) for r in csv.DictReader(file))
+        return tuple(
+            Occupation(r["name"], r["look"], float(r["share_women"]), r["split"])
+            for r in csv.DictReader(file)
+        )
 
 
 @dataclass(frozen=True)
@@ -51,10 +64,10 @@ class Captions:
     """Every caption of the world with how often it is drawn and what it names; -1 where it names nothing."""
 
     texts: tuple[str, ...]
-    weight: Tensor        # (M,) sums to 1
-    occupation: Tensor    # (M,) index into occupations()
-    gender: Tensor        # (M,) index into GENDERS
-    tone: Tensor          # (M,) index into TONES
+    weight: Tensor  # (M,) sums to 1
+    occupation: Tensor  # (M,) index into occupations()
+    gender: Tensor  # (M,) index into GENDERS
+    tone: Tensor  # (M,) index into TONES
 
 
 @cache
@@ -68,12 +81,23 @@ def captions() -> Captions:
     jobs = list(enumerate(job.name for job in occupations()))
     words = [(g, word) for g, name in enumerate(GENDERS) for word in GENDER_WORDS[name]]
     tones = list(enumerate(TONES))
-    repeated = (NEUTRAL[0],) * 4 + NEUTRAL[1:]          # the method's own template half of the time
+    repeated = (NEUTRAL[0],) * 4 + NEUTRAL[1:]  # the method's own template half of the time
     add("neutral", [(s.format(o=job), o, -1, -1) for s in repeated for o, job in jobs])
-    add("gendered", [(s.format(o=job, g=word), o, g, -1) for s in GENDERED for o, job in jobs for g, word in words])
+    add(
+        "gendered",
+        [(s.format(o=job, g=word), o, g, -1) for s in GENDERED for o, job in jobs for g, word in words],
+    )
     add("toned", [(s.format(o=job, t=tone), o, -1, t) for s in TONED for o, job in jobs for t, tone in tones])
-    add("both", [(s.format(o=job, g=word, t=tone), o, g, t)
-                 for s in BOTH for o, job in jobs for g, word in words for t, tone in tones])
+    add(
+        "both",
+        [
+            (s.format(o=job, g=word, t=tone), o, g, t)
+            for s in BOTH
+            for o, job in jobs
+            for g, word in words
+            for t, tone in tones
+        ],
+    )
     texts, weight, *named = zip(*rows)
     return Captions(texts, torch.tensor(weight), *(torch.tensor(column) for column in named))
 
@@ -104,7 +128,11 @@ def describe(scene: Scene, generator: torch.Generator) -> list[str]:
         tone = f"{TONES[scene.tone[b]]}-skinned" if named_tone else ""
         text = " ".join(filter(None, ("a photo of the face of a", tone, gender, job))) + ", a person"
         text += f" with {HAIR_WORDS[hair[b]]} hair" if named_hair else ""
-        text += f" in front of a {colour_name(scene.background[b].mean(0))} background" if named_background else ""
+        text += (
+            f" in front of a {colour_name(scene.background[b].mean(0))} background"
+            if named_background
+            else ""
+        )
         texts.append(text)
     return texts
 

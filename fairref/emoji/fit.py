@@ -23,8 +23,20 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def fit(stage: str, network: nn.Module, loss_of, *, steps: int, lr: float, folder: Path, seed: int = 0,
-        ema: float = 0.0, weight_decay: float = 1e-2, clip: float = 1.0, save_every: int = 100) -> nn.Module:
+def fit(
+    stage: str,
+    network: nn.Module,
+    loss_of,
+    *,
+    steps: int,
+    lr: float,
+    folder: Path,
+    seed: int = 0,
+    ema: float = 0.0,
+    weight_decay: float = 1e-2,
+    clip: float = 1.0,
+    save_every: int = 100,
+) -> nn.Module:
     """Train `network` in place of nothing: `loss_of(network, generator) -> scalar`. Returns it (or its EMA) in eval mode.
 
     Progress goes to stderr; `folder/stage.pt` holds the state and is continued from, and deleted files start anew.
@@ -57,11 +69,20 @@ def fit(stage: str, network: nn.Module, loss_of, *, steps: int, lr: float, folde
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if (step + 1) % 20 == 0 or step + 1 == steps:
             pace = (time.monotonic() - began) / (step + 1 - start)
-            print(f"\r{stage}: {step + 1}/{steps}  loss {smooth:.4f}  {pace:.2f} s/step  "
-                  f"{pace * (steps - step - 1) / 60:.1f} min left   ", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{stage}: {step + 1}/{steps}  loss {smooth:.4f}  {pace:.2f} s/step  "
+                f"{pace * (steps - step - 1) / 60:.1f} min left   ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
-                     "step": step + 1}
+            state = {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "step": step + 1,
+            }
             torch.save(state, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
     print(file=sys.stderr)

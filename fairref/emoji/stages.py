@@ -26,30 +26,77 @@ VOCABULARY = 900
 TOKENS = 77
 ATTRIBUTES = {"gender": GENDERS, "skin_tone": TONES}
 
-VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-              "block_out_channels": [16, 32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
-              "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-              "scaling_factor": 1.0, "sample_size": RESOLUTION}
-UNET_CONFIG = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4,
-               "sample_size": RESOLUTION // 8, "block_out_channels": [96, 160, 192], "layers_per_block": 1,
-               "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-               "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-               "mid_block_type": "UNetMidBlock2DCrossAttn", "cross_attention_dim": 96, "attention_head_dim": 4,
-               "norm_num_groups": 16, "norm_eps": 1e-5, "act_fn": "silu", "downsample_padding": 1,
-               "flip_sin_to_cos": True, "freq_shift": 0}
-TEXT_CONFIG = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": VOCABULARY,
-               "hidden_size": 96, "intermediate_size": 384, "projection_dim": 64, "num_hidden_layers": 3,
-               "num_attention_heads": 4, "max_position_embeddings": TOKENS, "hidden_act": "quick_gelu",
-               "layer_norm_eps": 1e-5, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1,
-               "pad_token_id": VOCABULARY - 1}
-CLIP_CONFIG = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 64,
-               "text_config": TEXT_CONFIG,
-               "vision_config": {"hidden_size": 128, "intermediate_size": 512, "projection_dim": 64,
-                                 "num_hidden_layers": 4, "num_attention_heads": 4, "num_channels": 3,
-                                 "image_size": RESOLUTION, "patch_size": 8, "hidden_act": "quick_gelu",
-                                 "layer_norm_eps": 1e-5}}
-CLASSIFIER_CONFIG = {"finetune": {"kind": "small", "width": 0.75, "input_size": 96},
-                     "evaluate": {"kind": "small", "width": 1.0, "input_size": 80}}
+VAE_CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [16, 32, 64, 96],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "act_fn": "silu",
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "scaling_factor": 1.0,
+    "sample_size": RESOLUTION,
+}
+UNET_CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": RESOLUTION // 8,
+    "block_out_channels": [96, 160, 192],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "cross_attention_dim": 96,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+    "norm_eps": 1e-5,
+    "act_fn": "silu",
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+}
+TEXT_CONFIG = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "projection_dim": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": TOKENS,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": VOCABULARY - 2,
+    "eos_token_id": VOCABULARY - 1,
+    "pad_token_id": VOCABULARY - 1,
+}
+CLIP_CONFIG = {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "projection_dim": 64,
+    "text_config": TEXT_CONFIG,
+    "vision_config": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "projection_dim": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_channels": 3,
+        "image_size": RESOLUTION,
+        "patch_size": 8,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+}
+CLASSIFIER_CONFIG = {
+    "finetune": {"kind": "small", "width": 0.75, "input_size": 96},
+    "evaluate": {"kind": "small", "width": 1.0, "input_size": 80},
+}
 
 
 def held_out(look: Tensor, tone: Tensor) -> Tensor:
@@ -62,19 +109,25 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     files = folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt"
     if not all(file.exists() for file in files):
         generator = generator_for(0, "tokenizer", 0)
-        train_bpe([*captions().texts, *describe(balanced_scene(2000, generator), generator)], VOCABULARY,
-                  folder / "tokenizer")
+        train_bpe(
+            [*captions().texts, *describe(balanced_scene(2000, generator), generator)],
+            VOCABULARY,
+            folder / "tokenizer",
+        )
     return Tokenizer(*files)
 
 
 def balanced_scene(B: int, generator: torch.Generator):
     """B scenes with look, gender and tone uniform and independent."""
-    look, gender, tone = (torch.randint(len(names), (B,), generator=generator) for names in (LOOKS, GENDERS, TONES))
+    look, gender, tone = (
+        torch.randint(len(names), (B,), generator=generator) for names in (LOOKS, GENDERS, TONES)
+    )
     return random_scene(look, gender, tone, generator)
 
 
 def train_vae(folder, steps: int = 2200, batch: int = 16, kl: float = 1e-4) -> VAE:
     """Squared and absolute error, a little KL, a sampled latent, as in latent diffusion (without its discriminator)."""
+
     def loss_of(vae, generator):
         x = draw(balanced_scene(batch, generator))
         mean, logvar = vae.moments(x)
@@ -106,8 +159,12 @@ def make_latents(folder: Path, vae: VAE, copies: int = 288, seed: int = 0) -> Te
         return torch.load(file, weights_only=True)
     L, G, K = len(LOOKS), len(GENDERS), len(TONES)
     cell = torch.arange(L * G * K)
-    z = [vae.encode(draw(random_scene(cell // (G * K), cell // K % G, cell % K, generator_for(seed, "latents", n))))
-         for n in range(copies)]                                              # each (L G K, 4, h, w)
+    z = [
+        vae.encode(
+            draw(random_scene(cell // (G * K), cell // K % G, cell % K, generator_for(seed, "latents", n)))
+        )
+        for n in range(copies)
+    ]  # each (L G K, 4, h, w)
     z = torch.stack(z, 1).view(L, G, K, copies, *z[0].shape[1:])
     torch.save(z, file)
     return z
@@ -130,17 +187,19 @@ def small_embeddings(text: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def train_unet(folder: Path, latents: Tensor, steps: int = 3000, batch: int = 64, lr: float = 1e-3) -> Painter:
+def train_unet(
+    folder: Path, latents: Tensor, steps: int = 3000, batch: int = 64, lr: float = 1e-3
+) -> Painter:
     """Mean squared error of the predicted noise, t uniform, a tenth of the prompts empty."""
     schedule = Schedule()
     keep = schedule.alpha_bar.sqrt().float()
     spread = (1 - schedule.alpha_bar).sqrt().float()
-    ids = read_tokenizer(folder)(list(captions().texts))                      # (M, T)
+    ids = read_tokenizer(folder)(list(captions().texts))  # (M, T)
 
     def loss_of(painter, generator):
         index, *who = draw_captions(batch, generator)
         copy = torch.randint(latents.shape[3], (batch,), generator=generator)
-        z_0 = latents[(*who, copy)]                                           # (B, 4, h, w)
+        z_0 = latents[(*who, copy)]  # (B, 4, h, w)
         t = torch.randint(schedule.T, (batch,), generator=generator)
         eps = torch.randn(z_0.shape, generator=generator)
         z_t = keep[t].view(-1, 1, 1, 1) * z_0 + spread[t].view(-1, 1, 1, 1) * eps
@@ -157,7 +216,7 @@ def train_clip(folder: Path, steps: int = 1200, batch: int = 96, lr: float = 1e-
     def loss_of(clip, generator):
         scene = balanced_scene(batch, generator)
         text, image = clip.encode_text(tokenizer(describe(scene, generator))), clip.encode_image(draw(scene))
-        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T      # (B, B)
+        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, B)
         same = torch.arange(batch)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
@@ -169,6 +228,7 @@ def train_clip(folder: Path, steps: int = 1200, batch: int = 96, lr: float = 1e-
 
 def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 900, batch: int = 64) -> Classifier:
     """Cross-entropy with smoothed labels on balanced pictures, half of them through the VAE, with noise."""
+
     def loss_of(classifier, generator):
         scene = balanced_scene(2 * batch, generator)
         scene = scene[(~held_out(scene.look, scene.tone)).nonzero()[:batch, 0]]
@@ -176,10 +236,14 @@ def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 900, batch:
         half = len(x) // 2
         with torch.no_grad():
             x = torch.cat([vae.decode(vae.encode(x[:half])).clamp(-1, 1), x[half:]])
-        x = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
+        x = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(
+            x.shape, generator=generator
+        )
         logits = classifier(x)
-        return sum(F.cross_entropy(logits[name], label, label_smoothing=0.05)
-                   for name, label in (("gender", scene.gender), ("skin_tone", scene.tone)))
+        return sum(
+            F.cross_entropy(logits[name], label, label_smoothing=0.05)
+            for name, label in (("gender", scene.gender), ("skin_tone", scene.tone))
+        )
 
     seed = 2 + list(CLASSIFIER_CONFIG).index(role)
     torch.manual_seed(seed)
@@ -187,8 +251,10 @@ def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 900, batch:
     classifier = Classifier(MobileNetV3(config), ATTRIBUTES)
     for module in classifier.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.05                    # the usual 0.01 is for runs a hundred times longer
-    return fit(f"classifier_{role}", classifier, loss_of, steps=steps, lr=2e-3, folder=folder, seed=seed, ema=0.99)
+            module.momentum = 0.05  # the usual 0.01 is for runs a hundred times longer
+    return fit(
+        f"classifier_{role}", classifier, loss_of, steps=steps, lr=2e-3, folder=folder, seed=seed, ema=0.99
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,172 @@
+"""The gates of the emoji bundle: what it must do before anything is finetuned on it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy.stats import spearmanr
+
+from fairref.bundle import load_bundle
+from fairref.emoji import stages
+from fairref.emoji.captions import SPLITS, occupations
+from fairref.emoji.pictures import draw
+from fairref.emoji.sheet import GENDERS, LOOKS, TONES
+from fairref.evaluate import How, bias_report, look_at, pictures
+from fairref.fairness.attributes import parse_target
+from fairref.finetune.recipes import resolve
+from fairref.generate import grid
+from fairref.prompts import occupation_prompt, read_occupations
+
+UNSEEN = "check"  # names a stream of randomness that no training stage uses
+
+
+@dataclass(frozen=True)
+class Gate:
+    claim: str
+    value: float
+    bar: float
+    at_most: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.bar if self.at_most else self.value >= self.bar
+
+    def __str__(self) -> str:
+        sign = "<=" if self.at_most else ">="
+        return f"{'pass' if self.holds else 'FAIL'}  {self.claim}: {self.value:.4f}  (bar {sign} {self.bar})"
+
+
+def networks_gates(bundle, count: int = 512) -> list[Gate]:
+    """What can be measured without sampling: autoencoder and classifiers."""
+    gates = [
+        Gate(
+            "VAE, mean PSNR on unseen pictures, dB",
+            stages.psnr(bundle.vae, stages.generator_for(0, UNSEEN, 0)),
+            26,
+        )
+    ]
+    look, gender, tone = (
+        i.flatten()
+        for i in torch.meshgrid(*map(torch.arange, (len(LOOKS), len(GENDERS), len(TONES))), indexing="ij")
+    )
+    kept = stages.held_out(look, tone).nonzero()[:, 0].repeat(-(-count // (len(look) // len(TONES))))
+    scene = stages.random_scene(look[kept], gender[kept], tone[kept], stages.generator_for(0, UNSEEN, 1))
+    with torch.no_grad():
+        x = draw(scene)
+        for role, classifier in bundle.classifiers.items():
+            for name, label in (("gender", scene.gender), ("skin_tone", scene.tone)):
+                right = (classifier(x)[name].argmax(1) == label).float().mean().item()
+                gates.append(Gate(f"{role} classifier, {name}, held-out look x tone", right, 0.98))
+    return gates
+
+
+def follows_data(bundle, how: How, images: int) -> Gate:
+    """At guidance 1 the share of women of each occupation follows the table."""
+    jobs = occupations()
+    free = How(how.bundle, how.attribute, how.steps, 1.0, how.end)
+    seen = look_at(
+        free, bundle.text_encoder, [occupation_prompt(job.name) for job in jobs], images, "guidance 1"
+    )
+    share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
+    return Gate(
+        f"share of women at guidance 1 against the table, Spearman, {len(jobs)} occupations x {images}",
+        spearmanr(share, [job.share_women for job in jobs]).statistic,
+        0.9,
+    )
+
+
+def sampling_gates(bundle, images: int = 24, named_images: int = 2, follow_images: int = 40) -> list[Gate]:
+    """What the pictures of a bundle show, at its default guidance and, for one gate, at guidance 1."""
+    world = read_occupations(bundle.path)
+    names = [name for split in SPLITS for name in getattr(world, split)]
+    recipe = resolve("gender", bundle.recipe, {})
+    how = {
+        name: How(
+            bundle, parse_target(name, bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
+        )
+        for name in bundle.attributes
+    }
+    gates = [follows_data(bundle, how["gender"], follow_images)]
+
+    seen = look_at(
+        how["gender"], bundle.text_encoder, [occupation_prompt(n) for n in names], images, "neutral"
+    )
+    report = bias_report(seen, names, GENDERS, images)
+    gates.append(Gate("none for the template judge", report["none"], 0.05, at_most=True))
+    gates += [
+        Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)
+        for judge, values in report["judges"].items()
+    ]
+
+    agree = {name: [] for name in how}
+    for name, h in how.items():
+        classes = h.attribute.classes
+        prompts = [(world.named_prompt(name, c, o), k) for o in names for k, c in enumerate(classes)]
+        obeyed = []
+        for prompt, k in prompts:
+            x = pictures(h, bundle.text_encoder, prompt, named_images)
+            found = bundle.templates(x)
+            with torch.no_grad():
+                said = bundle.classifiers["evaluate"](x)
+            obeyed.append(((found[name] == k) & ~found["none"]).float().mean().item())
+            for attribute in agree:
+                known = ~found["none"]
+                agree[attribute] += (said[attribute].argmax(1) == found[attribute])[known].tolist()
+        gates.append(Gate(f"prompts that name a {name} get it", float(np.mean(obeyed)), 0.9))
+    gates += [
+        Gate(
+            f"evaluation classifier agrees with the template judge, {name}, {len(values)} generated images",
+            float(np.mean(values)),
+            0.95,
+        )
+        for name, values in agree.items()
+    ]
+    return gates
+
+
+def contact_sheet(bundle) -> Image.Image:
+    """A row for each look: its first test occupation, six pictures as it comes and two for each class it can name."""
+    world, margin = read_occupations(bundle.path), 150
+    recipe = resolve("gender", bundle.recipe, {})
+    rows, names = [], []
+    for look in LOOKS:
+        job = next(job.name for job in occupations() if job.look == look and job.split == "test")
+        prompts = [(occupation_prompt(job), 6)]
+        prompts += [
+            (world.named_prompt(a, c, job), 2) for a, classes in bundle.attributes.items() for c in classes
+        ]
+        how = How(
+            bundle, parse_target("gender", bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
+        )
+        rows.append(torch.cat([pictures(how, bundle.text_encoder, prompt, n) for prompt, n in prompts]))
+        names.append(job)
+    heads = [("a photo of the face of a ..., a person", 6)]
+    heads += [(c, 2) for classes in bundle.attributes.values() for c in classes]
+    body = grid(torch.cat(rows), len(rows[0]))
+    sheet = Image.new("RGB", (body.width + margin, body.height + 20), "white")
+    sheet.paste(body, (margin, 20))
+    pen, cell = ImageDraw.Draw(sheet), body.width / len(rows[0])
+    column = 0
+    for text, n in heads:
+        pen.text((margin + column * cell + 2, 4), text, fill="black")
+        column += n
+    for row, name in enumerate(names):
+        pen.text((4, 20 + (row + 0.4) * body.height / len(rows)), name, fill="black")
+    return sheet
+
+
+def check(path: Path) -> int:
+    """Print every gate; 0 when all hold. Leaves quality.json and contact_sheet.png in the bundle."""
+    bundle = load_bundle(path)
+    contact_sheet(bundle).save(bundle.path / "contact_sheet.png", optimize=True)
+    gates = []
+    for gate in (*networks_gates(bundle), *sampling_gates(bundle)):
+        print(gate, flush=True)
+        gates.append(
+            {"claim": gate.claim, "value": round(float(gate.value), 4), "bar": gate.bar, "holds": gate.holds}
+        )
+    (bundle.path / "quality.json").write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
+    return 0 if all(gate["holds"] for gate in gates) else 1
