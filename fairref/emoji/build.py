@@ -1,7 +1,7 @@
 """Remake the emoji bundle, stage by stage, or check the one that is there.
 
-    python -m fairref.emoji.build                 trains what is missing in build/emoji, then writes weights/emoji
-    python -m fairref.emoji.build --check         measures the gates on weights/emoji
+    python -m fairref.emoji.build            trains what is missing in build/emoji, writes weights/emoji
+    python -m fairref.emoji.build --check    measures the gates on weights/emoji
 
 A stage that was interrupted goes on from its last file; delete build/emoji to start anew.
 """

@@ -1,7 +1,7 @@
-"""What is said about the pictures: occupations with their look and share of women, and the captions made of them.
+"""What is said about the pictures: occupations with look and share of women, and captions made of them.
 
-The world is biased on purpose. A caption that names no gender gets one by its occupation's share of women (IPUMS
-USA 2012, as published in fivethirtyeight/data, folder male-flight-attendants), and a skin tone by TONE_SHARE.
+The world is biased on purpose. A caption that names no gender gets one by its occupation's share of women
+(IPUMS USA 2012, as published in fivethirtyeight/data, male-flight-attendants), and a tone by TONE_SHARE.
 """
 
 import csv
@@ -103,7 +103,7 @@ def captions() -> Captions:
 
 
 def draw_captions(B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """B draws: caption index, look, gender, tone, each (B,). What the caption leaves open is drawn by the world's shares."""
+    """B draws: caption index, look, gender, tone, each (B,). What a caption leaves open follows the world's shares."""
     table, jobs = captions(), occupations()
     index = torch.multinomial(table.weight, B, replacement=True, generator=generator)
     any_job = torch.randint(len(jobs), (B,), generator=generator)
@@ -116,7 +116,7 @@ def draw_captions(B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def describe(scene: Scene, generator: torch.Generator) -> list[str]:
-    """A caption for each picture, of an occupation with its look, that also names some of what can be seen."""
+    """A caption for each picture: an occupation with its look, and some of what else can be seen."""
     texts = []
     coin = (torch.rand(len(scene), 4, generator=generator) < 0.6).tolist()
     choice = torch.rand(len(scene), generator=generator)

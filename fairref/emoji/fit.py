@@ -1,4 +1,4 @@
-"""One training loop for every network of the small world: resumable, seeded by (seed, stage, step), AdamW, cosine."""
+"""One training loop for every network of the small world: resumable, seeded by (seed, stage, step)."""
 
 import math
 import sys
@@ -37,9 +37,9 @@ def fit(
     clip: float = 1.0,
     save_every: int = 100,
 ) -> nn.Module:
-    """Train `network` in place of nothing: `loss_of(network, generator) -> scalar`. Returns it (or its EMA) in eval mode.
+    """AdamW on `loss_of(network, generator) -> scalar`; returns the moving average of `network`, in eval mode.
 
-    Progress goes to stderr; `folder/stage.pt` holds the state and is continued from, and deleted files start anew.
+    Progress goes to stderr. `folder/STAGE.pt` holds the state; a later call goes on from it.
     """
     file = folder / f"{stage}.pt"
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
