@@ -95,8 +95,8 @@ def class_distance(logits):
 def cross_entropy(logits):
     """-log p^(i)_k (N, K) of logits (N, K).
 
-    Where p saturates at 1.0 the distances tie and assignments would be arbitrary. The cheapest one by cross-entropy
-    is what the ranking by log-odds picks for K = 2.
+    Where p saturates at 1.0 the distances tie and assignments would be arbitrary. The cheapest one by
+    cross-entropy is what the ranking by log-odds picks for K = 2.
     """
     shifted = logits - logits.max(1, keepdims=True)
     return np.log(np.exp(shifted).sum(1, keepdims=True)) - shifted
@@ -129,8 +129,7 @@ def any_classes(cost, size, target, exact_limit, tolerance, rng):
         for n, weight in zip(counts, weights):
             q[np.arange(N), assign(cost, n)] += weight
         q_rows = mean_by(group, q)
-        # The M weights miss 1 by rounding only.
-        return q_rows / q_rows.sum(1, keepdims=True), np.zeros_like(q_rows)
+        return q_rows / weights.sum(), np.zeros_like(q_rows)  # the sum misses 1 by rounding only
     return draw(cost, group, target, tolerance, rng or np.random.default_rng(0))
 
 
@@ -153,8 +152,8 @@ def draw(cost, group, target, tolerance, rng):
 def assign(cost, n):
     """Each image's class (N,) when n_k images go to class k at the least cost: cost (N, K), n (K,)."""
     classes = np.repeat(np.arange(len(n)), n)  # (N,)
-    images, slots = linear_sum_assignment(cost[:, classes])
-    return classes[slots[np.argsort(images)]]
+    _, slots = linear_sum_assignment(cost[:, classes])  # a square matrix: one slot an image, in their order
+    return classes[slots]
 
 
 def count_vectors(N, allowed):
