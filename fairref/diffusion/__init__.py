@@ -1,1 +1,1 @@
-"""The diffusion process: schedule, solver, sampler, gradient (METHOD.md sections 1 and 2), in this reading order."""
+"""The diffusion process: schedule, solver, sampler, gradient, in this reading order."""

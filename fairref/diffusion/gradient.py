@@ -16,8 +16,8 @@ from fairref.diffusion.schedule import Schedule
 from fairref.diffusion.solver import SolverTable
 from fairref.errors import UserError
 
-# float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 upwards before
-# 65504 and 2^27 downwards before 2^-24, and what a U-Net does to a cotangent is mostly to shrink it.
+# float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 upwards
+# before 65504 and 2^27 downwards before 2^-24, and what a U-Net does to a cotangent is mostly to shrink it.
 HALF_PEAK = 16.0
 
 
@@ -35,9 +35,9 @@ def C_i(schedule: Schedule, table: SolverTable) -> Tensor:
 def step_weights(schedule: Schedule, table: SolverTable, standardise: str = "paper") -> Tensor:
     """(S,) float64: w_i, the weight of step i in the adjusted gradient.
 
-    "paper": C_i k_i, Algorithm A.1 as written. "solver": the same weight for every step, -geometric_mean(|k|), so
-    A_t = 1 exactly for this solver (at the end "sigma_min" this turns the sign of two late steps, where k_i > 0).
-    "none": k_i, not standardised."""
+    "paper": C_i k_i, Algorithm A.1 as written. "solver": -geometric_mean(|k|) for every
+    step, so A_t = 1 exactly for this solver; at the end "sigma_min" this turns the sign of two late steps,
+    where k_i > 0. "none": k_i, not standardised."""
     if standardise == "paper":
         return C_i(schedule, table) * table.k
     if standardise == "solver":
@@ -66,9 +66,9 @@ def adjusted_gradient(
     """(dL/dc, dL/dc_empty) = sum_i w_i VJP_i(g), shaped as c and c_empty, at least float32.
 
     w (S,): `step_weights`; steps of weight 0 are not evaluated. path: the Steps of the run; g = dL/dz_0
-    (N, 4, h, w). c, c_empty: (1, T, d), where the result sums over the images, or (N, T, d). micro_batch: at most
-    this many U-Net elements (branches x images x steps) at once; default: all images of one step. Parameters of
-    the U-Net that require grad have theirs added to `.grad`. Grad mode must be on."""
+    (N, 4, h, w). c, c_empty: (1, T, d), where the result sums over the images, or (N, T, d). micro_batch: at
+    most this many U-Net elements (branches x images x steps) at once; default: all images of one step.
+    Parameters of the U-Net that require grad have theirs added to `.grad`. Grad mode must be on."""
     branches = 1 if guidance == 1 else 2
     N = g.shape[0]
     size = N if micro_batch is None else max(1, micro_batch // branches)
@@ -94,10 +94,11 @@ def exact_gradient(
     c_empty: Tensor | None,
     guidance: float,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """(dL/dc, dL/dc_empty, [dL/deps_i]): eq 9 in full, as autograd through `sample` gives it, in the memory of one
-    step. With v_i = dL/dz_i and e_i = dL/deps_i (for the ancestral table e_i is -g^T A_t B_t):
+    """(dL/dc, dL/dc_empty, [dL/deps_i]): eq 9 in full, as autograd through `sample` gives it, in the memory
+    of one step. With v_i = dL/dz_i and e_i = dL/deps_i (for the ancestral table e_i is -g^T A_t B_t):
 
-        v_S = g,   e_i = q_i v_{i+1} + s_{i+1} v_{i+2},   v_i = p_i v_{i+1} + r_{i+1} v_{i+2} + e_i^T d eps_i/d z_i
+        v_S = g,   e_i = q_i v_{i+1} + s_{i+1} v_{i+2},
+        v_i = p_i v_{i+1} + r_{i+1} v_{i+2} + e_i^T d eps_i/d z_i
 
     Arguments, and the U-Net's own parameters, as in `adjusted_gradient`."""
     p, q, r, s = (x.tolist() for x in (table.p, table.q, table.r, table.s))
@@ -128,11 +129,11 @@ def vjp(
     images: list[int],
     wrt_z: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """v^T d eps/d(c, c_empty, z) of the guided eps at inputs z (B, 4, h, w), times t (B,), with v like z. Row b
-    belongs to image images[b], which picks its row of an (N, T, d) embedding. z is a constant unless wrt_z.
+    """v^T d eps/d(c, c_empty, z) of the guided eps at inputs z (B, 4, h, w), times t (B,), with v like z. Row
+    b belongs to image images[b], which picks its row of an (N, T, d) embedding. z is a constant unless wrt_z.
 
-    The cotangent of the empty branch is (1 - guidance) v, that of the prompt's branch guidance v. In float16 v is
-    scaled by a power of two and the results scaled back, both exactly."""
+    The cotangent of the empty branch is (1 - guidance) v, that of the prompt's branch guidance v. In float16
+    v is scaled by a power of two and the results scaled back, both exactly."""
     dtype = network_dtype(unet, z)
     c_leaf, z_leaf = _leaf(c), z.detach().requires_grad_(wrt_z)
     e_leaf = None if guidance == 1 else _leaf(c_empty)
@@ -140,7 +141,8 @@ def vjp(
 
     leaves = [c_leaf] if e_leaf is None else [e_leaf, c_leaf]
     context = torch.cat([_rows(leaf, images) for leaf in leaves]).to(dtype)  # (branches B, T, d)
-    eps = unet(torch.cat([z_leaf] * len(leaves)).to(dtype), t.repeat(len(leaves)), context)  # (branches B, 4, h, w)
+    z_all = torch.cat([z_leaf] * len(leaves)).to(dtype)  # (branches B, 4, h, w)
+    eps = unet(z_all, t.repeat(len(leaves)), context)  # (branches B, 4, h, w)
     cotangent = guidance * v if e_leaf is None else torch.cat([(1 - guidance) * v, guidance * v])
     scale = _half_scale(cotangent) if dtype == torch.float16 else 1.0
 
@@ -155,7 +157,7 @@ def vjp(
 
 
 def unrolled_z0(schedule: Schedule, z_T: Tensor, eps: Tensor, sigma: Tensor, w: Tensor) -> Tensor:
-    """Eq 10, z_0 of the full ancestral run in one sum: index t - 1 of eps and w (T, ...) and of sigma (T,) is time t.
+    """Eq 10, z_0 of the full ancestral run in one sum. eps, w (T, ...), sigma (T,): index t - 1 is time t.
 
     z_0 = - sum_t A_t eps^(t) + z_T / sqrt(alpha_bar_T) + sum_{t >= 2} sigma_t / sqrt(alpha_bar_{t-1}) w_t"""
     A, root = schedule.A.to(eps), schedule.alpha_bar.sqrt().to(eps)

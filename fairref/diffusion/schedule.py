@@ -35,7 +35,9 @@ class Schedule:
         needed = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
         missing = [key for key in needed if key not in d]
         if missing:
-            raise UserError(f"scheduler_config.json lacks {', '.join(missing)}; expected all of {', '.join(needed)}")
+            raise UserError(
+                f"scheduler_config.json lacks {', '.join(missing)}; expected all of {', '.join(needed)}"
+            )
         if d.get("prediction_type", "epsilon") != "epsilon":
             raise UserError(
                 f"scheduler_config.json has prediction_type '{d['prediction_type']}'; expected 'epsilon': "
@@ -43,8 +45,12 @@ class Schedule:
             )
         for key in ("trained_betas", "rescale_betas_zero_snr"):
             if d.get(key):
-                raise UserError(f"scheduler_config.json sets {key}, which is not supported; expected it absent or null")
-        return cls(int(d["num_train_timesteps"]), float(d["beta_start"]), float(d["beta_end"]), d["beta_schedule"])
+                raise UserError(
+                    f"scheduler_config.json sets {key}, which is not supported; expected it absent or null"
+                )
+        return cls(
+            int(d["num_train_timesteps"]), float(d["beta_start"]), float(d["beta_end"]), d["beta_schedule"]
+        )
 
     @cached_property
     def beta(self) -> Tensor:

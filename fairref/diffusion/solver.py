@@ -21,7 +21,7 @@ SECOND_ORDER_END_FROM = 15
 
 @dataclass(frozen=True)
 class SolverTable:
-    """One sampling run of S evaluations. Coefficients are (S,) float64 on the CPU, in the order of the run."""
+    """One sampling run of S evaluations. Coefficients are (S,) float64 on the CPU, in run order."""
 
     timesteps: Tensor  # (S,) int64, the U-Net's time steps (indices 0..T-1), descending
     p: Tensor  # of z_i
@@ -44,15 +44,16 @@ def solver_table(
 ) -> SolverTable:
     """DPM-Solver++ (2M, midpoint) with S evaluations.
 
-    end "zero": the last step goes to noise level 0 and is first order; "sigma_min": it goes to the level of t = 1
-    and is second order from S = 15 on. spacing and steps_offset: see `grid`. An unknown choice is a UserError.
+    end "zero": the last step goes to noise level 0 and is first order; "sigma_min": it goes to the level of
+    t = 1 and is second order from S = 15 on. spacing and steps_offset: see `grid`. An unknown choice is a
+    UserError.
 
-    With x_i = (z_i - sd_i eps_i) / root_i the predicted image, root = sqrt(alpha_bar), sd = sqrt(1 - alpha_bar),
-    lambda = log(root / sd) and h = lambda_{i+1} - lambda_i:
+    With x_i = (z_i - sd_i eps_i) / root_i the predicted image, root = sqrt(alpha_bar),
+    sd = sqrt(1 - alpha_bar), lambda = log(root / sd) and h_i = lambda_{i+1} - lambda_i:
 
-        z_{i+1} = sd_{i+1}/sd_i z_i + root_{i+1} (1 - e^-h) ((1 + d) x_i - d x_{i-1}),   d = h_i / (2 h_{i-1})
+        z_{i+1} = sd_{i+1}/sd_i z_i + root_{i+1} (1 - e^-h_i) ((1 + d) x_i - d x_{i-1})
 
-    and d = 0 where the step is first order."""
+    with d = h_i / (2 h_{i-1}), and d = 0 where the step is first order."""
     if end not in ("zero", "sigma_min"):
         raise UserError(f"the solver's end is '{end}'; expected 'zero' or 'sigma_min'")
     timesteps = grid(schedule.T, S, spacing, steps_offset)
@@ -80,10 +81,10 @@ def solver_table(
 
 
 def ancestral_table(schedule: Schedule, S: int | None = None, variance: str = "small") -> SolverTable:
-    """Ancestral sampling, eq 3: S = T (the default) walks through every t = T..1. A smaller S strides over T/S
-    times at once, with alpha_t replaced by the product of the alphas strided over.
+    """Ancestral sampling, eq 3: S = T (the default) walks through every t = T..1. A smaller S strides over
+    T/S times at once, with alpha_t replaced by the product of the alphas strided over.
 
-    variance of sigma_t w_t: "small" is that of q(z_{t-1} | z_t, z_0), "large" is beta_t. w_1 = 0 either way."""
+    variance of sigma_t w_t: "small" is that of q(z_{t-1} | z_t, z_0), "large" is beta_t; w_1 = 0."""
     if variance not in ("small", "large"):
         raise UserError(f"the ancestral variance is '{variance}'; expected 'small' or 'large'")
     S = schedule.T if S is None else S
@@ -95,7 +96,9 @@ def ancestral_table(schedule: Schedule, S: int | None = None, variance: str = "s
     sigma = (beta * (1 - then) / (1 - now) if variance == "small" else beta).sqrt()
     sigma[-1] = 0
     zeros = torch.zeros(S, dtype=torch.float64)
-    return _with_totals(timesteps, p=alpha.rsqrt(), q=-beta / ((1 - now) * alpha).sqrt(), r=zeros, s=zeros, sigma=sigma)
+    return _with_totals(
+        timesteps, p=alpha.rsqrt(), q=-beta / ((1 - now) * alpha).sqrt(), r=zeros, s=zeros, sigma=sigma
+    )
 
 
 def step(
@@ -106,8 +109,8 @@ def step(
     previous: tuple[Tensor, Tensor] | None = None,
     w: Tensor | None = None,
 ) -> Tensor:
-    """Row i of the table: z_{i+1} from z_i, eps_i, previous = (z_{i-1}, eps_{i-1}) and the noise w_i, all of one
-    shape. previous is read by a second-order row only, w where sigma_i > 0 only."""
+    """Row i of the table: z_{i+1} from z_i, eps_i, previous = (z_{i-1}, eps_{i-1}) and the noise w_i, all of
+    one shape. previous is read by a second-order row only, w where sigma_i > 0 only."""
     # Python floats leave the latents' dtype alone.
     z_next = float(table.p[i]) * z + float(table.q[i]) * eps
     if table.r[i] != 0 or table.s[i] != 0:
@@ -119,8 +122,8 @@ def step(
 
 
 def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Tensor:
-    """(S,) int64 time steps, descending, each in 0..T-1, by one of diffusers' three rules. steps_offset is added
-    under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
+    """(S,) int64 time steps, descending, each in 0..T-1, by one of diffusers' three rules. steps_offset is
+    added under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
     if S < 1:
         raise UserError(f"the number of sampling steps is {S}; expected at least 1")
     if spacing == "linspace":
@@ -133,13 +136,16 @@ def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Te
         raise UserError(f"the step spacing is '{spacing}'; expected 'linspace', 'leading' or 'trailing'")
     rising = rising.astype(np.int64)
     if rising[0] < 0 or rising[-1] >= T or (np.diff(rising) < 1).any():
-        raise UserError(f"the number of sampling steps is {S}; too many for {T} diffusion times spaced '{spacing}'")
+        raise UserError(
+            f"the number of sampling steps is {S}; too many for {T} diffusion times spaced '{spacing}'"
+        )
     return torch.from_numpy(rising[::-1].copy())
 
 
 def _with_totals(timesteps: Tensor, p: Tensor, q: Tensor, r: Tensor, s: Tensor, sigma: Tensor) -> SolverTable:
     """Adds a, k, m by the backward recurrence of u_i = dz_0/dz_i (the eps held fixed):
-    u_S = 1, u_i = p_i u_{i+1} + r_{i+1} u_{i+2};  k_i = q_i u_{i+1} + s_{i+1} u_{i+2},  m_i = sigma_i u_{i+1}."""
+    u_S = 1, u_i = p_i u_{i+1} + r_{i+1} u_{i+2};
+    k_i = q_i u_{i+1} + s_{i+1} u_{i+2},  m_i = sigma_i u_{i+1}."""
     S = len(timesteps)
     pad = torch.zeros(1, dtype=torch.float64)
     r_next, s_next = torch.cat([r[1:], pad]), torch.cat([s[1:], pad])

@@ -1,0 +1,332 @@
+"""METHOD.md section 2, proved in float64 on a toy network: eq 9, eq 10, and that the weighted sum of
+vector-Jacobian products is Algorithm A.1."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from fairref.diffusion.gradient import (
+    A_t,
+    C_i,
+    adjusted_gradient,
+    coupling,
+    exact_gradient,
+    step_weights,
+    unrolled_z0,
+)
+from fairref.diffusion.sampler import guide, sample
+from fairref.diffusion.schedule import Schedule
+from fairref.diffusion.solver import ancestral_table, solver_table, step
+
+SCHEDULE = Schedule()
+N, T, D = 3, 2, 5  # images, tokens, width
+close = {"rtol": 1e-10, "atol": 1e-10}
+
+
+class ToyUNet(nn.Module):
+    """eps(z, t, c): mixes channels and neighbouring pixels, reads every token, is not linear in anything."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.conv = nn.Parameter((torch.randn(6, 4, 3, 3, generator=generator) / 6).to(dtype))
+        self.read = nn.Parameter((torch.randn(6, D, generator=generator) / 2).to(dtype))
+        self.out = nn.Parameter((torch.randn(4, 6, generator=generator) / 2).to(dtype))
+        self.calls = []
+
+    def forward(self, z, t, c):
+        assert not torch.is_tensor(t) or t.ndim == 0 or t.shape == z.shape[:1]
+        t = torch.as_tensor(t).to(z).reshape(-1, 1, 1, 1) / 1000
+        told = torch.einsum("od,btd->bo", self.read, (c * c.roll(1, dims=1)).tanh())[:, :, None, None]
+        hidden = torch.tanh(nn.functional.conv2d(z, self.conv, padding=1) * (1 + told) + t + told)
+        eps = torch.einsum("oc,bchw->bohw", self.out, hidden)
+        self.calls.append((z.shape[0], weakref.ref(hidden)))
+        return eps
+
+
+class ToyTextEncoder(nn.Module):
+    """One parameter phi behind both embeddings, as a LoRA on the text encoder is."""
+
+    def __init__(self):
+        super().__init__()
+        self.phi = nn.Parameter(random(D, D, seed=7) / 2)
+
+    def forward(self, P):
+        return torch.tanh(P @ self.phi)
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def loss(z_0):
+    """Any function of z_0 that tells images and pixels apart."""
+    return (z_0.sin() * random(*z_0.shape, seed=9)).sum() + (z_0[0] * z_0[1]).sum()
+
+
+def setting(end="zero", S=20, per_image=False):
+    """(unet, table, z_T, c, c_empty)"""
+    n = N if per_image else 1
+    table = ancestral_table(SCHEDULE, S) if end == "ancestral" else solver_table(SCHEDULE, S, end)
+    return ToyUNet(), table, random(N, 4, 2, 2, seed=1), random(n, T, D, seed=2), random(n, T, D, seed=3)
+
+
+def walk(unet, table, z_T, c, c_empty, guidance, w=None):
+    """(path, dL/dz_0) of a run without a graph."""
+    with torch.no_grad():
+        path = list(sample(unet, table, z_T, c, c_empty, guidance, w))
+    z_0 = path[-1].z.clone().requires_grad_(True)
+    (g,) = torch.autograd.grad(loss(z_0), z_0)
+    return path, g
+
+
+def algorithm_A1(unet, table, z_T, c, c_empty, guidance, C, scheduler=step):
+    """Algorithm A.1 as it is written: detached U-Net inputs, a hook on each noise prediction, autograd
+    through the scheduler. Gives z_0 with its graph."""
+    z, previous = z_T, None
+    for i, t in enumerate(table.timesteps.tolist()):
+        z_detached = z.detach()
+        eps = guide(
+            unet(z_detached, t, c_empty.expand(N, -1, -1)), unet(z_detached, t, c.expand(N, -1, -1)), guidance
+        )
+        eps.register_hook(lambda grad, C_i=float(C[i]): C_i * grad)
+        z, previous = scheduler(table, i, z, eps, previous), (z, eps)
+    return z
+
+
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize("S", [1, 2, 8, 20])
+@pytest.mark.parametrize("guidance", [1.0, 7.5, 0.0])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_sum_of_vjps_is_algorithm_A1(end, S, guidance, per_image):
+    unet, table, z_T, c, c_empty = setting(end, S, per_image)
+    leaves = [c.clone().requires_grad_(True), c_empty.clone().requires_grad_(True)]
+    z_0 = algorithm_A1(unet, table, z_T, *leaves, guidance, C_i(SCHEDULE, table))
+    expected = torch.autograd.grad(loss(z_0), [*leaves, *unet.parameters()])
+
+    path, g = walk(unet, table, z_T, c, c_empty, guidance)
+    torch.testing.assert_close(path[-1].z, z_0.detach(), **close)
+    w = step_weights(SCHEDULE, table)
+    got = adjusted_gradient(unet, table, w, path, g, c, c_empty, guidance)
+    for ours, theirs in zip([*got, *(x.grad for x in unet.parameters())], expected):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+def test_algorithm_A1_on_the_scheduler_of_diffusers(end):
+    # The same with someone else's solver, whose tables and latents are float32.
+    diffusers = pytest.importorskip("diffusers")
+    peer = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", final_sigmas_type=end
+    )
+    for S in (8, 20):
+        unet, table, z_T, c, c_empty = setting(end, S)
+        peer.set_timesteps(S)
+        leaves = [c.clone().requires_grad_(True), c_empty.clone().requires_grad_(True)]
+
+        def scheduler(table, i, z, eps, previous):
+            return peer.step(eps, peer.timesteps[i], z).prev_sample
+
+        z_0 = algorithm_A1(unet, table, z_T, *leaves, 7.5, C_i(SCHEDULE, table), scheduler)
+        expected = torch.autograd.grad(loss(z_0), leaves)
+        path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+        got = adjusted_gradient(unet, table, step_weights(SCHEDULE, table), path, g, c, c_empty, 7.5)
+        for ours, theirs in zip(got, expected):
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+
+
+def test_through_the_text_encoder():
+    unet, table, z_T, P, P_empty = setting()
+    encoder, C = ToyTextEncoder(), C_i(SCHEDULE, table)
+    unet.requires_grad_(False)
+    z_0 = algorithm_A1(unet, table, z_T, encoder(P), encoder(P_empty), 7.5, C)
+    (expected,) = torch.autograd.grad(loss(z_0), encoder.phi)
+
+    c, c_empty = encoder(P), encoder(P_empty)
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    dc, dc_empty = adjusted_gradient(unet, table, C * table.k, path, g, c, c_empty, 7.5)
+    (got,) = torch.autograd.grad([c, c_empty], encoder.phi, [dc, dc_empty])
+    torch.testing.assert_close(got, expected, **close)
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize("end", ["zero", "sigma_min", "ancestral"])
+@pytest.mark.parametrize("S", [1, 2, 14, 20])
+def test_k_is_the_derivative_of_z_0(end, S):
+    _, table, z_T, _, _ = setting(end, S)
+    eps = random(S, 4, seed=4).requires_grad_(True)
+    start = z_T.flatten()[:4].clone().requires_grad_(True)
+    z, previous = start, None
+    for i in range(S):
+        z, previous = step(table, i, z, eps[i], previous, torch.ones(4, dtype=torch.float64)), (z, eps[i])
+    da, dk = torch.autograd.grad(z.sum(), [start, eps])
+    torch.testing.assert_close(da, torch.full_like(da, table.a), **close)
+    torch.testing.assert_close(dk, table.k[:, None].expand(S, 4), **close)
+
+
+def test_eq_10_is_the_recursion_of_eq_3():
+    schedule = Schedule(T=40, beta_end=0.2)
+    unet, z_T, c, c_empty = (
+        ToyUNet(),
+        random(N, 4, 2, 2, seed=1),
+        random(1, T, D, seed=2),
+        random(1, T, D, seed=3),
+    )
+    table, w = ancestral_table(schedule), random(40, N, 4, 2, 2, seed=5)
+    path, _ = walk(unet, table, z_T, c, c_empty, 7.5, w)
+    eps = torch.stack([point.eps for point in reversed(path[:-1])])  # (T, N, 4, h, w), index t - 1
+    z_0 = unrolled_z0(schedule, z_T, eps, table.sigma.flip(0), w.flip(0))
+    torch.testing.assert_close(z_0, path[-1].z, **close)
+
+
+def test_for_ancestral_sampling_k_is_minus_A_and_the_paper_standardises_exactly():
+    table = ancestral_table(SCHEDULE)
+    torch.testing.assert_close(table.k, -A_t(SCHEDULE, table), rtol=1e-11, atol=0)
+    assert table.a == pytest.approx(float(SCHEDULE.alpha_bar[-1]) ** -0.5, rel=1e-11)
+    w = step_weights(SCHEDULE, table)
+    torch.testing.assert_close(w, step_weights(SCHEDULE, table, "solver"), rtol=1e-11, atol=0)
+    assert float(w.max() - w.min()) < 1e-11
+
+
+def test_eq_9():
+    # T = 6: B_t as explicit matrices, from the Jacobian of the network at each z_t.
+    schedule = Schedule(T=6, beta_start=0.05, beta_end=0.4)
+    unet, table, n = ToyUNet(), ancestral_table(schedule), 4 * 2 * 2
+    z_T, c = random(1, 4, 2, 2, seed=1), random(1, T, D, seed=2).requires_grad_(True)
+    w = random(6, 1, 4, 2, 2, seed=5)
+    with torch.no_grad():
+        path = list(sample(unet, table, z_T, c, None, 1.0, w))
+    J, deps = [], []
+    for _, t, z, _ in reversed(path[:-1]):  # t = 1..T
+        dz, dc = torch.autograd.functional.jacobian(lambda z, c, t=t: unet(z, t, c), (z, c))
+        J.append(dz.reshape(n, n))
+        deps.append(dc.reshape(n, T * D))
+    J, deps = torch.stack(J), torch.stack(deps)
+    expected = -torch.einsum("t,tij,tjk->ik", schedule.A, coupling(schedule, J), deps)
+
+    *_, last = sample(unet, table, z_T, c, None, 1.0, w)
+    rows = [torch.autograd.grad(x, c, retain_graph=True)[0].flatten() for x in last.z.flatten()]
+    torch.testing.assert_close(expected, torch.stack(rows), **close)
+
+    g = random(1, 4, 2, 2, seed=6)
+    dc, _, cotangents = exact_gradient(unet, table, path, g, c, None, 1.0)
+    torch.testing.assert_close(dc.flatten(), g.flatten() @ expected, **close)
+    for A, B, cotangent in zip(schedule.A, coupling(schedule, J), reversed(cotangents)):
+        torch.testing.assert_close(cotangent.flatten(), -A * g.flatten() @ B, **close)
+
+
+@pytest.mark.parametrize("end, S", [("zero", 3), ("zero", 20), ("sigma_min", 20), ("ancestral", 12)])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_the_exact_gradient_is_autograd_through_the_loop(end, S, guidance):
+    unet, table, z_T, c, c_empty = setting(end, S)
+    w = random(S, N, 4, 2, 2, seed=5) if end == "ancestral" else None
+    leaves = [c.clone().requires_grad_(True), c_empty.clone().requires_grad_(True)]
+    *_, last = sample(unet, table, z_T, *leaves, guidance, w)
+    wanted = [*leaves, *unet.parameters()]
+    expected = torch.autograd.grad(loss(last.z), wanted, allow_unused=True)
+
+    path, g = walk(unet, table, z_T, c, c_empty, guidance, w)
+    dc, dc_empty, _ = exact_gradient(unet, table, path, g, c, c_empty, guidance)
+    for ours, theirs in zip([dc, dc_empty, *(x.grad for x in unet.parameters())], expected):
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        assert float((ours - theirs).norm()) <= 1e-10 * max(1.0, float(theirs.norm()))
+
+
+@pytest.mark.parametrize("end, S", [("zero", 5), ("sigma_min", 15)])
+def test_the_exact_gradient_is_a_finite_difference(end, S):
+    unet, table, z_T, c, c_empty = setting(end, S)
+    path, g = walk(unet, table, z_T, c, c_empty, 3.0)
+    dc, dc_empty, _ = exact_gradient(unet, table, path, g, c, c_empty, 3.0)
+    way, way_empty, h = random(1, T, D, seed=11), random(1, T, D, seed=12), 1e-5
+
+    def along(x):
+        with torch.no_grad():
+            *_, last = sample(unet, table, z_T, c + x * way, c_empty + x * way_empty, 3.0)
+            return float(loss(last.z))
+
+    difference = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+    assert float((dc * way).sum() + (dc_empty * way_empty).sum()) == pytest.approx(difference, rel=1e-7)
+
+
+def test_the_adjusted_gradient_drops_the_coupling():
+    # With B_t = I put in by hand (a network that ignores z) exact and unstandardised are the same.
+    unet, table, z_T, c, c_empty = setting()
+    unet.conv.data.zero_()
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    adjusted = adjusted_gradient(unet, table, step_weights(SCHEDULE, table, "none"), path, g, c, c_empty, 7.5)
+    exact = exact_gradient(unet, table, path, g, c, c_empty, 7.5)[:2]
+    for ours, theirs in zip(adjusted, exact):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_micro_batches_change_nothing_but_memory(per_image):
+    unet, table, z_T, c, c_empty = setting(per_image=per_image)
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    w, results = step_weights(SCHEDULE, table), []
+    for micro_batch in (None, 1, 2, 5, 8, 1000):
+        unet.zero_grad()
+        unet.calls.clear()
+        dc, dc_empty = adjusted_gradient(unet, table, w, path, g, c, c_empty, 7.5, micro_batch)
+        results.append([dc, dc_empty, *(x.grad for x in unet.parameters())])
+        assert max(batch for batch, _ in unet.calls) <= max(2, micro_batch or 2 * N)
+        assert sum(batch for batch, _ in unet.calls) == 2 * N * table.S
+    for result in results[1:]:
+        for ours, theirs in zip(result, results[0]):
+            torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_no_graph_outlives_its_step():
+    unet, table, z_T, c, c_empty = setting()
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    alive = []
+    forward = unet.forward
+
+    def watched(*arguments):
+        alive.append(sum(hidden() is not None for _, hidden in unet.calls))
+        return forward(*arguments)
+
+    unet.forward = watched
+    adjusted_gradient(unet, table, step_weights(SCHEDULE, table), path, g, c, c_empty, 7.5)
+    exact_gradient(unet, table, path, g, c, c_empty, 7.5)
+    assert len(alive) == 2 * table.S and max(alive) == 0
+
+
+def test_steps_of_weight_zero_are_not_evaluated():
+    unet, table, z_T, c, c_empty = setting()
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    w, odd = step_weights(SCHEDULE, table), torch.arange(20) % 2 == 1
+    whole = adjusted_gradient(unet, table, w, path, g, c, c_empty, 7.5)
+    unet.calls.clear()
+    parts = [adjusted_gradient(unet, table, w * keep, path, g, c, c_empty, 7.5) for keep in (odd, ~odd)]
+    assert len(unet.calls) == 20
+    for a, b, both in zip(*parts, whole):
+        torch.testing.assert_close(a + b, both, **close)
+
+
+def test_arguments_are_left_alone():
+    unet, table, z_T, c, c_empty = setting()
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    kept = [x.clone() for x in (c, c_empty, g, path[0].z)]
+    adjusted_gradient(unet, table, step_weights(SCHEDULE, table), path, g, c, c_empty, 7.5)
+    for x, before in zip((c, c_empty, g, path[0].z), kept):
+        assert torch.equal(x, before) and not x.requires_grad
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e9])
+def test_half_precision_holds_a_gradient_of_any_size(size):
+    unet, table, z_T, c, c_empty = setting()
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    w = step_weights(SCHEDULE, table)
+    expected = adjusted_gradient(unet, table, w, path, g * size, c, c_empty, 7.5)
+    half, path32 = ToyUNet(torch.float16), [point._replace(z=point.z.float()) for point in path]
+    got = adjusted_gradient(half, table, w, path32, (g * size).float(), c.half(), c_empty.half(), 7.5)
+    for ours, theirs in zip(got, expected):
+        assert ours.dtype == torch.float32
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
+    # Scaling by a power of two is exact: g 2^20 times as large gives bit for bit 2^20 times as much.
+    g32 = (g * size).float() * 2**20
+    larger = adjusted_gradient(half, table, w, path32, g32, c.half(), c_empty.half(), 7.5)
+    assert all(torch.equal(x * 2**20, y) for x, y in zip(got, larger))
