@@ -1,4 +1,4 @@
-"""Finetunes a bundle for fairness:  python train.py --attr gender   or   torchrun --nproc-per-node 8 train.py ..."""
+"""Finetunes a bundle for fairness:  python train.py --attr gender  (or torchrun train.py --attr gender)"""
 
 import sys
 
@@ -8,14 +8,25 @@ from fairref.run import Options, run
 
 
 def main(argv=None):
-    parser = cli.Parser(prog="train.py", description="Finetune LoRA on the text encoder with the adjusted gradient.")
-    parser.add_argument("--attr", help="what to make fair: an attribute of the bundle, with shares if not equal ones, "
-                        "as in gender=0.5,0.5")
-    parser.add_argument("--out", help="folder of the run (None: the first free of runs/<attr>, runs/<attr>-2, ...)")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with a run; its settings are those of its folder")
+    parser = cli.Parser(
+        prog="train.py", description="Finetune LoRA on the text encoder with the adjusted gradient."
+    )
+    parser.add_argument(
+        "--attr",
+        help="what to make fair: an attribute of the bundle, with shares if not equal ones, "
+        "as in gender=0.5,0.5",
+    )
+    parser.add_argument(
+        "--out", help="folder of the run (None: the first free of runs/<attr>, runs/<attr>-2, ...)"
+    )
+    parser.add_argument(
+        "--resume", metavar="FOLDER", help="go on with a run; its settings are those of its folder"
+    )
     cli.add_common(parser)
     parser.set_defaults(weights=None, dtype=None)
-    recipes.add_options(parser.add_argument_group("recipe", "what is not given is the bundle's, or else SD-1.5's"))
+    recipes.add_options(
+        parser.add_argument_group("recipe", "what is not given is the bundle's, or else SD-1.5's")
+    )
     options = vars(parser.parse_args(argv))
     common = {key: options.pop(key) for key in ("attr", "out", "resume", "weights", "device", "dtype")}
     run(Options(**common, recipe=options))

@@ -15,7 +15,9 @@ class Parser(argparse.ArgumentParser):
     """Raises UserError instead of printing its usage; options are not abbreviated."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
+        )
 
     def error(self, message):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
@@ -37,7 +39,9 @@ def run(main, argv=None) -> int:
 def add_common(parser: Parser) -> None:
     """--weights, --device and --dtype."""
     parser.add_argument("--weights", default=WEIGHTS, help="bundle, diffusers-layout folder or single file")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one"
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what the networks compute in")
 
 

@@ -1,8 +1,8 @@
 """How fair, and how faithful, the pictures of a model are (METHOD.md §8).
 
-P prompts, n images of each, K classes. Two judges count classes: the evaluation classifier, which no finetuning has
-seen, and the nearest-template judge, through which no gradient can flow. Noise depends on (seed, prompt, image), so
-two models are measured on the same noise, whatever else is measured with it.
+P prompts, n images of each, K classes. Two judges count classes: the evaluation classifier, which no
+finetuning has seen, and the nearest-template judge, through which no gradient can flow. Noise depends on (seed, prompt,
+image), so two models are measured on the same noise, whatever else is measured with it.
 
     python -m fairref.evaluate --adapter runs/gender --occupations test --num-images 60
 """
@@ -52,7 +52,9 @@ class How:
 
     def __post_init__(self):
         if "evaluate" not in self.bundle.classifiers:
-            raise UserError(f"{self.bundle.path}: has no classifier for evaluation; use a bundle that names one.")
+            raise UserError(
+                f"{self.bundle.path}: has no classifier for evaluation; use a bundle that names one."
+            )
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,29 @@ def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label
         D = how.bundle.clip.config.projection_dim
         here = torch.stack([s.features for s in seen]) if seen else torch.zeros(0, n, D)
         features = processes.gather(here, len(prompts))
-    return [Seen({j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)}, int(row[-1]), f)
-            for row, f in zip(numbers, features)]
+    return [
+        Seen({j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)}, int(row[-1]), f)
+        for row, f in zip(numbers, features)
+    ]
 
 
 def bias_report(seen: list[Seen], names: list[str], classes: tuple[str, ...], n: int) -> dict:
     """bias(P) of each prompt, mean and standard deviation, by each judge, beside the noise floor."""
     floor, scatter = noise_floor(len(classes), n)
-    report = {"prompts": len(names), "images": n, "noise_floor": {"mean": floor, "std": scatter}, "judges": {}}
+    report = {
+        "prompts": len(names),
+        "images": n,
+        "noise_floor": {"mean": floor, "std": scatter},
+        "judges": {},
+    }
     for name in seen[0].counts:
         counts = np.stack([s.counts[name] for s in seen])  # (P, K)
         some = counts.sum(1) > 0  # a prompt whose images are all "none" has no bias
         values = bias(counts[some]) if some.any() else np.array([np.nan])
         report["judges"][name] = {
-            "mean": _number(values.mean()), "std": _number(values.std()), "without_bias": int((~some).sum()),
+            "mean": _number(values.mean()),
+            "std": _number(values.std()),
+            "without_bias": int((~some).sum()),
             "share": dict(zip(classes, (counts.sum(0) / max(counts.sum(), 1)).tolist())),
             "counts": {prompt: row.tolist() for prompt, row in zip(names, counts)},
         }
@@ -154,18 +165,30 @@ def clip_i(seen: list[Seen], originals: list[Seen]) -> float | None:
     return float(np.mean([mean_cosine(s.features, o.features) for s, o in zip(seen, originals)]))
 
 
-def obedience(how: How, text_encoder: nn.Module, occupations: list[str], world: Occupations, n: int, label: str) -> dict:
+def obedience(
+    how: How, text_encoder: nn.Module, occupations: list[str], world: Occupations, n: int, label: str
+) -> dict:
     """The share of images that show the class their prompt names, by each judge ("none" is a miss)."""
     classes = how.attribute.classes
-    asked = [(world.named_prompt(how.attribute.name, name, occupation), k)
-             for occupation in occupations for k, name in enumerate(classes)]
+    asked = [
+        (world.named_prompt(how.attribute.name, name, occupation), k)
+        for occupation in occupations
+        for k, name in enumerate(classes)
+    ]
     seen = look_at(how, text_encoder, [prompt for prompt, _ in asked], n, label)
     right = {j: sum(int(s.counts[j][k]) for s, (_, k) in zip(seen, asked)) for j in seen[0].counts}
     return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
 
 
-def evaluate(how: How, text_encoder: nn.Module, world: Occupations, part: str, n: int, label: str = "evaluating",
-             named_images: int = NAMED_IMAGES) -> tuple[dict, list[Seen]]:
+def evaluate(
+    how: How,
+    text_encoder: nn.Module,
+    world: Occupations,
+    part: str,
+    n: int,
+    label: str = "evaluating",
+    named_images: int = NAMED_IMAGES,
+) -> tuple[dict, list[Seen]]:
     """The report on one part of the occupations, ready for JSON, and what it was made from.
 
     Named classes are asked for where `named_images` > 0.
@@ -173,9 +196,16 @@ def evaluate(how: How, text_encoder: nn.Module, world: Occupations, part: str, n
     names = list(getattr(world, part))
     prompts = [occupation_prompt(name) for name in names]
     seen = look_at(how, text_encoder, prompts, n, f"{label}, {part} occupations")
-    report = {"attribute": how.attribute.name, "classes": list(how.attribute.classes), "occupations": part,
-              "steps": how.steps, "guidance": how.guidance, "seed": how.seed,
-              **bias_report(seen, names, how.attribute.classes, n), "clip_t": clip_t(how, seen, prompts)}
+    report = {
+        "attribute": how.attribute.name,
+        "classes": list(how.attribute.classes),
+        "occupations": part,
+        "steps": how.steps,
+        "guidance": how.guidance,
+        "seed": how.seed,
+        **bias_report(seen, names, how.attribute.classes, n),
+        "clip_t": clip_t(how, seen, prompts),
+    }
     if named_images:
         report["named"] = obedience(how, text_encoder, names, world, named_images, f"{label}, named classes")
     return report, seen
@@ -184,14 +214,23 @@ def evaluate(how: How, text_encoder: nn.Module, world: Occupations, part: str, n
 def lines(report: dict) -> list[str]:
     """A report in a few lines of text."""
     floor = report["noise_floor"]
-    biases = [f"{values['mean']:.3f} ± {values['std']:.3f} ({name})" if values["mean"] is not None else f"none ({name})"
-              for name, values in report["judges"].items()]
-    text = [f"{report['attribute']} bias, {report['prompts']} {report['occupations']} occupations x {report['images']}"
-            f" images: {', '.join(biases)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"]
+    biases = [
+        f"{values['mean']:.3f} ± {values['std']:.3f} ({name})"
+        if values["mean"] is not None
+        else f"none ({name})"
+        for name, values in report["judges"].items()
+    ]
+    text = [
+        f"{report['attribute']} bias, {report['prompts']} {report['occupations']} occupations"
+        f" x {report['images']} images: {', '.join(biases)};"
+        f" a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
+    ]
     if report.get("none") is not None:
         text.append(f"none for the template judge: {report['none']:.1%}")
     if report["clip_t"]:
-        text.append(f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}")
+        text.append(
+            f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}"
+        )
     if report.get("clip_i") is not None:
         text.append(f"CLIP-I with the original images: {report['clip_i']:.4f}")
     if "named" in report:
@@ -201,10 +240,12 @@ def lines(report: dict) -> list[str]:
 
 
 def before_after(setup: Setup, adapters: dict[str, Path], world: Occupations, folder: Path) -> dict:
-    """What train.py does last: evaluates the frozen model and each adapter on unseen and finetuning occupations,
-    prints it, writes evaluation.json and before_after.png (same noise)."""
+    """What train.py does last: evaluates the frozen model and each adapter on unseen and on finetuning
+    occupations, prints it, writes evaluation.json and before_after.png (same noise)."""
     bundle, recipe = setup.bundle, setup.recipe
-    how = How(bundle, setup.attribute, recipe.eval_steps, recipe.guidance, recipe.end, processes=setup.processes)
+    how = How(
+        bundle, setup.attribute, recipe.eval_steps, recipe.guidance, recipe.end, processes=setup.processes
+    )
     models = {"before": bundle.text_encoder}
     models |= {f"after ({name})": load_adapter(bundle.text_encoder, file) for name, file in adapters.items()}
     results, originals = {}, {}
@@ -239,14 +280,26 @@ def _number(value):
 
 def main(argv=None):
     """The command line."""
-    parser = cli.Parser(prog="python -m fairref.evaluate", description="Measure the bias of a model's pictures.")
+    parser = cli.Parser(
+        prog="python -m fairref.evaluate", description="Measure the bias of a model's pictures."
+    )
     cli.add_common(parser)
-    parser.add_argument("--adapter", help="a run's folder or an adapter file; without it the bundle itself is measured")
+    parser.add_argument(
+        "--adapter", help="a run's folder or an adapter file; without it the bundle itself is measured"
+    )
     parser.add_argument("--attr", default="gender", help="attribute, as in train.py")
-    parser.add_argument("--occupations", default="test", choices=PARTS, help="which part of the bundle's list")
-    parser.add_argument("--num-images", "-n", type=cli.whole(1), help="images of each occupation (None: the bundle's)")
-    parser.add_argument("--named-images", type=cli.whole(0), default=NAMED_IMAGES,
-                        help="images of each occupation and named class")
+    parser.add_argument(
+        "--occupations", default="test", choices=PARTS, help="which part of the bundle's list"
+    )
+    parser.add_argument(
+        "--num-images", "-n", type=cli.whole(1), help="images of each occupation (None: the bundle's)"
+    )
+    parser.add_argument(
+        "--named-images",
+        type=cli.whole(0),
+        default=NAMED_IMAGES,
+        help="images of each occupation and named class",
+    )
     parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="of the noise")
@@ -259,10 +312,13 @@ def main(argv=None):
     given = {key: value for key, value in given.items() if value is not None}
     recipe = resolve(attribute.name, bundle.recipe, given, str(bundle.path))
     world = read_occupations(bundle.path)
-    text_encoder = load_adapter(bundle.text_encoder, options.adapter) if options.adapter else bundle.text_encoder
+    text_encoder = (
+        load_adapter(bundle.text_encoder, options.adapter) if options.adapter else bundle.text_encoder
+    )
     how = How(bundle, attribute, recipe.eval_steps, recipe.guidance, recipe.end, options.seed)
-    report, _ = evaluate(how, text_encoder, world, options.occupations, recipe.eval_images,
-                         named_images=options.named_images)
+    report, _ = evaluate(
+        how, text_encoder, world, options.occupations, recipe.eval_images, named_images=options.named_images
+    )
     report = {"weights": options.weights, "adapter": options.adapter, **report}
     if options.out:
         write_json(Path(options.out), report)

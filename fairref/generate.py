@@ -43,10 +43,12 @@ class Settings:
     dtype: str = "float32"
 
 
-def draw(bundle, text_encoder: nn.Module, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None):
-    """Pictures (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T; the caller's no_grad.
+def draw(
+    bundle, text_encoder: nn.Module, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None
+):
+    """Pictures (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T.
 
-    `on_step` is called after each U-Net evaluation.
+    no_grad is the caller's. `on_step` is called after each U-Net evaluation.
     """
     c, c_empty = embed(bundle, text_encoder, list(texts)).split(1)
     table = solver_table(bundle.schedule, steps, end)
@@ -88,7 +90,9 @@ def generate(settings: Settings) -> list[Path]:
     guidance = recipe.guidance if settings.guidance is None else settings.guidance
     if not math.isfinite(guidance):
         raise UserError(f"--guidance is {guidance}; expected a number.")
-    text_encoder = load_adapter(bundle.text_encoder, settings.adapter) if settings.adapter else bundle.text_encoder
+    text_encoder = (
+        load_adapter(bundle.text_encoder, settings.adapter) if settings.adapter else bundle.text_encoder
+    )
     texts = (settings.prompt, settings.negative_prompt)
     for text, cut in zip(texts, bundle.tokenizer.cut(list(texts))):
         if cut:
@@ -101,7 +105,9 @@ def generate(settings: Settings) -> list[Path]:
     with Progress(steps * len(groups), "drawing") as progress, torch.no_grad():
         for group in groups:
             z_T = first_noise(bundle, settings.seed, 0, group.tolist())
-            pictures.append(draw(bundle, text_encoder, texts, z_T, steps, guidance, recipe.end, progress.step))
+            pictures.append(
+                draw(bundle, text_encoder, texts, z_T, steps, guidance, recipe.end, progress.step)
+            )
     x = torch.cat(pictures)
     return _write(folder, x, settings, resolved)
 
@@ -112,7 +118,9 @@ def _folder(settings):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out is {folder}, which can't be made ({error.strerror}); give a folder.") from None
+        raise UserError(
+            f"--out is {folder}, which can't be made ({error.strerror}); give a folder."
+        ) from None
     return folder
 
 

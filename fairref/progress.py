@@ -26,8 +26,11 @@ class Progress:
         self.last = now
         left = (now - self.start) * (self.total - self.done) / max(self.done - self.first, 1)
         full = round(WIDTH * self.done / max(self.total, 1))
-        line = f"{self.label} [{'#' * full}{'.' * (WIDTH - full)}] {self.done}/{self.total}, {_clock(left)} left  {note}"
-        print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        count = f"{self.done}/{self.total}, {_clock(left)} left"
+        line = f"{self.label} [{'#' * full}{'.' * (WIDTH - full)}] {count}  {note}"
+        print(
+            f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
+        )
 
     def __exit__(self, *error):
         if self.shown and sys.stderr.isatty() and self.done > self.first:

@@ -1,4 +1,4 @@
-"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, in three disjoint parts."""
+"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, in disjoint parts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,9 @@ class Occupations:
 
     def named_prompt(self, attribute: str, name: str, occupation: str) -> str:
         """The prompt that asks for the class `name` of an attribute."""
-        return self.named.get(attribute, {}).get(name, NAMED_TEMPLATE).format(occupation=occupation, name=name)
+        return (
+            self.named.get(attribute, {}).get(name, NAMED_TEMPLATE).format(occupation=occupation, name=name)
+        )
 
 
 def occupation_prompt(occupation: str) -> str:
@@ -42,9 +44,15 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     parts = d.get("occupations")
     unknown = sorted(set(d) - {"occupations", "named"})
     if unknown or not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
-        raise UserError(f'{path}: expected {{"occupations": {{"train", "validation", "test"}}}}; write it like that.')
+        raise UserError(
+            f'{path}: expected {{"occupations": {{"train", "validation", "test"}}}}; write it like that.'
+        )
     for part, names in parts.items():
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        if (
+            not isinstance(names, list)
+            or not names
+            or not all(isinstance(name, str) and name for name in names)
+        ):
             raise UserError(f"{path}: {part} is not a list of names; give at least one occupation.")
     everyone = [name for part in PARTS for name in parts[part]]
     twice = next((name for name in everyone if everyone.count(name) > 1), None)

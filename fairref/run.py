@@ -55,20 +55,31 @@ def _run(options, processes, device):
     world = read_occupations(bundle.path)
     setup = Setup(bundle, recipe, attribute, tuple(map(occupation_prompt, world.train)), processes)
     if recipe.evaluate != "none":
-        How(bundle, attribute, recipe.eval_steps, recipe.guidance)  # what it lacks is better said before the run
+        How(
+            bundle, attribute, recipe.eval_steps, recipe.guidance
+        )  # what it lacks is better said before the run
 
     settings = settings or {
-        "weights": weights, "dtype": dtype, "attribute": attribute.name, "classes": attribute.classes,
-        "target": attribute.target, "recipe": recipe.to_dict(), "processes": processes.world,
-        "device": device.type, "versions": {"fairref": __version__, "torch": torch.__version__},
+        "weights": weights,
+        "dtype": dtype,
+        "attribute": attribute.name,
+        "classes": attribute.classes,
+        "target": attribute.target,
+        "recipe": recipe.to_dict(),
+        "processes": processes.world,
+        "device": device.type,
+        "versions": {"fairref": __version__, "torch": torch.__version__},
     }
     folder = Path(options.resume).expanduser() if options.resume else _folder(options, attribute, processes)
     if processes.first:
         print(f"the run is in {folder}")
         if not options.resume:
             checkpoints.write_json(folder / checkpoints.SETTINGS, settings)
-    metadata = {"weights": bundle.manifest.get("name", str(weights)), "attribute": attribute.name,
-                "target": ",".join(map(str, attribute.target))}
+    metadata = {
+        "weights": bundle.manifest.get("name", str(weights)),
+        "attribute": attribute.name,
+        "target": ",".join(map(str, attribute.target)),
+    }
     files = train(setup, folder, metadata)
     if recipe.evaluate != "none":
         adapters = files if recipe.evaluate == "both" else {recipe.evaluate: files[recipe.evaluate]}
@@ -82,12 +93,18 @@ def _resumed(options):
     given = [key for key in ("attr", "out", "weights", "dtype") if getattr(options, key) is not None]
     given += list(options.recipe)
     if given:
-        raise UserError(f"--{given[0].replace('_', '-')} can't be changed in a run that --resume goes on with; leave it out.")
+        raise UserError(
+            f"--{given[0].replace('_', '-')} can't be changed in a run that --resume goes on with;"
+            " leave it out."
+        )
     settings = checkpoints.read_settings(options.resume)
     needed = {"weights", "dtype", "attribute", "classes", "target", "recipe"}
     missing = sorted(needed - set(settings))
     if missing or not set(settings["recipe"]) <= set(Recipe.__dataclass_fields__):
-        raise UserError(f"{options.resume}/{checkpoints.SETTINGS}: not the settings of a run of this version; start a new one.")
+        raise UserError(
+            f"{options.resume}/{checkpoints.SETTINGS}: not the settings of a run of this version;"
+            " start a new one."
+        )
     return settings
 
 

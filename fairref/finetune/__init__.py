@@ -1,1 +1,1 @@
-"""Finetuning: the only room that knows both the sampler and fairness. Reading order: recipes, adapters, trainer."""
+"""Finetuning: the one room that knows both the sampler and fairness. Read recipes, adapters, trainer."""

@@ -1,9 +1,10 @@
 """LoRA on the text encoder, and its file.
 
-W x becomes W x + up down x, with up (out, r) = 0 and down (r, in) ~ N(0, 1/r^2) at the start, scale 1, no alpha: the
-first adapted embedding is the frozen one bit for bit. adapter.safetensors holds, for each adapted layer, as
-`text_encoder.<name of the layer>.lora_down.weight` and `.lora_up.weight`, the two matrices in float32, and strings
-as metadata (what it was made from; `average` says whether it is the moving average or the last value).
+W x becomes W x + up down x, with up (out, r) = 0 and down (r, in) ~ N(0, 1/r^2) at the start, scale 1, no
+alpha: the first adapted embedding is the frozen one bit for bit. adapter.safetensors holds the two matrices of
+each adapted layer in float32, as `text_encoder.<name of the layer>.lora_down.weight` and `.lora_up.weight`,
+and, as metadata, what it was made from (`average`: "ema", the moving average, or "raw", the last value). A run's
+adapter.safetensors is the moving average, adapter_raw.safetensors the last value.
 """
 
 import copy
@@ -54,14 +55,20 @@ class Adapter(nn.Module):
             place.lora_down, place.lora_up = layer.lora_down, layer.lora_up
 
 
-def adapt(text_encoder: nn.Module, rank: int, generator: torch.Generator | None = None) -> tuple[nn.Module, Adapter]:
-    """A text encoder with LoRA, which shares the frozen weights, and its adapter, whose parameters require grad.
+def adapt(
+    text_encoder: nn.Module, rank: int, generator: torch.Generator | None = None
+) -> tuple[nn.Module, Adapter]:
+    """A text encoder with LoRA and its adapter, whose parameters require grad; the frozen weights are shared.
 
-    The one given stays as it is. `generator` (on the CPU) draws down.
+    The encoder given stays as it is. `generator` (on the CPU) draws down.
     """
     shared = {id(tensor): tensor for tensor in (*text_encoder.parameters(), *text_encoder.buffers())}
     adapted = copy.deepcopy(text_encoder, shared)
-    targets = [name for name, m in adapted.named_modules() if name.split(".")[-1] in ADAPTED and isinstance(m, nn.Linear)]
+    targets = [
+        name
+        for name, m in adapted.named_modules()
+        if name.split(".")[-1] in ADAPTED and isinstance(m, nn.Linear)
+    ]
     layers = {}
     for name in targets:
         parent = adapted.get_submodule(name.rpartition(".")[0])
@@ -77,7 +84,9 @@ def save_adapter(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
     """Writes adapter tensors under the names of the file, by way of a temporary name."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()
+    }
     rank = next(tensor.shape[0] for name, tensor in tensors.items() if "lora_down" in name)
     save_file(tensors, temporary, metadata={**metadata, "format": FORMAT, "rank": str(rank), "scale": "1"})
     os.replace(temporary, path)
@@ -95,7 +104,7 @@ def adapter_file(path: str | Path) -> Path:
 
 
 def load_adapter(text_encoder: nn.Module, path: str | Path) -> nn.Module:
-    """The text encoder with the adapter of a file or a run's folder, without requires_grad. Raises UserError."""
+    """The text encoder with the adapter of a file or a run's folder, frozen. Raises UserError."""
     file = adapter_file(path)
     tensors = read(file)
     with safe_open(file, "pt") as opened:

@@ -1,8 +1,8 @@
 """What a run leaves in its folder, so that it can be stopped at any time and resumed.
 
 checkpoint.safetensors: adapter, moving average, AdamW's two averages, each tensor under `adapter.`, `ema.`,
-`exp_avg.` or `exp_avg_sq.` and its name in the adapter; metadata: iteration (how many are done), updates (of the
-optimizer). settings.json: the resolved settings. metrics.jsonl: one line an iteration.
+`exp_avg.` or `exp_avg_sq.` and its name in the adapter; metadata: iteration (how many are done), updates (of
+the optimizer). settings.json: the resolved settings. metrics.jsonl: one line an iteration.
 """
 
 import json
@@ -42,7 +42,9 @@ def save(folder: Path, state: State) -> None:
     for name, parameter in state.parameters().items():
         tensors[f"adapter.{name}"], tensors[f"ema.{name}"] = parameter.detach(), state.ema[name]
         for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{name}"] = state.optimizer.state.get(parameter, {}).get(key, torch.zeros_like(parameter))
+            tensors[f"{key}.{name}"] = state.optimizer.state.get(parameter, {}).get(
+                key, torch.zeros_like(parameter)
+            )
     temporary = folder / f"{CHECKPOINT}.part"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, temporary, metadata={"iteration": str(state.iteration), "updates": str(state.updates)})
@@ -59,9 +61,15 @@ def restore(folder: Path, state: State) -> None:
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata() or {}
     parameters = state.parameters()
-    wanted = {f"{kind}.{name}": p for kind in ("adapter", "ema", "exp_avg", "exp_avg_sq") for name, p in parameters.items()}
+    wanted = {
+        f"{kind}.{name}": p
+        for kind in ("adapter", "ema", "exp_avg", "exp_avg_sq")
+        for name, p in parameters.items()
+    }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != {name: p.shape for name, p in wanted.items()} or not {"iteration", "updates"} <= set(metadata):
+    if shapes != {name: p.shape for name, p in wanted.items()} or not {"iteration", "updates"} <= set(
+        metadata
+    ):
         raise UserError(f"{path}: doesn't belong to the settings beside it; start a new run.")
     state.iteration, state.updates = int(metadata["iteration"]), int(metadata["updates"])
     for name, parameter in parameters.items():
@@ -74,7 +82,7 @@ def restore(folder: Path, state: State) -> None:
 
 
 def new_folder(path: str | None, default: str) -> Path:
-    """Makes a run's folder: `path`, which must hold no run, else the first free one of default, default-2, ...
+    """Makes a run's folder: `path`, which must hold no run; None: the first free of default, default-2, ...
 
     Raises UserError.
     """
@@ -84,7 +92,9 @@ def new_folder(path: str | None, default: str) -> Path:
     else:
         folder = Path(path).expanduser()
         if (folder / SETTINGS).exists():
-            raise UserError(f"{folder}: holds another run; give another --out, or continue it with --resume {folder}.")
+            raise UserError(
+                f"{folder}: holds another run; give another --out, or continue it with --resume {folder}."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""torchrun's processes. Alone, without torchrun, everything here is the identity and no process group is made."""
+"""torchrun's processes. Without torchrun everything here is the identity and no process group is made."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The numbers of a finetuning run: METHOD.md §6, overridden by what a bundle's size asks for, then by the user."""
+"""The numbers of a finetuning run: METHOD.md §6, overridden by the bundle's, then by the user's."""
 
 import argparse
 import math
@@ -22,7 +22,9 @@ def setting(default, explanation):
 class Recipe:
     """Settings of one run; the defaults are the source's gender run on SD-1.5. Raises UserError."""
 
-    seed: int = setting(0, "of the noise, the order of prompts, the step counts and the adapter's first values")
+    seed: int = setting(
+        0, "of the noise, the order of prompts, the step counts and the adapter's first values"
+    )
     iterations: int = setting(10_000, "optimizer steps, one prompt each")
     batch: int = setting(24, "N, images of one prompt, over all processes")
     C: float = setting(0.8, "images with a target less certain than this have no L_align (eq 6)")
@@ -37,13 +39,17 @@ class Recipe:
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     weight_decay: float = setting(1e-2, "AdamW's weight decay")
     clip: float = setting(100.0, "largest norm of the gradient; a longer one is shortened to it")
-    ema: float = setting(0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i")
+    ema: float = setting(
+        0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i"
+    )
     steps_min: int = setting(19, "fewest sampling steps S of an iteration")
     steps_max: int = setting(23, "most sampling steps S of an iteration")
     guidance: float = setting(7.5, "classifier-free guidance scale s")
     end: str = setting("zero", "end of the solver: zero or sigma_min")
     standardise: str = setting("paper", "weights of the steps in the gradient: paper, solver or none")
-    micro_batch: int = setting(0, "most U-Net inputs at once in the gradient, and images decoded at once; 0: all")
+    micro_batch: int = setting(
+        0, "most U-Net inputs at once in the gradient, and images decoded at once; 0: all"
+    )
     checkpoint_every: int = setting(200, "iterations between checkpoints")
     evaluate: str = setting("both", "adapters evaluated after the run: both, ema, raw or none")
     eval_steps: int = setting(25, "sampling steps of evaluation and of sample.py")
@@ -61,8 +67,18 @@ class Recipe:
                 raise UserError(f"recipe: {f.name} is {value}; expected a number from 0 up.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"recipe: {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
-        at_least_1 = ("iterations", "batch", "rank", "steps_min", "eval_steps", "eval_images", "checkpoint_every")
+                raise UserError(
+                    f"recipe: {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}."
+                )
+        at_least_1 = (
+            "iterations",
+            "batch",
+            "rank",
+            "steps_min",
+            "eval_steps",
+            "eval_images",
+            "checkpoint_every",
+        )
         for name in at_least_1:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at least 1.")
@@ -70,7 +86,9 @@ class Recipe:
             if getattr(self, name) > 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most 1.")
         if self.steps_max < self.steps_min:
-            raise UserError(f"recipe: steps_max is {self.steps_max}, less than steps_min {self.steps_min}; raise it.")
+            raise UserError(
+                f"recipe: steps_max is {self.steps_max}, less than steps_min {self.steps_min}; raise it."
+            )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -82,19 +100,24 @@ BY_ATTRIBUTE = {"gender": {}, "race": RACE, "skin_tone": RACE}
 
 
 def resolve(attribute: str, bundle_recipe: dict, overrides: dict, source: str = "bundle.json") -> Recipe:
-    """The recipe of a run: METHOD.md's, then the bundle's, then the bundle's for this attribute, then the user's.
+    """The recipe of a run: METHOD.md's, the bundle's, the bundle's for the attribute, the user's; later wins.
 
-    In `bundle_recipe` a key whose value is an object holds the settings for the attribute of that name. Raises
-    UserError for unknown keys; `source` names the manifest.
+    In `bundle_recipe` a key whose value is an object holds the settings for the attribute of that name.
+    Raises UserError for unknown keys; `source` names the manifest.
     """
     general = {key: value for key, value in bundle_recipe.items() if not isinstance(value, dict)}
     specific = bundle_recipe.get(attribute, {})
     known = {f.name for f in fields(Recipe)}
-    for settings, where in ((general, f"{source}: recipe"), (specific, f"{source}: recipe of {attribute}"),
-                            (overrides, "options")):
+    for settings, where in (
+        (general, f"{source}: recipe"),
+        (specific, f"{source}: recipe of {attribute}"),
+        (overrides, "options"),
+    ):
         unknown = sorted(set(settings) - known)
         if unknown:
-            raise UserError(f"{where} has the unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}.")
+            raise UserError(
+                f"{where} has the unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}."
+            )
     return Recipe(**{**BY_ATTRIBUTE.get(attribute, {}), **general, **specific, **overrides})
 
 

@@ -27,7 +27,9 @@ def embed(bundle, text_encoder: nn.Module, texts: list[str]) -> Tensor:
     return text_encoder(ids.to(next(text_encoder.parameters()).device))
 
 
-def rollout(bundle, table: SolverTable, z_T: Tensor, c: Tensor, c_empty: Tensor, guidance: float) -> list[Step]:
+def rollout(
+    bundle, table: SolverTable, z_T: Tensor, c: Tensor, c_empty: Tensor, guidance: float
+) -> list[Step]:
     """The path z_1..z_S, z_0 of one run, without a graph."""
     with torch.no_grad():
         return list(sample(bundle.unet, table, z_T, c.detach(), c_empty.detach(), guidance))

@@ -42,12 +42,18 @@ class Setup:
     processes: Processes = Processes()
 
     def __post_init__(self):
-        for found, what in ((self.bundle.classifiers.get("finetune"), "classifier for finetuning"),
-                            (self.bundle.clip, "CLIP image tower")):
+        for found, what in (
+            (self.bundle.classifiers.get("finetune"), "classifier for finetuning"),
+            (self.bundle.clip, "CLIP image tower"),
+        ):
             if found is None:
-                raise UserError(f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one.")
+                raise UserError(
+                    f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one."
+                )
         if self.recipe.batch < self.processes.world:
-            raise UserError(f"--batch is {self.recipe.batch} for {self.processes.world} processes; give each an image.")
+            raise UserError(
+                f"--batch is {self.recipe.batch} for {self.processes.world} processes; give each an image."
+            )
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ def learning_rate(recipe: Recipe, iteration: int) -> float:
     return float(recipe.lr * rise * (recipe.lr_end + (1 - recipe.lr_end) * cosine))
 
 
-def iteration_gradient(setup: Setup, text_encoder: nn.Module, parameters: list, i: int) -> tuple[list[Tensor], dict]:
+def iteration_gradient(
+    setup: Setup, text_encoder: nn.Module, parameters: list, i: int
+) -> tuple[list[Tensor], dict]:
     """dL/dparameters of iteration i, summed over processes, and its metrics.
 
     `text_encoder` is the adapted one; grad mode must be on. Without finite logits the gradient is NaN.
@@ -125,8 +133,10 @@ def look(setup: Setup, table, z_T: Tensor, path: list, prompt: str, adapted: Ten
 
 
 def picture_gradient(setup: Setup, pictures: Pictures, ot: OT) -> tuple[Tensor, Tensor]:
-    """g = dL/dz_0 (n, 4, h, w), L = L_align + lambda_img L_img, and the sums (4,) over this process's images of
-    L, L_align, L_img (each already over N) and of the images with a confident target."""
+    """g = dL/dz_0 (n, 4, h, w) of L = L_align + lambda_img L_img, and sums (4,) over this process's images.
+
+    The sums: L, L_align, L_img, each already divided by N, and the number of images with a confident target.
+    """
     n, recipe = len(pictures.x), setup.recipe
     rows = setup.processes.part(recipe.batch)
     q = ot.q[rows.start : rows.stop].to(pictures.x.device)  # (n, K)
@@ -142,7 +152,7 @@ def picture_gradient(setup: Setup, pictures: Pictures, ot: OT) -> tuple[Tensor, 
 
 
 def loss_of(setup: Setup, x: Tensor, o: Tensor, original: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of images x against their originals o, target rows q (m, K), summed, and its parts as above."""
+    """The loss, summed, of images x with originals o and target rows q (m, K), and the four sums."""
     recipe, name = setup.recipe, setup.attribute.name
     align, confident = align_loss(_classify(setup, x), q, recipe.C, recipe.batch)  # (m,) each
     image = image_loss(x, o, [setup.bundle.clip.encode_image], recipe.batch)  # (m,)
@@ -163,14 +173,23 @@ def _classify(setup, x):
 def _in_parts(setup, function, rows):
     """function(rows), at most micro_batch rows at once."""
     size = setup.recipe.micro_batch
-    return torch.cat([function(part) for part in rows.split(size)]) if 0 < size < len(rows) else function(rows)
+    return (
+        torch.cat([function(part) for part in rows.split(size)]) if 0 < size < len(rows) else function(rows)
+    )
 
 
 def _metrics(recipe, ot, logits, sums):
     loss, align, image, confident = sums.tolist()
     counts = class_counts(logits.argmax(1), logits.shape[1])
-    return {"loss": loss, "align": align, "image": image, "confident": confident / recipe.batch, "cost": ot.cost,
-            "counts": counts.tolist(), "bias": float(bias(counts))}
+    return {
+        "loss": loss,
+        "align": align,
+        "image": image,
+        "confident": confident / recipe.batch,
+        "cost": ot.cost,
+        "counts": counts.tolist(),
+        "bias": float(bias(counts)),
+    }
 
 
 def new_state(setup: Setup) -> tuple[nn.Module, State]:
@@ -178,15 +197,22 @@ def new_state(setup: Setup) -> tuple[nn.Module, State]:
     recipe = setup.recipe
     generator = torch.Generator().manual_seed(recipe.seed)
     text_encoder, adapter = adapt(setup.bundle.text_encoder, recipe.rank, generator)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=recipe.lr, betas=(recipe.beta_1, recipe.beta_2),
-                                  eps=recipe.adam_eps, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        adapter.parameters(),
+        lr=recipe.lr,
+        betas=(recipe.beta_1, recipe.beta_2),
+        eps=recipe.adam_eps,
+        weight_decay=recipe.weight_decay,
+    )
     ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     return text_encoder, State(adapter, ema, optimizer)
 
 
 def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float, bool]:
-    """One clipped AdamW step and the moving average, in place in `state` -> (norm before clipping, whether it was
-    taken). A gradient that isn't finite, which all processes see alike, is skipped."""
+    """One clipped AdamW step and the moving average, in `state` -> (norm before clipping, whether taken).
+
+    A gradient that isn't finite, which all processes see alike, is skipped.
+    """
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
     finite = bool(torch.isfinite(norm))
     if finite:
@@ -206,7 +232,7 @@ def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float,
 
 
 def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Path]:
-    """The run in `folder`, from its checkpoint if it has one -> {"ema": file, "raw": file} of the two adapters."""
+    """The run in `folder`, from its checkpoint if it has one -> the adapters' files {"ema", "raw"}."""
     recipe, first = setup.recipe, setup.processes.first
     text_encoder, state = new_state(setup)
     checkpoints.restore(folder, state)
@@ -222,7 +248,11 @@ def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Pat
             norm, finite = update(recipe, state, gradient)
             skipped += not finite
             recent = [*recent, found["bias"]][-RUNNING:] if "bias" in found else recent
-            metrics |= {**found, "norm": norm if finite else None, "seconds": round(time.monotonic() - began, 3)}
+            metrics |= {
+                **found,
+                "norm": norm if finite else None,
+                "seconds": round(time.monotonic() - began, 3),
+            }
             if first:
                 checkpoints.append_metrics(folder, metrics)
                 if state.iteration % recipe.checkpoint_every == 0:

@@ -1,0 +1,312 @@
+"""The front doors, from the command line to the files; a user's mistake is one sentence and exit code 2."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_bundle import RECIPE, write_tiny_bundle
+
+from fairref import cli, evaluate
+from fairref.errors import UserError
+from fairref.finetune.recipes import Recipe, resolve
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sample
+import train
+
+PROMPT = "a photo of the face of a pilot, a person"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return str(write_tiny_bundle(tmp_path_factory.mktemp("bundle")))
+
+
+@pytest.fixture(scope="module")
+def run_folder(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert (
+        cli.run(train.main, ["--attr", "gender", "--weights", weights, "--out", str(folder), "--lr", "0.05"])
+        == 0
+    )
+    return folder
+
+
+def refused(capsys, main, *argv):
+    """The one sentence of a refused command."""
+    capsys.readouterr()
+    assert cli.run(main, list(argv)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "Traceback" not in message
+    return message
+
+
+def test_train_leaves_what_the_documentation_says(run_folder, weights):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names == {
+        "settings.json",
+        "metrics.jsonl",
+        "adapter.safetensors",
+        "adapter_raw.safetensors",
+        "checkpoint.safetensors",
+        "evaluation.json",
+        "before_after.png",
+    }
+    settings = json.loads((run_folder / "settings.json").read_text())
+    assert settings["weights"] == weights and settings["target"] == [0.5, 0.5]
+    assert settings["recipe"] == {**Recipe().to_dict(), **RECIPE, "lr": 0.05}
+    metrics = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2
+    assert {
+        "iteration",
+        "prompt",
+        "S",
+        "loss",
+        "align",
+        "image",
+        "cost",
+        "bias",
+        "norm",
+        "lr",
+        "seconds",
+    } <= set(metrics[0])
+    evaluation = json.loads((run_folder / "evaluation.json").read_text())
+    assert set(evaluation) == {"before", "after (ema)", "after (raw)"}
+    assert set(evaluation["before"]) == {"test", "train"}
+    assert evaluation["after (raw)"]["test"]["clip_i"] < 1
+
+
+def test_sample_writes_pictures_that_say_how_they_were_made(weights, run_folder, tmp_path, capsys):
+    options = ["--weights", weights, "-n", "3", "--seed", "7", "--steps", "3", "--guidance", "1.5"]
+    assert cli.run(sample.main, [PROMPT, *options, "--out", str(tmp_path / "plain")]) == 0
+    assert str(tmp_path / "plain" / "seed7-grid.png") in capsys.readouterr().out
+    assert (
+        cli.run(
+            sample.main, [PROMPT, *options, "--adapter", str(run_folder), "--out", str(tmp_path / "adapted")]
+        )
+        == 0
+    )
+    names = ["seed7-000.png", "seed7-001.png", "seed7-002.png", "seed7-grid.png"]
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == names
+    picture, adapted = (Image.open(tmp_path / name / names[1]) for name in ("plain", "adapted"))
+    assert picture.size == (32, 32)
+    assert picture.text["prompt"] == PROMPT and picture.text["seed"] == "7" and picture.text["image"] == "1"
+    settings = json.loads(picture.text["settings"])
+    assert (settings["steps"], settings["guidance"], settings["adapter"]) == (3, 1.5, None)
+    assert picture.tobytes() != adapted.tobytes() and json.loads(adapted.text["settings"])["adapter"] == str(
+        run_folder
+    )
+
+
+def test_an_image_is_the_same_alone_and_among_others(weights, tmp_path):
+    for n in ("1", "4"):
+        assert cli.run(sample.main, [PROMPT, "--weights", weights, "-n", n, "--out", str(tmp_path / n)]) == 0
+    alone, among = (
+        torch.frombuffer(bytearray(Image.open(tmp_path / n / "seed0-000.png").tobytes()), dtype=torch.uint8)
+        for n in ("1", "4")
+    )
+    assert (alone.int() - among.int()).abs().max() <= 1  # rounding of differently sized batches
+
+
+def test_a_negative_prompt_and_guidance_0_change_the_picture(weights, tmp_path):
+    pictures = {}
+    for name, options in {
+        "plain": [],
+        "negative": ["--negative-prompt", "a judge"],
+        "zero": ["--guidance", "0"],
+        "zero of another prompt": ["--guidance", "0"],
+    }.items():
+        prompt = "a baker" if "another" in name else PROMPT
+        assert (
+            cli.run(
+                sample.main,
+                [prompt, "--weights", weights, "-n", "1", "--out", str(tmp_path / name), *options],
+            )
+            == 0
+        )
+        pictures[name] = Image.open(tmp_path / name / "seed0-000.png").tobytes()
+    assert pictures["zero"] == pictures["zero of another prompt"]  # the prompt has no weight
+    assert len({pictures["plain"], pictures["negative"], pictures["zero"]}) == 3
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(weights, tmp_path, capsys):
+    prompt = "a pilot " * 60 + "in a hat"
+    assert cli.run(sample.main, [prompt, "--weights", weights, "-n", "1", "--out", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert "too long" in error and "in a hat" in error
+
+
+def test_evaluate(weights, run_folder, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    options = [
+        "--weights",
+        weights,
+        "--adapter",
+        str(run_folder),
+        "--num-images",
+        "3",
+        "--occupations",
+        "validation",
+    ]
+    assert cli.run(evaluate.main, [*options, "--out", str(out)]) == 0
+    assert "gender bias, 1 validation occupations x 3 images" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert sum(report["judges"]["classifier"]["counts"]["cook"]) == 3
+    assert cli.run(evaluate.main, options) == 0
+    assert json.loads(capsys.readouterr().out)["judges"] == report["judges"]
+
+
+def test_resume_goes_on_with_a_runs_own_settings(run_folder, weights, tmp_path, capsys):
+    options = [
+        "--attr",
+        "gender",
+        "--weights",
+        weights,
+        "--evaluate",
+        "none",
+        "--batch",
+        "3",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.run(train.main, options) == 0
+    settings = (tmp_path / "run" / "settings.json").read_bytes()
+    (tmp_path / "run" / "adapter.safetensors").unlink()  # as if stopped at the very end
+    assert cli.run(train.main, ["--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
+    assert (tmp_path / "run" / "settings.json").read_bytes() == settings
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "--lr" in refused(capsys, train.main, "--resume", str(run_folder), "--lr", "1")
+    assert "--weights" in refused(capsys, train.main, "--resume", str(run_folder), "--weights", "x")
+    assert "no settings.json" in refused(capsys, train.main, "--resume", str(run_folder / "nowhere"))
+
+
+def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert (
+            cli.run(
+                train.main,
+                ["--attr", "gender", "--weights", weights, "--iterations", "1", "--evaluate", "none"],
+            )
+            == 0
+        )
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["gender", "gender-2"]
+    assert not (tmp_path / "runs" / "gender" / "evaluation.json").exists()
+    assert cli.run(sample.main, ["A Pilot!", "--weights", weights, "-n", "1"]) == 0
+    assert (tmp_path / "samples" / "a-pilot" / "seed0-000.png").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--attr", "height"], 'names the attribute "height"'),
+        (["--attr", "gender=0.7,0.7"], "the sum must be 1"),
+        ([], "--attr is missing"),
+        (["--attr", "gender", "--iterations", "0"], "iterations is 0; expected at least 1"),
+        (["--attr", "gender", "--iterations", "many"], "--iterations"),
+        (["--attr", "gender", "--lr", "nan"], "lr is nan"),
+        (["--attr", "gender", "--standardise", "both"], "expected one of paper, solver, none"),
+        (["--attr", "gender", "--steps-min", "9"], "steps_max is 3, less than steps_min 9"),
+        (["--attr", "gender", "--speed", "9"], "unrecognized arguments: --speed"),
+        (["--attr", "gender", "--device", "abacus"], "--device is 'abacus'"),
+        (["--attr", "gender", "--dtype", "int8"], "--dtype"),
+    ],
+)
+def test_mistakes_of_train(weights, tmp_path, capsys, argv, words):
+    message = refused(capsys, train.main, *argv, "--weights", weights, "--out", str(tmp_path / "run"))
+    assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_another_run_is_refused(run_folder, weights, capsys):
+    before = (run_folder / "settings.json").read_bytes()
+    message = refused(capsys, train.main, "--attr", "gender", "--weights", weights, "--out", str(run_folder))
+    assert "holds another run" in message and "--resume" in message
+    assert (run_folder / "settings.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "required: prompt"),
+        ([PROMPT, "-n", "0"], "expected a whole number from 1"),
+        ([PROMPT, "--steps", "0"], "expected a whole number from 1"),
+        ([PROMPT, "--seed", "-1"], "expected a whole number from 0"),
+        ([PROMPT, "--guidance", "inf"], "--guidance"),
+        ([PROMPT, "--adapter", "nowhere"], "nowhere: no such adapter"),
+        ([PROMPT, "--out", __file__], "--out"),
+        ([PROMPT, "--num", "3"], "unrecognized arguments: --num"),
+    ],
+)
+def test_mistakes_of_sample(weights, tmp_path, capsys, argv, words):
+    out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
+    assert words in refused(capsys, sample.main, *argv, "--weights", weights, *out)
+
+
+def test_weights_that_are_not_there(capsys):
+    assert "no such weights" in refused(capsys, sample.main, PROMPT, "--weights", "nowhere")
+    assert "no such weights" in refused(capsys, evaluate.main, "--weights", "nowhere")
+
+
+def test_every_setting_has_an_explanation_and_an_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for f in fields(Recipe):
+        assert f"--{f.name.replace('_', '-')} " in shown and f.metadata["help"]
+
+
+def test_the_defaults_are_the_methods():
+    r = Recipe()
+    assert (r.batch, r.C, r.lambda_img, r.lambda_2, r.rank, r.lr, r.iterations) == (
+        24,
+        0.8,
+        8,
+        0.2,
+        50,
+        5e-5,
+        10_000,
+    )
+    assert (r.beta_1, r.beta_2, r.weight_decay, r.adam_eps, r.ema) == (0.9, 0.999, 1e-2, 1e-8, 0.996)
+    assert (r.steps_min, r.steps_max, r.guidance, r.eval_steps, r.clip, r.checkpoint_every) == (
+        19,
+        23,
+        7.5,
+        25,
+        100,
+        200,
+    )
+    assert (r.standardise, r.end) == ("paper", "zero")
+    race = resolve("race", {}, {})
+    assert (race.batch, race.C, race.lambda_img, race.lambda_2, race.iterations) == (32, 0.8, 6, 0.6, 12_000)
+
+
+def test_who_overrides_whom():
+    bundle = {"batch": 8, "lr": 1, "race": {"lr": 2.0, "rank": 4}}
+    assert resolve("gender", bundle, {}).lr == 1.0
+    race = resolve("race", bundle, {"rank": 5})
+    assert (race.batch, race.lambda_img, race.lr, race.rank) == (8, 6.0, 2.0, 5)
+
+
+@pytest.mark.parametrize(
+    "attribute, bundle, words",
+    [
+        ("gender", {"learning_rate": 1}, "unknown key 'learning_rate'"),
+        ("race", {"race": {"learning_rate": 1}}, "recipe of race has the unknown key"),
+        ("gender", {"batch": 2.5}, "batch is 2.5"),
+        ("gender", {"batch": True}, "batch is True"),
+        ("gender", {"lr": -1.0}, "lr is -1.0"),
+        ("gender", {"ema": 1.5}, "ema is 1.5"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(attribute, bundle, words):
+    with pytest.raises(UserError, match=words):
+        resolve(attribute, bundle, {})

@@ -1,0 +1,163 @@
+"""What evaluation reports is what the pictures are."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_bundle import OCCUPATIONS, write_tiny_bundle
+
+from fairref import evaluate
+from fairref.bundle import load_bundle
+from fairref.errors import UserError
+from fairref.evaluate import (
+    How,
+    Seen,
+    bias_report,
+    clip_i,
+    clip_t,
+    judge,
+    lines,
+    look_at,
+    obedience,
+    pictures,
+)
+from fairref.fairness.attributes import parse_target
+from fairref.prompts import Occupations, occupation_prompt, read_occupations
+
+PROMPTS = [occupation_prompt(name) for name in OCCUPATIONS["train"]]
+
+
+@pytest.fixture(scope="module")
+def how(tmp_path_factory):
+    bundle = load_bundle(write_tiny_bundle(tmp_path_factory.mktemp("bundle")))
+    return How(bundle, parse_target("gender", bundle.attributes), steps=2, guidance=2.0)
+
+
+def seen_of(*counts, none=0):
+    return [Seen({"classifier": np.array(c), "templates": np.array(c[::-1])}, none, None) for c in counts]
+
+
+def test_bias_report():
+    report = bias_report(seen_of([10, 0], [5, 5], [2, 8]), ["a", "b", "c"], ("woman", "man"), 10)
+    values = report["judges"]["classifier"]
+    assert values["mean"] == pytest.approx((1 + 0 + 0.6) / 3)
+    assert values["std"] == pytest.approx(np.std([1, 0, 0.6]))
+    assert values["share"] == {"woman": pytest.approx(17 / 30), "man": pytest.approx(13 / 30)}
+    assert values["counts"] == {"a": [10, 0], "b": [5, 5], "c": [2, 8]}
+    assert report["judges"]["templates"]["counts"]["a"] == [0, 10]
+    assert report["noise_floor"]["mean"] == pytest.approx(
+        0.24609375
+    )  # E|2X - 10| / 10, X ~ Binomial(10, 1/2)
+
+
+def test_prompts_without_a_person_have_no_bias():
+    seen = seen_of([0, 0], [3, 1], none=2)
+    report = bias_report(seen, ["a", "b"], ("woman", "man"), 4)
+    assert report["judges"]["templates"]["mean"] == 0.5 and report["judges"]["templates"]["without_bias"] == 1
+    assert report["none"] == pytest.approx(4 / 8)
+    alone = bias_report(seen[:1], ["a"], ("woman", "man"), 4)
+    assert alone["judges"]["templates"]["mean"] is None
+    assert "none" in lines({**alone, "attribute": "gender", "occupations": "test", "clip_t": None})[0]
+
+
+def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(how, monkeypatch):
+    text_encoder = how.bundle.text_encoder
+    whole = pictures(how, text_encoder, PROMPTS[0], 5)
+    assert torch.equal(whole, pictures(how, text_encoder, PROMPTS[0], 5))
+    monkeypatch.setattr(evaluate, "GROUP", 2)
+    torch.testing.assert_close(pictures(how, text_encoder, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
+    other = pictures(replace(how, seed=1), text_encoder, PROMPTS[0], 5)
+    assert (other - whole).abs().max() > 0.1
+
+
+def test_judges_count_classes_and_leave_out_none(how):
+    x = pictures(how, how.bundle.text_encoder, PROMPTS[0], 6)
+    logits = how.bundle.classifiers["evaluate"](x)["gender"]
+    wanted = [int((logits[:, 0] > logits[:, 1]).sum()), int((logits[:, 0] <= logits[:, 1]).sum())]
+
+    def templates(x):
+        return {
+            "gender": torch.tensor([1, 1, 0, 1, 0, 1]),
+            "none": torch.tensor([True, False, False, False, True, False]),
+        }
+
+    bundle = SimpleNamespace(classifiers=how.bundle.classifiers, clip=how.bundle.clip, templates=templates)
+    seen = judge(SimpleNamespace(bundle=bundle, attribute=how.attribute), x)
+    assert seen.counts["classifier"].tolist() == wanted
+    assert seen.counts["templates"].tolist() == [1, 3] and seen.none == 2
+
+
+def test_the_classifier_is_the_one_for_evaluation(how):
+    x = pictures(how, how.bundle.text_encoder, PROMPTS[0], 20)
+    found = judge(how, x).counts["classifier"].tolist()
+    swapped = {"evaluate": how.bundle.classifiers["finetune"], "finetune": how.bundle.classifiers["evaluate"]}
+    assert (
+        found
+        != judge(replace(how, bundle=replace(how.bundle, classifiers=swapped)), x)
+        .counts["classifier"]
+        .tolist()
+    )
+
+
+def test_clip_t_matched_and_shuffled(how):
+    seen = look_at(how, how.bundle.text_encoder, PROMPTS, 3, "")
+    found = clip_t(how, seen, PROMPTS)
+    texts = how.bundle.clip.encode_text(how.bundle.clip_tokenizer(PROMPTS))
+    matched, shuffled = [], []
+    for p, s in enumerate(seen):
+        for image in s.features:
+            matched.append(float(image @ texts[p]))
+            shuffled += [float(image @ texts[k]) for k in range(len(PROMPTS)) if k != p]
+    assert found == {
+        "matched": pytest.approx(np.mean(matched), rel=1e-4),
+        "shuffled": pytest.approx(np.mean(shuffled), rel=1e-4),
+    }
+    assert found["matched"] != pytest.approx(found["shuffled"], rel=1e-4)
+    assert clip_i(seen, seen) == pytest.approx(1)
+    assert clip_i(seen, seen[::-1]) < 0.9999
+
+
+def test_obedience(how, monkeypatch):
+    """A model that draws three of four as asked, on average over both classes."""
+    asked = []
+
+    def drawn(how, text_encoder, prompts, n, label):
+        asked.extend(prompts)
+        return [
+            Seen({"classifier": np.array([4, 0] if "woman" in prompt else [2, 2])}, 0, None)
+            for prompt in prompts
+        ]
+
+    monkeypatch.setattr(evaluate, "look_at", drawn)
+    world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
+    report = obedience(how, None, ["pilot", "nurse"], world, 4, "")
+    assert report == {"images": 16, "classifier": 0.75}
+    assert asked == [
+        "a photo of the face of a woman pilot, a person",
+        "a male pilot",
+        "a photo of the face of a woman nurse, a person",
+        "a male nurse",
+    ]
+
+
+def test_a_bundle_without_an_evaluation_classifier(how):
+    with pytest.raises(UserError, match="no classifier for evaluation"):
+        replace(how, bundle=replace(how.bundle, classifiers={}))
+
+
+def test_occupations_are_read_and_checked(how, tmp_path):
+    assert read_occupations(how.bundle.path).test == tuple(OCCUPATIONS["test"])
+    file = tmp_path / "prompts.json"
+    for text, message in (
+        ('{"occupations": {"train": ["a"], "test": ["b"]}}', "expected"),
+        ('{"occupations": {"train": ["a"], "validation": [], "test": ["b"]}}', "validation is not a list"),
+        ('{"occupations": {"train": ["a"], "validation": ["c"], "test": ["a"]}}', "'a' is in it twice"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_occupations(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match="prompts.json"):
+        read_occupations(tmp_path)
