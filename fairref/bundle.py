@@ -12,7 +12,7 @@ paths are relative to its folder:
                                                           transformers CLIPModel, vocab.json, merges.txt
      "classifiers": {"finetune": "classifier_finetune",   folders: config.json, model.safetensors
                      "evaluate": "classifier_evaluate"},
-     "templates": "templates.safetensors",                pictures of the nearest-template judge
+     "templates": "templates.json",                       threshold of the nearest-template judge
      "recipe": {}}                                        finetuning settings that this size asks for
 
 Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safetensors each, `tokenizer/` with
@@ -133,6 +133,8 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
     classifiers = {name: Classifier.from_folder(path / folder) for name, folder in folders.items()}
     attributes = {name: tuple(classes) for name, classes in manifest.get("attributes", {}).items()}
     _check_classes(classifiers, attributes, path / MANIFEST)
+    if "templates" in manifest and not (path / manifest["templates"]).is_file():  # read later, refused now
+        raise UserError(f"{path / manifest['templates']}: no such file; {MANIFEST} names it as templates.")
 
     def ready(module: nn.Module) -> nn.Module:
         return module.to(device=device, dtype=dtype).eval().requires_grad_(False)

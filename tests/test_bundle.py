@@ -1,8 +1,10 @@
 """Every layout of the same weights gives the same networks, and every mistake one sentence."""
 
+import configparser
 import json
 import pickle
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -394,6 +396,7 @@ def test_judges_of_a_manifest(full):
             "bundle.json: classifier 'train' is 'a'; expected the folder of finetune or evaluate",
         ),
         ({"classifiers": {"finetune": "nowhere"}}, "nowhere"),
+        ({"templates": "nowhere.json"}, "nowhere.json: no such file; bundle.json names it as templates"),
         ({"clip": "nowhere"}, "nowhere.config.json: can't be read"),
         (
             {"stable_diffusion": "nowhere"},
@@ -507,6 +510,14 @@ def test_bundles_are_found_from_any_working_directory(monkeypatch, tmp_path):
     here.mkdir(parents=True)
     assert bundle_path("weights/x").absolute() == here
     assert bundle_path(inside) == inside
+
+
+def test_every_room_is_a_package_that_gets_installed():
+    setup, root = configparser.ConfigParser(), Path(__file__).parents[1]
+    setup.read(root / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    rooms = {".".join(p.parent.relative_to(root).parts) for p in (root / "fairref").rglob("__init__.py")}
+    assert listed == rooms | {"fairref.weights"}
 
 
 def test_import_is_light_and_load_bundle_is_there():
