@@ -150,6 +150,7 @@ def test_cut_is_the_end_of_the_text_that_did_not_fit(own):
     text = "  ".join(words)
     assert tokenizer.cut(["word " * 75, text, "", "short"]) == ["", "  ".join(words[75:]), "", ""]
     assert tokenizer.cut(["word " * 76]) == ["word"]
+    assert tokenizer.cut(["word " * 400]) == [" ".join(["word"] * 325)]
 
 
 @pytest.mark.parametrize("vocabulary", ["small", "own"])
