@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from fairref.errors import UserError
 from fairref.nets.clip import (
-    PIXEL_MEAN,
-    PIXEL_STD,
     Clip,
     ClipConfig,
     ClipImage,
@@ -134,7 +133,7 @@ def test_image_encoding_is_transformers(act, dtype):
     ours, peer = pair(act, dtype)
     x = torch.rand(3, 3, 30, 30, dtype=dtype) * 2 - 1  # already of the tower's size
     x_ours, x_peer = x.clone().requires_grad_(), x.clone().requires_grad_()
-    mean, std = (torch.tensor(v, dtype=dtype)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (torch.tensor(v, dtype=dtype)[:, None, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     features = peer.get_image_features(pixel_values=((x_peer + 1) / 2 - mean) / std).pooler_output
     expected = F.normalize(features, dim=-1)
     used = {n: p for n, p in peer.named_parameters() if n.startswith("vis")}
@@ -191,7 +190,7 @@ def test_resize_is_pillows(size):
     found = clip_pixels(x, 30)[0]
     for channel in range(3):
         image = Image.fromarray(((x[0, channel] + 1) / 2).numpy(), mode="F").resize((30, 30), Image.BICUBIC)
-        expected = (torch.from_numpy(np.array(image)) - PIXEL_MEAN[channel]) / PIXEL_STD[channel]
+        expected = (torch.from_numpy(np.array(image)) - OPENAI_CLIP_MEAN[channel]) / OPENAI_CLIP_STD[channel]
         torch.testing.assert_close(found[channel], expected, rtol=0, atol=1e-5)
 
 
