@@ -32,20 +32,21 @@ def by_definition(logits, target):
 
 
 @pytest.mark.parametrize(
-    ("N", "target"),
+    ("N", "target", "scale"),
     [
-        (1, (0.3, 0.7)),
-        (2, (0.5, 0.5)),
-        (5, (0.5, 0.5)),
-        (6, (0.2, 0.8)),
-        (1, (0.5, 0.2, 0.3)),
-        (5, (0.5, 0.2, 0.3)),
-        (4, (0.1, 0.4, 0.2, 0.3)),
-        (4, (0.0, 0.5, 0.0, 0.5)),
+        (1, (0.3, 0.7), 2),
+        (2, (0.5, 0.5), 2),
+        (5, (0.5, 0.5), 2),
+        (6, (0.2, 0.8), 2),
+        (1, (0.5, 0.2, 0.3), 2),
+        (5, (0.5, 0.2, 0.3), 2),
+        (5, (0.5, 0.2, 0.3), 8),  # near certainty, where the distance and the cross-entropy disagree
+        (4, (0.1, 0.4, 0.2, 0.3), 2),
+        (4, (0.0, 0.5, 0.0, 0.5), 2),
     ],
 )
-def test_q_and_cost_are_those_of_the_definition(N, target):
-    logits = draw_logits(N, len(target), seed=N)
+def test_q_and_cost_are_those_of_the_definition(N, target, scale):
+    logits = draw_logits(N, len(target), seed=N, scale=scale)
     ot = expected_ot(logits, torch.tensor(target, dtype=torch.float64))
     q, cost = by_definition(logits, target)
     assert np.abs(ot.q.numpy() - q).max() < 1e-12
