@@ -1,8 +1,8 @@
 """How fair, and how faithful, the pictures of a model are (METHOD.md §8).
 
 P prompts, n images of each, K classes. Two judges count classes: the evaluation classifier, which no
-finetuning has seen, and the nearest-template judge, through which no gradient can flow. Noise depends on (seed, prompt,
-image), so two models are measured on the same noise, whatever else is measured with it.
+finetuning has seen, and the nearest-template judge, through which no gradient can flow. Noise depends on
+(seed, prompt, image), so two models are measured on the same noise, whatever else is measured with it.
 
     python -m fairref.evaluate --adapter runs/gender --occupations test --num-images 60
 """
@@ -111,7 +111,7 @@ def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label
     features = [None] * len(prompts)
     if how.bundle.clip is not None:
         D = how.bundle.clip.config.projection_dim
-        here = torch.stack([s.features for s in seen]) if seen else torch.zeros(0, n, D)
+        here = torch.stack([s.features.float() for s in seen]) if seen else torch.zeros(0, n, D)
         features = processes.gather(here, len(prompts))
     return [
         Seen({j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)}, int(row[-1]), f)

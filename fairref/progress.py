@@ -1,5 +1,6 @@
 """A progress bar on stderr."""
 
+import shutil
 import sys
 import time
 
@@ -28,9 +29,9 @@ class Progress:
         full = round(WIDTH * self.done / max(self.total, 1))
         count = f"{self.done}/{self.total}, {_clock(left)} left"
         line = f"{self.label} [{'#' * full}{'.' * (WIDTH - full)}] {count}  {note}"
-        print(
-            f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
-        )
+        if terminal:
+            line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]  # a wrapped line would stay
+        print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     def __exit__(self, *error):
         if self.shown and sys.stderr.isatty() and self.done > self.first:

@@ -1,10 +1,10 @@
 """LoRA on the text encoder, and its file.
 
 W x becomes W x + up down x, with up (out, r) = 0 and down (r, in) ~ N(0, 1/r^2) at the start, scale 1, no
-alpha: the first adapted embedding is the frozen one bit for bit. adapter.safetensors holds the two matrices of
-each adapted layer in float32, as `text_encoder.<name of the layer>.lora_down.weight` and `.lora_up.weight`,
-and, as metadata, what it was made from (`average`: "ema", the moving average, or "raw", the last value). A run's
-adapter.safetensors is the moving average, adapter_raw.safetensors the last value.
+alpha: the first adapted embedding is the frozen one bit for bit. A file holds the two matrices of each
+adapted layer in float32, as `text_encoder.<name of the layer>.lora_down.weight` and `.lora_up.weight`, and,
+as metadata, what it was made from. A run's adapter.safetensors is the moving average (`average`: "ema"), its
+adapter_raw.safetensors the last value ("raw").
 """
 
 import copy
