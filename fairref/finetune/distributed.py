@@ -56,6 +56,11 @@ class Processes:
         dist.broadcast(data, 0)
         return bytes(data.tolist()).decode()
 
+    def wait(self) -> None:
+        """Until all processes are here: what the first one wrote before can be read after."""
+        if self.world > 1:
+            dist.barrier()
+
     def stop(self) -> None:
         """Ends the process group."""
         if self.world > 1:

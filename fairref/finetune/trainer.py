@@ -264,6 +264,7 @@ def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Pat
         metadata = {**metadata, "iterations": str(state.iteration)}
         save_adapter(files["ema"], state.ema, {**metadata, "average": "ema"})
         save_adapter(files["raw"], state.parameters(), {**metadata, "average": "raw"})
+    setup.processes.wait()
     return files
 
 
