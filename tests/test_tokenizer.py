@@ -186,6 +186,8 @@ def test_training_merges_the_most_frequent_pair_first(tmp_path):
     assert train_bpe(["abc abc abd", "bc"], 516, tmp_path) == 516
     # b c</w> stands three times, a b three times: the one that sorts first, and then what is left of abc
     assert (tmp_path / "merges.txt").read_text().splitlines() == ["#version: 0.2", "a b", "ab c</w>"]
+    train_bpe(["zy zy ab ab"], 515, tmp_path)
+    assert (tmp_path / "merges.txt").read_text().splitlines() == ["#version: 0.2", "a b</w>"]
     assert train_bpe(["ab"], 600, tmp_path) == 515
     with pytest.raises(ValueError, match="514"):
         train_bpe(["ab"], 513, tmp_path)
