@@ -1,13 +1,15 @@
 """One training loop for every network of the small world: resumable, seeded by (seed, stage, step)."""
 
 import math
-import sys
-import time
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fairref.progress import Progress
 
 
 def generator_for(seed: int, stage: str, step: int) -> torch.Generator:
@@ -23,10 +25,51 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+@dataclass
+class Training:
+    """A stage under way: the network, its optimizer, the moving average of its weights, and the steps done."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    step: int = 0
+
+    def restore(self, file: Path) -> None:
+        """Go on from a stage file, if it is there."""
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.step = state["average"], state["step"]
+
+    def save(self, file: Path) -> None:
+        """Write a stage file whole or not at all."""
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        temporary = file.with_suffix(".tmp")
+        torch.save({**state, "average": self.average, "step": self.step}, temporary)
+        temporary.replace(file)
+
+    def update(self, loss: Tensor, lr: float, ema: float, clip: float) -> None:
+        """One step of the optimizer and of the average, whose decay rises to `ema`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(ema, self.step / (self.step + 9))
+        for name, value in self.network.state_dict().items():
+            if value.dtype.is_floating_point:
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
+
+
 def fit(
     stage: str,
     network: nn.Module,
-    loss_of,
+    loss_of: Callable[[nn.Module, torch.Generator], Tensor],
     *,
     steps: int,
     lr: float,
@@ -37,54 +80,21 @@ def fit(
     clip: float = 1.0,
     save_every: int = 100,
 ) -> nn.Module:
-    """AdamW on `loss_of(network, generator) -> scalar`; returns the moving average of `network`, in eval mode.
+    """AdamW on `loss_of(network, generator)`, a scalar; returns the moving average of `network`, in eval mode.
 
     Progress goes to stderr. `folder/STAGE.pt` holds the state; a later call goes on from it.
     """
     file = folder / f"{stage}.pt"
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-    start = 0
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, start = state["average"], state["step"]
+    training = Training(network, optimizer, {k: v.detach().clone() for k, v in network.state_dict().items()})
+    training.restore(file)
     network.train()
-    smooth, began = None, time.monotonic()
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
-        loss = loss_of(network, generator_for(seed, stage, step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), clip)
-        optimizer.step()
-        decay = min(ema, (step + 1) / (step + 10)) if ema else 0.0
-        for k, v in network.state_dict().items():
-            if v.dtype.is_floating_point:
-                average[k].lerp_(v, 1 - decay)
-            else:
-                average[k].copy_(v)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        if (step + 1) % 20 == 0 or step + 1 == steps:
-            pace = (time.monotonic() - began) / (step + 1 - start)
-            print(
-                f"\r{stage}: {step + 1}/{steps}  loss {smooth:.4f}  {pace:.2f} s/step  "
-                f"{pace * (steps - step - 1) / 60:.1f} min left   ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average,
-                "step": step + 1,
-            }
-            torch.save(state, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
-    print(file=sys.stderr)
-    network.load_state_dict(average)
+    with Progress(steps, stage, done=training.step) as progress:
+        while training.step < steps:
+            loss = loss_of(network, generator_for(seed, stage, training.step))
+            training.update(loss, learning_rate(training.step, steps, lr), ema, clip)
+            progress.step(f"loss {loss.item():.4f}")
+            if training.step % save_every == 0 or training.step == steps:
+                training.save(file)
+    network.load_state_dict(training.average)
     return network.eval()

@@ -188,7 +188,7 @@ def small_embeddings(text: nn.Module) -> None:
 
 
 def train_unet(
-    folder: Path, latents: Tensor, steps: int = 3000, batch: int = 64, lr: float = 1e-3
+    folder: Path, latents: Tensor, steps: int = 2000, batch: int = 64, lr: float = 1e-3
 ) -> Painter:
     """Mean squared error of the predicted noise, t uniform, a tenth of the prompts empty."""
     schedule = Schedule()
@@ -209,7 +209,7 @@ def train_unet(
     return fit("unet", Painter(), loss_of, steps=steps, lr=lr, folder=folder, ema=0.998)
 
 
-def train_clip(folder: Path, steps: int = 1200, batch: int = 96, lr: float = 1e-3) -> Clip:
+def train_clip(folder: Path, steps: int = 1000, batch: int = 96, lr: float = 1e-3) -> Clip:
     """Symmetric contrastive loss over captions that also name hair and background."""
     tokenizer = read_tokenizer(folder)
 
@@ -226,7 +226,7 @@ def train_clip(folder: Path, steps: int = 1200, batch: int = 96, lr: float = 1e-
     return fit("clip", clip, loss_of, steps=steps, lr=lr, folder=folder, ema=0.99)
 
 
-def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 900, batch: int = 64) -> Classifier:
+def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 700, batch: int = 64) -> Classifier:
     """Cross-entropy with smoothed labels on balanced pictures, half of them through the VAE, with noise."""
 
     def loss_of(classifier, generator):
