@@ -29,7 +29,7 @@ def tiny(seed=0):
 
 
 class Loss:
-    """Squared error of the sum of x (B, 3). Remembers the weights it saw; call number `stop`, from 0, is a Ctrl-C."""
+    """Error of the sum of x (B, 3). Remembers the weights it saw; call `stop` of 0, 1, .. is a Ctrl-C."""
 
     def __init__(self, stop=None):
         self.stop, self.seen = stop, []

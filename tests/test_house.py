@@ -25,8 +25,8 @@ EXTRAS = (
 MEGABYTE = 2**20
 LONGEST_FUNCTION = 60  # lines
 
-# From the roof down. A file imports from its own row or from rows below it. A room stands for all of its files but
-# those that have an entry of their own.
+# From the roof down. A file imports from its own row or from rows below it. A room stands for all of its
+# files but those that have an entry of their own.
 ROWS = (
     ("train", "sample"),
     ("fairref.emoji.build", "fairref.emoji.check"),  # remake and measure the default bundle, with every tool
