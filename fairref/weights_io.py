@@ -203,8 +203,14 @@ def read_json(path: str | Path) -> dict:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises UserError; never unpickles."""
+    """The tensors of a safetensors file, on the CPU. Raises UserError; never unpickles.
+
+    Where the file is split, `PATH.index.json` stands in its place and names the files that hold each tensor.
+    """
     path = Path(path)
+    index = path.with_name(f"{path.name}.index.json")
+    if not path.is_file() and index.is_file():
+        return _read_split(index)
     if not path.is_file():
         pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt"))
         beside = f" ({pickles[0]} is a pickle, which could run code and isn't read)" if pickles else ""
@@ -214,6 +220,24 @@ def read(path: str | Path) -> dict[str, Tensor]:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); get it again.") from error
+
+
+def _read_split(index):
+    """The tensors that an index's "weight_map" finds in its neighbours: exactly those, from exactly there."""
+    place = read_json(index).get("weight_map")
+    files = place.values() if isinstance(place, dict) else [None]
+    if not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise UserError(f'{index}: "weight_map" is not a map of tensors to files beside it; get it again.')
+    tensors = {}
+    for name in sorted(set(place.values())):
+        part, expected = read(index.with_name(name)), {key for key, file in place.items() if file == name}
+        if set(part) != expected:
+            raise UserError(
+                f"{index.with_name(name)}: its tensors are not those that {index.name} lists, for one"
+                f" {min(set(part) ^ expected)}; get all files of one download."
+            )
+        tensors |= part
+    return tensors
 
 
 def _check_header(path):

@@ -1,5 +1,6 @@
 """Weights are read from safetensors only, renamed by explicit tables, and loaded strictly both ways."""
 
+import json
 import pickle
 
 import pytest
@@ -253,6 +254,32 @@ def test_a_missing_file_is_named_with_the_pickle_beside_it(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"no such file \(pytorch_model.bin is a pickle"):
         read(path)
+
+
+def test_weights_that_diffusers_split_are_read_whole(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    vae.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tensors = read(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert tensors.keys() == vae.state_dict().keys()
+    assert all(torch.equal(tensors[name], value) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"a": "one.safetensors", "b": "one.safetensors"}, "one.safetensors: its tensors are not those"),
+        ({"a": "two.safetensors"}, "two.safetensors: no such file"),
+        ({"a": "../one.safetensors"}, "weight_map"),
+        ("one.safetensors", "weight_map"),
+    ],
+)
+def test_split_weights_must_be_what_their_index_says(tmp_path, place, message):
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    (tmp_path / "all.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "all.safetensors")
 
 
 def test_json_files(tmp_path):

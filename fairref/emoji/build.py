@@ -21,6 +21,7 @@ from fairref.emoji.pictures import RESOLUTION, draw
 from fairref.emoji.templates import Templates
 
 ROOT = Path(__file__).resolve().parents[2]
+LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
     "iterations": 160,
     "lr": 3e-4,
@@ -108,10 +109,26 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_half(network: nn.Module, path: Path) -> None:
-    """Weights as float16 safetensors, except scalars."""
+def save_half(network: nn.Module, path: Path, limit: int = LARGEST_FILE) -> None:
+    """Float16 safetensors (scalars as they are), in files of at most `limit` bytes, as diffusers splits them."""
     tensors = {k: (v.half() if v.dim() else v).contiguous() for k, v in network.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    parts, size = [{}], 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > limit and parts[-1]:
+            parts, size = [*parts, {}], 0
+        parts[-1][name], size = tensor, size + tensor.nbytes
+    if len(parts) == 1:
+        save_file(tensors, path, metadata={"format": "pt"})
+        return
+    place = {}
+    for n, part in enumerate(parts, 1):
+        file = path.with_stem(f"{path.stem}-{n:05}-of-{len(parts):05}")
+        save_file(part, file, metadata={"format": "pt"})
+        place |= dict.fromkeys(part, file.name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(
+        path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": place}
+    )
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
