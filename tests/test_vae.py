@@ -70,10 +70,16 @@ def check_parity(ours, peer, ours_out, peer_out, ours_in, peer_in, parameters, t
     ours_named, peer_named = dict(ours.named_parameters()), dict(peer.named_parameters())
     ours_grads = torch.autograd.grad(ours_out, [ours_in, *(ours_named[n] for n in parameters)], g)
     peer_grads = torch.autograd.grad(peer_out, [peer_in, *(peer_named[n] for n in parameters)], g)
-    largest = max(p.norm() for p in peer_grads)
+    largest, size = max(p.norm() for p in peer_grads), dict(zip(["input", *parameters], map(torch.norm, peer_grads)))
     for name, a, b in zip(["input", *parameters], ours_grads, peer_grads, strict=True):
-        is_zero = name.endswith("to_k.bias")  # its gradient is zero but for rounding
-        assert relative(a, b, floor=largest if is_zero else 0.0) <= tolerance, name
+        floor = 0.0
+        if name.endswith("to_k.bias"):  # its gradient is zero but for rounding
+            floor = largest
+        elif name.endswith("conv1.bias") and b.dtype == torch.float32:
+            # GroupNorm takes most of this bias away again, so its gradient is a small difference of large sums over
+            # all pixels, those that make up the gradient of its weight; float64 holds it to its own size
+            floor = size[name.replace("bias", "weight")]
+        assert relative(a, b, floor) <= tolerance, name
 
 
 @pytest.mark.parametrize("d", [FOUR_LEVELS, THREE_LEVELS], ids=["four", "three"])

@@ -94,14 +94,10 @@ def train(folder: Path) -> dict[str, nn.Module]:
     """Every network, from the stage files in `folder` or trained now."""
     folder.mkdir(parents=True, exist_ok=True)
     vae = stages.scaled(stages.train_vae(folder))
-    painter = stages.train_unet(folder, stages.make_latents(folder, vae))
-    return {
-        "vae": vae,
-        "unet": painter.unet,
-        "text_encoder": painter.text_encoder,
-        "clip": stages.train_clip(folder),
-        **{role: stages.train_classifier(folder, role, vae) for role in stages.CLASSIFIER_CONFIG},
-    }
+    judges = {role: stages.train_classifier(folder, role, vae) for role in stages.CLASSIFIER_CONFIG}
+    clip = stages.train_clip(folder)
+    painter = stages.train_unet(folder, stages.make_latents(folder, vae), clip)
+    return {"vae": vae, "clip": clip, "unet": painter.unet, "text_encoder": painter.text_encoder, **judges}
 
 
 def write_json(path: Path, content: dict) -> None:

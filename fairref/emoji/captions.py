@@ -38,7 +38,7 @@ GENDERED = (
 )
 TONED = ("a photo of the face of a {t}-skinned {o}, a person", "a photo of a {o} with {t} skin")
 BOTH = ("a photo of the face of a {t}-skinned {g} {o}", "a photo of a {g} {o} with {t} skin")
-SHARE_OF = {"empty": 0.10, "neutral": 0.56, "gendered": 0.20, "toned": 0.07, "both": 0.07}
+SHARE_OF = {"empty": 0.10, "neutral": 0.45, "gendered": 0.20, "toned": 0.12, "both": 0.13}
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,13 @@ def describe(scene: Scene, generator: torch.Generator) -> list[str]:
     """A caption for each picture: an occupation with its look, and some of what else can be seen."""
     texts = []
     coin = (torch.rand(len(scene), 4, generator=generator) < 0.6).tolist()
-    choice = torch.rand(len(scene), generator=generator)
+    choice, word = torch.rand(2, len(scene), generator=generator)
     hair = (scene.hair[:, None] - torch.tensor(HAIR) / 255).square().sum(-1).argmin(1).tolist()
     for b, (named_gender, named_tone, named_hair, named_background) in enumerate(coin):
         jobs = [job.name for job in occupations() if job.look == LOOKS[scene.look[b]]]
         job = jobs[int(choice[b] * len(jobs))]
-        gender = GENDERS[scene.gender[b]] if named_gender else ""
+        words = GENDER_WORDS[GENDERS[scene.gender[b]]]
+        gender = words[int(word[b] * len(words))] if named_gender else ""
         tone = f"{TONES[scene.tone[b]]}-skinned" if named_tone else ""
         text = " ".join(filter(None, ("a photo of the face of a", tone, gender, job))) + ", a person"
         text += f" with {HAIR_WORDS[hair[b]]} hair" if named_hair else ""

@@ -1,7 +1,7 @@
 """How each network of the bundle is trained. Every stage is a function of the folder that holds its stage files.
 
-Order: tokenizer, vae, latents (the VAE's latents of the pictures, drawn once), unet (with the text encoder), clip,
-classifiers. Each stage reads what those before it left in the folder.
+Order: tokenizer, vae, classifiers, clip, latents (the VAE's latents of the pictures, drawn once), unet (with the
+text encoder). Each stage reads what those before it left in the folder.
 """
 
 from pathlib import Path
@@ -171,13 +171,13 @@ def make_latents(folder: Path, vae: VAE, copies: int = 288, seed: int = 0) -> Te
 
 
 class Painter(nn.Module):
-    """U-Net and text encoder, trained together."""
+    """U-Net and text encoder, trained together; the text encoder starts as CLIP's text tower."""
 
-    def __init__(self):
+    def __init__(self, clip: Clip):
         super().__init__()
         self.text_encoder = ClipText(ClipTextConfig.from_dict(TEXT_CONFIG))
+        self.text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
         self.unet = UNet(UNetConfig.from_dict(UNET_CONFIG)).to(memory_format=torch.channels_last)
-        small_embeddings(self.text_encoder)
 
 
 def small_embeddings(text: nn.Module) -> None:
@@ -188,7 +188,7 @@ def small_embeddings(text: nn.Module) -> None:
 
 
 def train_unet(
-    folder: Path, latents: Tensor, steps: int = 2000, batch: int = 64, lr: float = 1e-3
+    folder: Path, latents: Tensor, clip: Clip, steps: int = 4000, batch: int = 64, lr: float = 1e-3
 ) -> Painter:
     """Mean squared error of the predicted noise, t uniform, a tenth of the prompts empty."""
     schedule = Schedule()
@@ -206,7 +206,7 @@ def train_unet(
         return F.mse_loss(painter.unet(z_t, t, painter.text_encoder(ids[index])), eps)
 
     torch.manual_seed(0)
-    return fit("unet", Painter(), loss_of, steps=steps, lr=lr, folder=folder, ema=0.998)
+    return fit("unet", Painter(clip), loss_of, steps=steps, lr=lr, folder=folder, ema=0.998)
 
 
 def train_clip(folder: Path, steps: int = 1000, batch: int = 96, lr: float = 1e-3) -> Clip:
