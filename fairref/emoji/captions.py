@@ -38,7 +38,7 @@ GENDERED = (
 )
 TONED = ("a photo of the face of a {t}-skinned {o}, a person", "a photo of a {o} with {t} skin")
 BOTH = ("a photo of the face of a {t}-skinned {g} {o}", "a photo of a {g} {o} with {t} skin")
-SHARE_OF = {"empty": 0.10, "neutral": 0.45, "gendered": 0.20, "toned": 0.12, "both": 0.13}
+SHARE_OF = {"empty": 0.10, "neutral": 0.52, "gendered": 0.17, "toned": 0.10, "both": 0.11}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def describe(scene: Scene, generator: torch.Generator) -> list[str]:
 def colour_name(rgb: Tensor) -> str:
     """The hue's name of a colour (3,) in [0, 1]; grey below a saturation of 15 %."""
     high, low = rgb.max(), rgb.min()
-    if high - low < 0.15 * high:
+    if high - low <= 0.15 * high:
         return "grey"
     r, g, b = ((rgb - low) / (high - low)).tolist()
     sixth = (g - b) % 6 if r == 1 else 2 + b - r if g == 1 else 4 + r - g
