@@ -1,0 +1,62 @@
+"""The committed bundle: what it must do before anything is finetuned on it, and what diffusers makes of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fairref.bundle import bundle_path, load_bundle
+from fairref.diffusion.sampler import noise
+from fairref.emoji import check
+from fairref.finetune.rollout import latent_shape
+from fairref.generate import draw
+
+ROOT = Path(__file__).resolve().parents[1]
+MEGABYTE = 2**20
+PROMPT = "a photo of the face of a pilot, a person"
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    if not (ROOT / "weights" / "emoji" / "bundle.json").exists():
+        pytest.skip("weights/emoji has not been built: python -m fairref.emoji.build")
+    return load_bundle("weights/emoji")
+
+
+def test_it_has_every_part_and_stays_small(bundle):
+    assert set(bundle.classifiers) == {"finetune", "evaluate"} and bundle.clip and bundle.templates
+    assert set(bundle.attributes) == {"gender", "skin_tone"}
+    sizes = [file.stat().st_size for file in bundle_path("weights/emoji").rglob("*") if file.is_file()]
+    assert sum(sizes) <= 48 * MEGABYTE and max(sizes) <= 20 * MEGABYTE
+
+
+def test_autoencoder_and_classifiers_pass_their_gates(bundle):
+    gates = check.networks_gates(bundle, count=128)
+    assert all(gate.holds for gate in gates), "\n".join(map(str, gates))
+
+
+def test_the_finetuning_and_the_evaluation_classifier_are_two_networks(bundle):
+    one, other = (list(c.network.state_dict().values()) for c in bundle.classifiers.values())
+    assert [w.shape for w in one] != [w.shape for w in other]
+
+
+def test_diffusers_draws_the_same_picture(bundle):
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        bundle_path("weights/emoji"), local_files_only=True, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    z_T = noise(7, 0, range(2), latent_shape(bundle))
+    theirs = pipe([PROMPT] * 2, latents=z_T, num_inference_steps=20, guidance_scale=3.0, output_type="np").images
+    with torch.no_grad():
+        ours = draw(bundle, bundle.text_encoder, (PROMPT, ""), z_T, 20, 3.0)
+    ours = (ours.permute(0, 2, 3, 1).numpy() + 1) / 2  # (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1]
+    assert theirs.std() > 0.1
+    assert np.abs(ours - theirs).max() <= 2 / 255
+
+
+@pytest.mark.slow
+def test_its_pictures_pass_the_gates(bundle):
+    gates = check.sampling_gates(bundle, images=12, named_images=1, follow_images=40)
+    assert all(gate.holds for gate in gates), "\n".join(map(str, gates))
