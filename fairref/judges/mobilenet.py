@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fairref.errors import UserError
 from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
-from fairref.weights_io import load_strict, read
+from fairref.weights_io import load_strict, read, read_json
 
 # One row an inverted residual block, features.1 first, channels at width 1: kernel, expanded channels, output
 # channels, squeeze-excitation, activation, stride. Input channels are the output channels of the row above.
@@ -241,13 +241,8 @@ class Classifier(nn.Module):
 
 def read_config(path: Path) -> tuple[MobileNetConfig, dict]:
     """A classifier's config.json -> (MobileNetConfig, {attribute: class names}). Raises UserError."""
-    try:
-        d = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct the folder's path.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); write it again.") from None
-    attributes = d.pop("attributes", None) if isinstance(d, dict) else None
+    d = read_json(path)
+    attributes = d.pop("attributes", None)
     if not isinstance(attributes, dict) or not all(
         isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
     ):
