@@ -137,11 +137,10 @@ def write_tokenizer(source: Path, folder: Path) -> None:
 def template_threshold(vae: nn.Module) -> float:
     """The error below which 99.9 % of real pictures fall, seen through the VAE, plus a fifth."""
     judge = Templates(float("inf"))
-    scene = stages.balanced_scene(1024, stages.generator_for(0, "threshold", 0))
-    x = torch.cat(
-        [vae.decode(vae.encode(draw(scene[part]))).clamp(-1, 1) for part in torch.arange(1024).split(128)]
-    )
-    return round(1.2 * judge(x)["error"].quantile(0.999).item(), 4)
+    scenes = stages.balanced_scene(1024, stages.generator_for(0, "threshold", 0))
+    scenes = [scenes[part] for part in torch.arange(1024).split(128)]
+    errors = torch.cat([judge(vae.decode(vae.encode(draw(s))).clamp(-1, 1))["error"] for s in scenes])
+    return round(1.2 * errors.quantile(0.999).item(), 4)
 
 
 def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:

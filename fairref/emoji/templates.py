@@ -1,8 +1,12 @@
 """The judge that no gradient can fool: which real person, at which place and size, is a picture closest to?
 
-A template is a sprite (colour T premultiplied by its coverage a); the background is not known, so for each look it
-is fitted to the picture: affine in x and y, on the pixels that no person of that look covers. The error of a
-template is the mean square of picture - (T + (1 - a) background), smallest over shifts, sizes and hair colours.
+A template is a sprite (colour T premultiplied by its coverage a); the background b is not known, so for each look it
+is fitted to the picture x: affine in x and y, on the pixels that no person of that look covers. The error of a
+template is |x - T - (1 - a) b|, smallest over shifts, sizes and hair colours, relative to what a background without
+anybody leaves of the picture: 0 is a perfect person, 1 is no better than nobody.
+
+A picture must also take sides. With P the best template and P' the same person in the other gender, both on b,
+share = <x - P', P - P'> / |P - P'|^2 is 1 for the person and 1/2 for an even blend; what both miss cancels.
 
 Shapes: B pictures, R = 32 pixels a side, L looks, M templates of one look = G genders x K tones x hair x sizes,
 D shifts.
@@ -23,31 +27,32 @@ SIZE = 32  # pixels a side at which pictures are compared
 SCALES = (0.88, 0.93, 0.98)  # sprite side / picture side, over the range that pictures are drawn with
 REACH = 2  # shifts in pixels, both ways
 MARGIN = 2  # pixels around a look that are not trusted to be background
+SHARE = 0.7  # of the gender found; below, the picture is a blend
 
 
 class Templates(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] -> look, gender, skin_tone (B,) indices, error (B,) and none (B,) boolean."""
+    """Pictures (B, 3, H, W) in [-1, 1] -> look, gender, skin_tone (B,) indices, error, share (B,), none (B,) boolean."""
 
     def __init__(self, threshold: float):
         super().__init__()
         self.threshold = threshold
         layers = _layers()  # (L, M, 4, R, R)
         T, a = layers[:, :, :3], layers[:, :, 3:]
-        parts = (-2 * T, 2 * a, -2 * a * T, a.square())
-        self.register_buffer(
-            "rows", torch.cat([p.flatten(2) for p in parts], 2), persistent=False
-        )  # (L, M, 8 R R)
-        self.register_buffer("constant", T.square().sum((2, 3, 4)), persistent=False)  # (L, M)
+        rows = torch.cat([p.flatten(2) for p in (-2 * T, 2 * a, -2 * a * T, a.square())], 2)
         covered = F.max_pool2d(a.amax((1, 2))[:, None], 2 * MARGIN + 1, 1, MARGIN)[:, 0] > 0.02  # (L, R, R)
         axis = torch.linspace(-1, 1, SIZE)
-        plane = torch.stack(
-            [torch.ones(SIZE, SIZE), axis.expand(SIZE, SIZE), axis[:, None].expand(SIZE, SIZE)]
-        )
-        plane = plane.flatten(1).T  # (R R, 3): 1, x, y
-        fits = [plane @ torch.linalg.pinv(plane * (~c).flatten()[:, None]) * (~c).flatten() for c in covered]
-        self.register_buffer(
-            "fit", torch.stack(fits), persistent=False
-        )  # (L, R R, R R): pixels -> background
+        one, x, y = torch.ones(SIZE, SIZE), axis.expand(SIZE, SIZE), axis[:, None].expand(SIZE, SIZE)
+        plane = torch.stack([one, x, y]).flatten(1).T  # (R R, 3)
+        free = [~c.flatten() for c in (*covered, torch.zeros_like(covered[0]))]
+        fits = [plane @ torch.linalg.pinv(plane * f[:, None]) * f for f in free]  # each: pixels -> background
+        for name, tensor in (
+            ("layers", layers),
+            ("rows", rows),  # (L, M, 8 R R)
+            ("constant", T.square().sum((2, 3, 4))),  # (L, M)
+            ("fit", torch.stack(fits[:-1])),  # (L, R R, R R)
+            ("fit_all", fits[-1]),  # (R R, R R)
+        ):
+            self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Templates":
@@ -60,49 +65,56 @@ class Templates(nn.Module):
                 "take the file from the bundle it belongs to"
             ) from error
 
-    def errors(self, x: Tensor) -> Tensor:
-        """(B, L, G, K): root mean square error, in units of [-1, 1], of the best template of each person."""
-        if x.shape[-1] != SIZE:
-            x = F.interpolate(x, (SIZE, SIZE), mode="area")
-        best = [self._look_errors(x, look) for look in range(len(LOOKS))]
-        return torch.stack(best, 1)
-
-    def _look_errors(self, x: Tensor, look: int) -> Tensor:
-        B, pixels = len(x), SIZE * SIZE
-        background = (x.flatten(2) @ self.fit[look].T).view_as(x)  # (B, 3, R, R)
-        y = x - background
-        image = torch.cat(
-            [y, (y * background).sum(1, keepdim=True), background, background.square().sum(1, keepdim=True)],
-            1,
-        )  # (B, 8, R, R), beside `rows`
-        padded = F.pad(image, (REACH,) * 4, mode="replicate")
-        span = range(2 * REACH + 1)
-        shifted = torch.stack(
-            [padded[:, :, i : i + SIZE, j : j + SIZE] for i in span for j in span], 1
-        )  # (B, D, 8, R, R)
-        square = shifted[:, :, :3].square().sum((2, 3, 4))  # (B, D)
-        error = square[:, :, None] + shifted.flatten(2) @ self.rows[look].T + self.constant[look]  # (B, D, M)
-        error = error.amin(1).view(B, len(GENDERS), len(TONES), -1).amin(3)
-        return (error.clamp(min=0) / (3 * pixels)).sqrt()
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        errors = (
-            torch.cat([self.errors(part) for part in x.split(32)])
-            if len(x)
-            else x.new_zeros(0, len(LOOKS), len(GENDERS), len(TONES))
-        )
-        error, index = (
-            errors.flatten(1).min(1) if len(x) else (x.new_zeros(0), x.new_zeros(0, dtype=torch.long))
-        )
-        tones, genders = len(TONES), len(GENDERS)
+        if x.shape[-1] != SIZE:
+            x = F.interpolate(x, (SIZE, SIZE), mode="area")
+        parts = [self._judge(part) for part in x.split(32)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _judge(self, x: Tensor) -> dict[str, Tensor]:
+        square, template, share = (
+            torch.stack(v, 1) for v in zip(*(self._closest(x, look) for look in range(len(LOOKS))))
+        )  # each (B, L)
+        square, look = square.min(1)
+        template, share = (v.gather(1, look[:, None])[:, 0] for v in (template, share))
+        nobody = (x - (x.flatten(2) @ self.fit_all.T).view_as(x)).square().sum((1, 2, 3))
+        error = (square.clamp(min=0) / nobody.clamp(min=1e-6)).sqrt()
+        person = template // (self.layers.shape[1] // (len(GENDERS) * len(TONES)))
         return {
-            "look": index // (tones * genders),
-            "gender": index // tones % genders,
-            "skin_tone": index % tones,
+            "look": look,
+            "gender": person // len(TONES),
+            "skin_tone": person % len(TONES),
             "error": error,
-            "none": error > self.threshold,
+            "share": share,
+            "none": (error > self.threshold) | (share < SHARE),
         }
+
+    def _closest(self, x: Tensor, look: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared error, index and share of the gender, each (B,), of the look's closest template."""
+        B, M = len(x), self.rows.shape[1]
+        background = (x.flatten(2) @ self.fit[look].T).view_as(x)  # (B, 3, R, R)
+        y = x - background
+        cross, power = (y * background).sum(1, keepdim=True), background.square().sum(1, keepdim=True)
+        image = torch.cat([y, cross, background, power], 1)  # (B, 8, R, R), beside `rows`
+        padded = F.pad(image, (REACH,) * 4, mode="replicate")
+        span = range(2 * REACH + 1)
+        shifted = [padded[:, :, i : i + SIZE, j : j + SIZE] for i in span for j in span]
+        shifted = torch.stack(shifted, 1)  # (B, D, 8, R, R)
+        square = shifted[:, :, :3].square().sum((2, 3, 4))  # (B, D)
+        error = square[:, :, None] + shifted.flatten(2) @ self.rows[look].T + self.constant[look]  # (B, D, M)
+        least, index = error.flatten(1).min(1)
+        shift, best = index // M, index % M
+
+        image = shifted[torch.arange(B), shift]
+        y, background = image[:, :3], image[:, 4:7]
+        layers = self.layers[look]
+        shown, other = (
+            layers[m, :3] - layers[m, 3:] * background for m in (best, (best + M // len(GENDERS)) % M)
+        )  # P - b, P' - b
+        apart = shown - other
+        share = ((y - other) * apart).sum((1, 2, 3)) / apart.square().sum((1, 2, 3))
+        return least, best, share
 
 
 def _layers() -> Tensor:
