@@ -21,16 +21,18 @@ Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safet
 used where they stand beside it, and else the shapes are SD-1.5's.
 """
 
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
-from fairref.judges.mobilenet import Classifier
+from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
@@ -130,7 +132,7 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
     parts, sample_size = load_stable_diffusion(stable_diffusion)
     clip, clip_tokenizer = load_clip(path / manifest["clip"]) if "clip" in manifest else (None, None)
     folders = manifest.get("classifiers", {})
-    classifiers = {name: Classifier.from_folder(path / folder) for name, folder in folders.items()}
+    classifiers = {name: load_classifier(path / folder) for name, folder in folders.items()}
     attributes = {name: tuple(classes) for name, classes in manifest.get("attributes", {}).items()}
     _check_classes(classifiers, attributes, path / MANIFEST)
     if "templates" in manifest and not (path / manifest["templates"]).is_file():  # read later, refused now
@@ -213,6 +215,42 @@ def load_clip(folder: Path) -> tuple[Clip, Tokenizer]:
     load_strict(clip, read(weights), str(weights))
     tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt", config.text.max_position_embeddings)
     return clip, tokenizer
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """The attribute classifier of a folder's config.json and model.safetensors. Raises UserError."""
+    path, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    d = read_json(path)
+    attributes = d.pop("attributes", None)
+    if not isinstance(attributes, dict) or not all(
+        isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
+    ):
+        raise UserError(
+            f'{path}: "attributes" is {attributes!r}; expected a list of two or more classes for each.'
+        )
+    try:
+        config = MobileNetConfig.from_dict({**d, "num_logits": sum(map(len, attributes.values()))})
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    classifier = Classifier(MobileNetV3(config), attributes)
+    load_strict(classifier.network, read(weights), str(weights))
+    return classifier.eval()
+
+
+def save_classifier(classifier: Classifier, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes what `load_classifier` reads. `dtype` is for the weights of convolutions and linear layers;
+    biases and BatchNorm's parameters and statistics, few but of any range, stay float32."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: (value.detach().to(dtype) if value.dim() >= 2 else value.detach()).cpu().contiguous()
+        for key, value in classifier.network.state_dict().items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    config = classifier.network.config.to_dict()
+    del config["num_logits"]  # the attributes say it
+    config["attributes"] = {name: list(classes) for name, classes in classifier.attributes.items()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _weights(path, single, configs):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fairref
 from fairref import bundle as bundle_module
-from fairref.bundle import PARTS, bundle_path, load_bundle
+from fairref.bundle import PARTS, bundle_path, load_bundle, save_classifier
 from fairref.diffusion.schedule import Schedule
 from fairref.emoji.bpe import train_bpe
 from fairref.errors import UserError
@@ -341,7 +341,7 @@ def full(copy):
     attributes = {"gender": ("woman", "man"), "skin_tone": ("light", "medium", "dark")}
     for name in ("a", "b"):
         network = MobileNetV3(MobileNetConfig.from_dict({"width": 0.25, "num_logits": 5}))
-        Classifier(network, attributes).to_folder(root / name)
+        save_classifier(Classifier(network, attributes), root / name)
     manifest = {
         "name": "full",
         "stable_diffusion": "sd",

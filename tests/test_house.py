@@ -66,7 +66,14 @@ UNKNOWN = {
         "fairref.fairness",
         "pathlib",
     ),
-    "fairref.judges": ("fairref.tokenizer", "fairref.prompts", "fairref.fairness", "fairref.diffusion"),
+    "fairref.judges": (
+        "fairref.weights_io",
+        "fairref.tokenizer",
+        "fairref.prompts",
+        "fairref.fairness",
+        "fairref.diffusion",
+        "pathlib",
+    ),
     "fairref.diffusion": (
         "fairref.fairness",
         "fairref.nets",

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fairref.bundle import load_classifier, save_classifier
 from fairref.errors import UserError
 from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3, make_divisible
@@ -122,8 +123,8 @@ def test_the_classifier_splits_the_logits_by_attribute_and_passes_gradients():
 def test_a_folder_gives_back_the_classifier(tmp_path, dtype, tolerance):
     h = classifier()
     h.network.load_state_dict(formula_like(h.network))
-    h.to_folder(tmp_path / "h", dtype)
-    again = Classifier.from_folder(tmp_path / "h")
+    save_classifier(h, tmp_path / "h", dtype)
+    again = load_classifier(tmp_path / "h")
     assert not again.training and again.attributes == ATTRIBUTES
     assert again.network.config == h.network.config
     assert all(p.dtype == torch.float32 for p in again.parameters())
@@ -151,7 +152,7 @@ def test_half_precision_keeps_the_statistics(tmp_path):
         for buffer in h.network.buffers():
             if buffer.is_floating_point():
                 buffer.fill_(1e-9)
-    h.to_folder(tmp_path, torch.float16)
+    save_classifier(h, tmp_path, torch.float16)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["features.0.0.weight"].dtype == torch.float16
     assert (stored["features.0.1.running_var"] == h.network.features[0][1].running_var).all()
@@ -172,16 +173,16 @@ def test_half_precision_keeps_the_statistics(tmp_path):
     ],
 )
 def test_a_wrong_folder_is_explained(tmp_path, config, said):
-    classifier(attributes={"gender": ("a", "b")}).to_folder(tmp_path)
+    save_classifier(classifier(attributes={"gender": ("a", "b")}), tmp_path)
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=said) as error:
-        Classifier.from_folder(tmp_path)
+        load_classifier(tmp_path)
     assert str(tmp_path) in str(error.value)
 
 
 def test_a_missing_folder_and_classes_that_do_not_fit_are_explained(tmp_path):
     with pytest.raises(UserError, match="config.json: can't be read"):
-        Classifier.from_folder(tmp_path / "none")
+        load_classifier(tmp_path / "none")
     with pytest.raises(UserError, match="6 classes in all but its network has 5"):
         Classifier(MobileNetV3(MobileNetConfig("small", 0.25, 5)), ATTRIBUTES)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fairref.bundle import save_classifier
 from fairref.emoji.bpe import train_bpe
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
@@ -145,7 +146,7 @@ def _judges(folder, x):
         logits, last = torch.cat([*classifier(x).values()], 1), network.classifier[3]  # (B, M)
         last.weight.data /= logits.std(0)[:, None]
         last.bias.data = -logits.mean(0) / logits.std(0)
-        classifier.to_folder(folder / name)
+        save_classifier(classifier, folder / name)
 
 
 def _network(folder, config, network, file):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fairref.bundle import save_classifier
 from fairref.emoji import stages
 from fairref.emoji.captions import SPLITS, occupations
 from fairref.emoji.pictures import RESOLUTION, draw
@@ -158,7 +159,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
         write_json(out / name / "config.json", config)
         save_half(networks[name], out / name / f"{file}.safetensors")
     for role in stages.CLASSIFIER_CONFIG:
-        networks[role].to_folder(out / f"classifier_{role}", dtype=torch.float16)
+        save_classifier(networks[role], out / f"classifier_{role}", torch.float16)
     write_tokenizer(folder / "tokenizer", out / "tokenizer")
     write_json(out / "tokenizer" / "tokenizer_config.json", TOKENIZER)
     write_tokenizer(folder / "tokenizer", out / "clip")

@@ -3,18 +3,14 @@
 B batch, C channels, H W pixels, K classes of one attribute, M the logits of all attributes side by side.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fairref.errors import UserError
 from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
-from fairref.weights_io import load_strict, read, read_json
 
 # One row an inverted residual block, features.1 first, channels at width 1: kernel, expanded channels, output
 # channels, squeeze-excitation, activation, stride. Input channels are the output channels of the row above.
@@ -209,48 +205,3 @@ class Classifier(nn.Module):
         logits = self.network(self.preprocess(x))  # (B, M)
         parts = logits.split([len(classes) for classes in self.attributes.values()], dim=1)
         return dict(zip(self.attributes, parts))  # each (B, K)
-
-    @classmethod
-    def from_folder(cls, path: str | Path) -> "Classifier":
-        """The classifier of config.json and model.safetensors, float32, eval mode. Raises UserError."""
-        path = Path(path)
-        config, attributes = read_config(path / "config.json")
-        classifier = cls(MobileNetV3(config), attributes)
-        weights = path / "model.safetensors"
-        load_strict(classifier.network, read(weights), str(weights))
-        return classifier.eval()
-
-    def to_folder(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes config.json and model.safetensors.
-
-        `dtype` is for the weights of convolutions and linear layers; biases and BatchNorm's parameters and
-        statistics, few but of any range, stay float32.
-        """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            key: (value.detach().to(dtype) if value.dim() >= 2 else value.detach()).cpu().contiguous()
-            for key, value in self.network.state_dict().items()
-        }
-        save_file(tensors, path / "model.safetensors")
-        config = self.network.config.to_dict()
-        del config["num_logits"]  # the attributes say it
-        config["attributes"] = {name: list(classes) for name, classes in self.attributes.items()}
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_config(path: Path) -> tuple[MobileNetConfig, dict]:
-    """A classifier's config.json -> (MobileNetConfig, {attribute: class names}). Raises UserError."""
-    d = read_json(path)
-    attributes = d.pop("attributes", None)
-    if not isinstance(attributes, dict) or not all(
-        isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
-    ):
-        raise UserError(
-            f'{path}: "attributes" is {attributes!r}; expected a list of two or more classes for each.'
-        )
-    try:
-        config = MobileNetConfig.from_dict({**d, "num_logits": sum(map(len, attributes.values()))})
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from None
-    return config, attributes
