@@ -17,6 +17,11 @@ def main(argv=None):
         "as in gender=0.5,0.5",
     )
     parser.add_argument(
+        "--target",
+        action="append",
+        help="the shares, as in gender=0.5,0.5, or a joint table in a .json file (None: those of --attr)",
+    )
+    parser.add_argument(
         "--out", help="folder of the run (None: the first free of runs/<attr>, runs/<attr>-2, ...)"
     )
     parser.add_argument(
@@ -28,7 +33,8 @@ def main(argv=None):
         parser.add_argument_group("recipe", "what is not given is the bundle's, or else SD-1.5's")
     )
     options = vars(parser.parse_args(argv))
-    common = {key: options.pop(key) for key in ("attr", "out", "resume", "weights", "device", "dtype")}
+    names = ("attr", "target", "out", "resume", "weights", "device", "dtype")
+    common = {key: options.pop(key) for key in names}
     run(Options(**common, recipe=options))
 
 

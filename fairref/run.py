@@ -9,7 +9,7 @@ from fairref import __version__, cli
 from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.evaluate import How, before_after
-from fairref.fairness.attributes import Attribute, parse_target
+from fairref.fairness.attributes import Attribute, parse_target, parse_targets
 from fairref.finetune import checkpoints, distributed
 from fairref.finetune.recipes import Recipe, resolve
 from fairref.finetune.trainer import Setup, train
@@ -21,6 +21,7 @@ class Options:
     """The options of train.py; None: not given."""
 
     attr: str | None = None  # "gender" or "gender=0.5,0.5"
+    target: list[str] | None = None  # ["gender=0.5,0.5"] or ["joint.json"]
     out: str | None = None  # folder of the run
     resume: str | None = None  # folder of a run that goes on
     weights: str | None = None
@@ -47,10 +48,7 @@ def _run(options, processes, device):
         attribute = Attribute(settings["attribute"], tuple(settings["classes"]), tuple(settings["target"]))
         recipe = Recipe(**settings["recipe"])
     else:
-        if options.attr is None:
-            known = ", ".join(bundle.attributes) or "none"
-            raise UserError(f"--attr is missing: it says what to make fair; {bundle.path} knows: {known}.")
-        attribute = parse_target(options.attr, bundle.attributes)
+        attribute = _attribute(options, bundle)
         recipe = resolve(attribute.name, bundle.recipe, options.recipe, str(bundle.path))
     world = read_occupations(bundle.path)
     setup = Setup(bundle, recipe, attribute, tuple(map(occupation_prompt, world.train)), processes)
@@ -89,8 +87,24 @@ def _run(options, processes, device):
     return folder
 
 
+def _attribute(options, bundle):
+    """What --attr and --target ask for."""
+    if not options.attr and not options.target:
+        known = ", ".join(bundle.attributes) or "none"
+        raise UserError(f"--attr is missing: it says what to make fair; {bundle.path} knows: {known}.")
+    if not options.target:
+        return parse_target(options.attr, bundle.attributes)
+    target = parse_targets(options.target, bundle.attributes)
+    if len(target.classes) > 1:
+        raise UserError(f"--target names {', '.join(target.classes)}; finetuning takes one attribute at a time.")
+    (name,) = target.classes
+    if options.attr and options.attr != name:
+        raise UserError(f"--attr is {options.attr} and --target is for {name}; they must name the same attribute.")
+    return target.marginal(name)
+
+
 def _resumed(options):
-    given = [key for key in ("attr", "out", "weights", "dtype") if getattr(options, key) is not None]
+    given = [key for key in ("attr", "target", "out", "weights", "dtype") if getattr(options, key) is not None]
     given += list(options.recipe)
     if given:
         raise UserError(

@@ -187,6 +187,15 @@ def test_resume_goes_on_with_a_runs_own_settings(run_folder, weights, tmp_path, 
     assert "no settings.json" in refused(capsys, train.main, "--resume", str(run_folder / "nowhere"))
 
 
+def test_a_target_may_be_a_joint_table(weights, tmp_path, capsys):
+    table = {"attributes": ["gender"], "shares": {"woman": 0.3, "man": 0.7}}
+    (tmp_path / "target.json").write_text(json.dumps(table))
+    options = ["--target", str(tmp_path / "target.json"), "--weights", weights, "--evaluate", "none"]
+    assert cli.run(train.main, [*options, "--iterations", "1", "--out", str(tmp_path / "run")]) == 0
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["attribute"] == "gender" and settings["target"] == [0.3, 0.7]
+
+
 def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -209,6 +218,10 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         (["--attr", "height"], 'names the attribute "height"'),
         (["--attr", "gender=0.7,0.7"], "the sum must be 1"),
         ([], "--attr is missing"),
+        (["--target", "gender=1"], "has 1 numbers but there are 2 classes"),
+        (["--target", "nowhere.json"], "nowhere.json: found"),
+        (["--attr", "height", "--target", "gender=0.2,0.8"], "they must name the same attribute"),
+        (["--target", "gender", "--target", "skin_tone"], "one attribute at a time"),
         (["--attr", "gender", "--iterations", "0"], "iterations is 0; expected at least 1"),
         (["--attr", "gender", "--iterations", "many"], "--iterations"),
         (["--attr", "gender", "--lr", "nan"], "lr is nan"),

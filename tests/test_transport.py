@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fairref.fairness.transport import class_distance, count_vectors, expected_ot, two_classes
+from fairref.fairness.transport import (
+    assign,
+    class_distance,
+    every_assignment,
+    expected_ot,
+    joint_ot,
+    nearest_counts,
+    two_classes,
+)
 
 
 def draw_logits(N, K, seed=0, scale=2.0):
@@ -203,11 +211,125 @@ def test_distances_are_accurate_near_certainty(K):
     assert np.abs(class_distance(np.log(p)) - direct).max() < 1e-12
 
 
-def test_count_vectors_are_all_compositions():
-    counts = count_vectors(5, np.array([True, True, False, True]))
-    assert len({tuple(n) for n in counts}) == len(counts) == math.comb(7, 2)
-    assert (counts.sum(1) == 5).all() and (counts[:, 2] == 0).all() and (counts >= 0).all()
-    assert count_vectors(4, np.array([False, True])).tolist() == [[0, 4]]
+@pytest.mark.parametrize(("N", "K", "scale"), [(7, 4, 2.0), (7, 4, 30.0), (3, 6, 2.0), (12, 3, 0.01), (5, 2, 2.0)])
+def test_neighbouring_counts_share_their_work_and_each_is_cheapest(N, K, scale):
+    cost = class_distance(draw_logits(N, K, scale=scale).numpy())
+    cost[1] = cost[0]  # exact ties
+    allowed = np.delete(np.arange(K), 1) if K > 3 else np.arange(K)
+    assigned = every_assignment(cost, allowed)
+    counts = (assigned[:, :, None] == np.arange(K)).sum(1)
+    k = len(allowed)
+    assert len(np.unique(counts, axis=0)) == len(counts) == math.comb(N + k - 1, k - 1)
+    assert set(np.unique(assigned)) <= set(allowed)
+    for row, n in zip(assigned, counts):
+        best = cost[np.arange(N), assign(cost, n)].sum()
+        assert cost[np.arange(N), row].sum() == pytest.approx(best, abs=1e-12)
+
+
+def by_joint_definition(logits, target):
+    """Eqs 4 and 5 for joint classes, by brute force: {name: q}, joint cost."""
+    names, shape = list(logits), np.shape(target)
+    p = [logits[name].softmax(1).numpy() for name in names]
+    N = len(p[0])
+    classes = list(itertools.product(*map(range, shape)))
+
+    def distance(i, joint):
+        return math.sqrt(sum(np.sum((p[a][i] - np.eye(shape[a])[k]) ** 2) for a, k in enumerate(joint)))
+
+    q, cost = {name: np.zeros((N, k)) for name, k in zip(names, shape)}, 0.0
+    for labels in itertools.product(classes, repeat=N):
+        probability = math.prod(np.asarray(target)[joint] for joint in labels)
+        if probability:
+            best = min(
+                itertools.permutations(range(N)), key=lambda s: sum(distance(i, labels[s[i]]) for i in range(N))
+            )
+            cost += probability * sum(distance(i, labels[best[i]]) for i in range(N)) / N
+            for i in range(N):
+                for name, k in zip(names, labels[best[i]]):
+                    q[name][i, k] += probability
+    return q, cost
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        [[0.25, 0.25], [0.25, 0.25]],
+        [[0.5, 0.1], [0.1, 0.3]],
+        [[0.0, 0.6], [0.4, 0.0]],  # two joint classes without mass
+    ],
+)
+def test_joint_classes_are_those_of_the_definition(target):
+    logits = {"gender": draw_logits(4, 2, seed=1), "age": draw_logits(4, 2, seed=2)}
+    found = joint_ot(logits, torch.tensor(target, dtype=torch.float64))
+    q, cost = by_joint_definition(logits, target)
+    for name in logits:
+        assert np.abs(found[name].q.numpy() - q[name]).max() < 1e-12
+        assert abs(found[name].cost - cost) < 1e-12
+
+
+def test_a_conditional_target_holds_in_every_group():
+    """Age 75/25 within every gender x race group, K = 16: the marginals are the target's."""
+    gender, race, age = np.array([0.5, 0.5]), np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.75, 0.25])
+    target = gender[:, None, None] * race[:, None] * age
+    logits = {"gender": draw_logits(12, 2, 1), "race": draw_logits(12, 4, 2), "age": draw_logits(12, 2, 3)}
+    found = joint_ot(logits, target)
+    for name, share in (("gender", gender), ("race", race), ("age", age)):
+        ot = found[name]
+        assert (ot.q.sum(1) - 1).abs().max() < 1e-12 and 0 < ot.stderr.max() <= 0.01
+        # the mean over images is the mean of the drawn counts: its error is at most that of an image
+        assert (ot.q.mean(0) - torch.from_numpy(share)).abs().max() < 4 * ot.stderr.max()
+
+
+def test_the_marginals_of_a_product_target_are_not_those_of_each_alone():
+    """A joint assignment weighs the attributes against each other: it may cost one to gain the other."""
+    logits = {"a": draw_logits(6, 2, seed=5), "b": draw_logits(6, 2, seed=6)}
+    joint = joint_ot(logits, torch.full((2, 2), 0.25))
+    alone = expected_ot(logits["a"], [0.5, 0.5])
+    assert (joint["a"].q - alone.q).abs().max() > 0.01
+    assert (joint["a"].q.mean(0) - 0.5).abs().max() < 1e-12
+
+
+def test_an_attribute_that_is_the_same_in_all_images_changes_nothing():
+    """Its distances add the same to every image's cost of a class; where D has one class only, exactly."""
+    logits = draw_logits(8, 3)
+    target = torch.tensor([0.5, 0.3, 0.2])
+    both = joint_ot({"a": logits, "b": torch.tensor([[50.0, 0.0]]).repeat(8, 1)}, torch.stack([target, 0 * target], 1))
+    assert (both["a"].q - expected_ot(logits, target).q).abs().max() < 1e-12
+    assert (both["b"].q[:, 0] - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("N", "target", "counts"),
+    [(24, (0.5, 0.5), (12, 12)), (5, (0.5, 0.5), (3, 2)), (7, (0.2, 0.3, 0.5), (1, 2, 4)), (10, (0.1, 0.2, 0.7), (1, 2, 7)), (0, (0.5, 0.5), (0, 0))],
+)
+def test_a_fixed_set_of_labels(N, target, counts):
+    assert tuple(nearest_counts(N, np.array(target))) == counts
+    logits = draw_logits(N, len(target))
+    ot = expected_ot(logits, target, fixed=True)
+    assert ((ot.q == 0) | (ot.q == 1)).all() and (ot.stderr == 0).all()
+    assert tuple(ot.q.sum(0).long().tolist()) == counts
+    if len(target) == 2 and N:
+        odds = logits[:, 0] - logits[:, 1]
+        assert odds[ot.q[:, 0] == 1].min() > odds[ot.q[:, 1] == 1].max()
+    if N and N % 2 == 0:
+        assert ot.cost <= expected_ot(logits, target).cost  # chance in the counts costs
+
+
+@pytest.mark.parametrize(("N", "K"), [(8, 2), (12, 3), (20, 4)])
+def test_pot_finds_the_same_costs(N, K):
+    pot = pytest.importorskip("ot")
+    logits = draw_logits(N, K, seed=3)
+    cost, rng = class_distance(logits.numpy()), np.random.default_rng(0)
+    target = np.full(K, 1 / K)
+    for n in rng.multinomial(N, target, 20):
+        plan = pot.emd(np.full(N, 1 / N), n / N, cost)
+        ours = cost[np.arange(N), assign(cost, n)].mean()
+        assert ours == pytest.approx((plan * cost).sum(), abs=1e-12)
+    every = every_assignment(cost, np.arange(K))
+    for row in every[:: max(1, len(every) // 40)]:
+        n = np.bincount(row, minlength=K)
+        value = pot.emd2(np.full(N, 1 / N), n / N, cost)
+        assert cost[np.arange(N), row].mean() == pytest.approx(float(value), abs=1e-12)
 
 
 @pytest.mark.parametrize("exact_limit", [0, 1000])

@@ -1,7 +1,14 @@
-"""What is to be made fair: an attribute, its classes, and the distribution a user wants of them."""
+"""What is to be made fair: attributes, their classes, and the distribution a user wants of them."""
 
+import json
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import reduce
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import numpy as np
 
 from fairref.errors import UserError
 
@@ -58,6 +65,100 @@ def parse_target(text: str, attributes: dict[str, tuple[str, ...]]) -> Attribute
             f" by commas, for {', '.join(classes)}."
         ) from None
     return Attribute(name, classes, target)
+
+
+@dataclass(frozen=True)
+class JointTarget:
+    """Several attributes and a target for every combination of their classes. Raises UserError."""
+
+    classes: dict[str, tuple[str, ...]]  # A attributes and their K_a class names, in the order of the axes
+    table: np.ndarray  # (K_1, ..., K_A) float64, shares >= 0 with sum 1
+
+    def __post_init__(self):
+        shape = tuple(map(len, self.classes.values()))
+        if not shape or self.table.shape != shape:
+            raise UserError(f"The joint target has the shape {self.table.shape}; expected {shape}.")
+        Attribute("joint target", tuple(map(str, range(prod(shape)))), tuple(self.table.reshape(-1)))
+
+    def marginal(self, name: str) -> Attribute:
+        """The target of one attribute, whatever the others are."""
+        axis = list(self.classes).index(name)
+        others = tuple(a for a in range(self.table.ndim) if a != axis)
+        return Attribute(name, self.classes[name], tuple(self.table.sum(others).tolist()))
+
+    def and_in_every_group(self, attribute: Attribute) -> "JointTarget":
+        """One attribute more, with the same target within every group: D(g) D(a | g), D(a | g) = D(a).
+
+        METHOD.md's conditional target, as age 75/25 in every gender x race group; for independent attributes
+        it is the product.
+        """
+        if attribute.name in self.classes:
+            raise UserError(f'The target names the attribute "{attribute.name}" twice.')
+        table = self.table[..., None] * np.array(attribute.target)
+        return JointTarget({**self.classes, attribute.name: attribute.classes}, table)
+
+
+def product_target(attributes: list[Attribute]) -> JointTarget:
+    """Independent attributes: the joint target is the product of theirs."""
+    first, *others = attributes
+    alone = JointTarget({first.name: first.classes}, np.array(first.target, dtype=np.float64))
+    return reduce(JointTarget.and_in_every_group, others, alone)
+
+
+def parse_targets(texts: list[str], attributes: dict[str, tuple[str, ...]]) -> JointTarget:
+    """What a user asks for: one or more of `parse_target`'s texts, or the path of a joint table (.json).
+
+    Texts make independent targets. A table has the names of its attributes and, nested in that order, the
+    shares by class name; a class that is left out has none:
+
+        {"attributes": ["gender", "age"],
+         "shares": {"woman": {"young": 0.375, "old": 0.125}, "man": {"young": 0.375, "old": 0.125}}}
+
+    Raises UserError.
+    """
+    if any(text.endswith(".json") for text in texts):
+        if len(texts) > 1:
+            raise UserError(f"The targets {', '.join(texts)} are a file and more; a joint table stands alone.")
+        return read_joint_target(Path(texts[0]), attributes)
+    return product_target([parse_target(text, attributes) for text in texts])
+
+
+def read_joint_target(path: Path, attributes: dict[str, tuple[str, ...]]) -> JointTarget:
+    """The joint table of a JSON file, as in `parse_targets`. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: found {error}; expected a joint target in JSON.") from None
+    if not isinstance(content, dict) or set(content) != {"attributes", "shares"}:
+        raise UserError(f'{path}: expected an object with the keys "attributes" and "shares".')
+    names = content["attributes"]
+    if not isinstance(names, list) or not names or any(name not in attributes for name in names):
+        known = ", ".join(attributes) or "none"
+        raise UserError(f'{path}: "attributes" is {names!r}; expected some of: {known}.')
+    if len(set(names)) < len(names):
+        raise UserError(f'{path}: "attributes" is {names!r}, which names one twice.')
+    classes = {name: tuple(attributes[name]) for name in names}
+    table = np.zeros(tuple(map(len, classes.values())))
+    for joint in product(*map(range, table.shape)):
+        table[joint] = _share(content["shares"], joint, classes, path)
+    try:
+        return JointTarget(classes, table)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _share(shares, joint, classes, path):
+    """The share of one joint class (indices), from nested objects by class name."""
+    for k, (name, known) in zip(joint, classes.items()):
+        if not isinstance(shares, dict) or not set(shares) <= set(known):
+            found = ", ".join(map(str, shares)) if isinstance(shares, dict) else repr(shares)
+            raise UserError(f'{path}: found {found} for "{name}"; expected shares of {", ".join(known)}.')
+        if known[k] not in shares:
+            return 0.0
+        shares = shares[known[k]]
+    if isinstance(shares, bool) or not isinstance(shares, (int, float)):
+        raise UserError(f"{path}: found {shares!r} as a share; expected a number.")
+    return float(shares)
 
 
 def _shown(target):

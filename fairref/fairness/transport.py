@@ -6,7 +6,6 @@ class counts n ~ Multinomial(N, D) matter. Everything here is float64 on the CPU
 
 import math
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not en
 TOLERANCE = 0.01  # largest standard error that drawing stops at
 DRAWS_A_ROUND = 500
 TIE_BREAK = 1e-12  # weight of the cross-entropy in the cost: it decides only where float64 sees no difference
+ROUNDING = 2e-15  # a way through the classes must be shorter by more than what rounding makes of it
 TARGET_SUM_TOLERANCE = 1e-6  # a target's sum may miss 1 by this, for targets that come from float32
 
 
@@ -26,61 +26,114 @@ class OT:
 
     q: torch.Tensor  # (N, K) float64, eq 5; rows sum to 1, rows of images outside the mask are 0
     stderr: torch.Tensor  # (N, K) float64, standard error of q; 0 where q is exact
-    cost: float  # expected transport cost E_u[min_σ Σ_i ‖p_i - u_σi‖] / N, between 0 and √2; 0 if no image
+    cost: float  # expected transport cost E_u[min_σ Σ_i ‖p_i - u_σi‖] / N, at least 0; 0 if there is no image
 
 
 def expected_ot(
     logits: torch.Tensor,
     target: torch.Tensor,
     mask: torch.Tensor | None = None,
+    **options,
+) -> OT:
+    """q^(i) = E_u[u^(σ*_i)] for σ* the cheapest assignment (eqs 4, 5), of logits (N, K) and a target D (K,).
+
+    `joint_ot` of one attribute: see there for `mask` and `options`. Logits may be log-probabilities.
+    """
+    return joint_ot({"": logits}, target, mask, **options)[""]
+
+
+def joint_ot(
+    logits: dict[str, torch.Tensor],
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
+    fixed: bool = False,
     exact_limit: int = EXACT_LIMIT,
     tolerance: float = TOLERANCE,
     rng: np.random.Generator | None = None,
-) -> OT:
-    """q^(i) = E_u[u^(σ*_i)] for σ* the cheapest assignment (eqs 4, 5), of logits (N, K) and a target D (K,).
+) -> dict[str, OT]:
+    """Eqs 4, 5 for several attributes at once: logits (N, K_a) of each, a joint target D (K_1, ..., K_A).
+
+    A class is one class of each attribute. Its distance to an image is the root of the attributes' summed
+    squares; q is found for the K = K_1 ... K_A joint classes and summed to each attribute's own. `cost` is the
+    joint one, the same in all.
 
     `mask` (N,) bool: the images that take part (default all). K = 2 has a closed form; otherwise the count
     vectors are enumerated when there are at most `exact_limit`, else drawn from `rng` until no standard error
     exceeds `tolerance`; without `rng` the draws are the same at every call, so all processes find the same q.
+    `fixed`: u is the one set whose counts are nearest to N D (an ablation; the targets are then 0 or 1).
     Equal logits get equal q, and the result does not depend on the order of the images. Raises ValueError for
     shapes that do not fit, logits that are not finite, a target that is no distribution.
     """
-    logits = np.asarray(torch.as_tensor(logits).detach().cpu().double())
-    target = check_target(target, logits)
-    keep = np.ones(len(logits), bool) if mask is None else np.asarray(torch.as_tensor(mask).cpu())
-    if keep.dtype != bool or keep.shape != logits.shape[:1]:
-        raise ValueError(f"mask is {keep.dtype} {keep.shape}; expected bool {logits.shape[:1]}.")
-    if not np.isfinite(logits[keep]).all():
+    arrays = [np.asarray(torch.as_tensor(part).detach().cpu().double()) for part in logits.values()]
+    target = check_target(target, arrays)
+    N, sizes, joint = len(arrays[0]), target.shape, target.reshape(-1)  # joint: (K,)
+    keep = np.ones(N, bool) if mask is None else np.asarray(torch.as_tensor(mask).cpu())
+    if keep.dtype != bool or keep.shape != (N,):
+        raise ValueError(f"mask is {keep.dtype} {keep.shape}; expected bool {(N,)}.")
+    if not all(np.isfinite(part[keep]).all() for part in arrays):
         raise ValueError("logits must be finite.")
-    q, stderr, cost = np.zeros_like(logits), np.zeros_like(logits), 0.0
+    sums = class_sums(sizes)  # (K, K + K_1 + ... + K_A)
+    q, stderr, cost = np.zeros((N, sums.shape[1])), np.zeros((N, sums.shape[1])), 0.0
     if keep.any():
         # Distinct rows come out sorted, so that assignments don't depend on the order of the images.
-        rows, group = np.unique(logits[keep], axis=0, return_inverse=True)
-        group = group.reshape(-1)  # (N,) the distinct row of each image
+        rows, group = np.unique(np.hstack(arrays)[keep], axis=0, return_inverse=True)
+        group = group.reshape(-1)  # (n,) the distinct row of each image
         size = np.bincount(group)  # (G,) images of each distinct row
-        distance = class_distance(rows)  # (G, K)
-        if len(target) == 2:
-            q_rows, stderr_rows = two_classes(rows, size, target), np.zeros_like(rows)
+        parts = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
+        distance = joint_sum([class_distance(part) ** 2 for part in parts]) ** 0.5  # (G, K)
+        if len(joint) == 2 and not fixed:
+            q_rows, stderr_rows = two_classes(rows, size, joint) @ sums, np.zeros((len(rows), sums.shape[1]))
         else:
-            q_rows, stderr_rows = any_classes(
-                distance + TIE_BREAK * cross_entropy(rows), size, target, exact_limit, tolerance, rng
-            )
+            tie_break = TIE_BREAK * joint_sum([cross_entropy(part) for part in parts])
+            solver = Solver(distance + tie_break, np.repeat(np.arange(len(size)), size), joint, sums)
+            if fixed:
+                q_rows, stderr_rows = solver.of_counts(nearest_counts(size.sum(), joint))
+            elif solver.count_vectors() <= exact_limit:
+                q_rows, stderr_rows = solver.enumerate()
+            else:
+                q_rows, stderr_rows = solver.draw(tolerance, rng or np.random.default_rng(0))
         q[keep], stderr[keep] = q_rows[group], stderr_rows[group]
-        cost = float((q[keep] * distance[group]).sum(1).mean())  # the cost is linear in the assignment
-    return OT(torch.from_numpy(q), torch.from_numpy(stderr), cost)
+        cost = float((q[keep, : len(joint)] * distance[group]).sum(1).mean())  # it is linear in the assignment
+    columns = [torch.from_numpy(x).split([len(joint), *sizes], 1)[1:] for x in (q, stderr)]
+    return {name: OT(a.clone(), b.clone(), cost) for name, a, b in zip(logits, *columns)}
 
 
-def check_target(target, logits):
-    """The target (K,) as float64 with sum exactly 1. Raises ValueError."""
+def check_target(target, arrays):
+    """The target (K_1, ..., K_A) as float64 with sum exactly 1. Raises ValueError."""
     target = np.asarray(torch.as_tensor(target, dtype=torch.float64).detach().cpu())
-    if logits.ndim != 2 or target.shape != logits.shape[1:] or len(target) < 2:
+    shapes = [part.shape for part in arrays]
+    fits = all(len(shape) == 2 and shape[0] == shapes[0][0] and shape[1] > 1 for shape in shapes)
+    if not fits or target.shape != tuple(shape[1] for shape in shapes):
         raise ValueError(
-            f"logits are {logits.shape} and the target is {target.shape}; expected (N, K), (K,), K > 1."
+            f"logits are {', '.join(map(str, shapes))} and the target is {target.shape}; expected (N, K), (K,), K > 1,"
+            " and one dimension of the target for each attribute."
         )
     if not (target >= 0).all() or abs(target.sum() - 1) > TARGET_SUM_TOLERANCE:
         raise ValueError(f"the target {target.tolist()} is no distribution: it must be >= 0 and sum to 1.")
     return target / target.sum()
+
+
+def class_sums(sizes):
+    """0/1 matrix (K, K + K_1 + ... + K_A): a joint class counts as itself and as a class of each attribute."""
+    of_joint = np.indices(sizes).reshape(len(sizes), -1)  # (A, K) the attribute's class of each joint class
+    return np.hstack([np.eye(of_joint.shape[1]), *(np.eye(k)[c] for k, c in zip(sizes, of_joint))])
+
+
+def joint_sum(parts):
+    """Sum over attributes, for each joint class: parts (G, K_a) -> (G, K_1 ... K_A)."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = (total[:, :, None] + part[:, None]).reshape(len(part), -1)
+    return total
+
+
+def nearest_counts(N, target):
+    """The class counts (K,) nearest to N D: rounded down, the largest remainders one more."""
+    counts = np.floor(N * target + 1e-9).astype(int)
+    rest = np.argsort(counts - N * target, kind="stable")[: N - counts.sum()]
+    counts[rest] += 1
+    return counts
 
 
 def class_distance(logits):
@@ -116,37 +169,50 @@ def two_classes(logits, size, target):
     return mean_by(tied_of_rank, by_rank)[tied]
 
 
-def any_classes(cost, size, target, exact_limit, tolerance, rng):
-    """q and its standard error (G, K) for any K, by enumerating or drawing the class counts: cost (G, K)."""
-    N, K = int(size.sum()), len(target)
-    group = np.repeat(np.arange(len(size)), size)  # (N,) images in the order of the rows
-    cost = cost[group]  # (N, K)
-    possible = int((target > 0).sum())
-    if math.comb(N + possible - 1, possible - 1) <= exact_limit:
-        counts = count_vectors(N, target > 0)  # (M, K)
-        weights = multinomial.pmf(counts, N, target)
-        q = np.zeros((N, K))
-        for n, weight in zip(counts, weights):
-            q[np.arange(N), assign(cost, n)] += weight
-        q_rows = mean_by(group, q)
-        return q_rows / weights.sum(), np.zeros_like(q_rows)  # the sum misses 1 by rounding only
-    return draw(cost, group, target, tolerance, rng or np.random.default_rng(0))
+@dataclass(frozen=True)
+class Solver:
+    """Any number of classes: every method gives what an image gets by class, and its standard error, (G, J)."""
 
+    cost: np.ndarray  # (G, K) of the distinct images
+    group: np.ndarray  # (N,) the distinct row of each image
+    target: np.ndarray  # (K,)
+    sums: np.ndarray  # (K, J) what is counted of each class
 
-def draw(cost, group, target, tolerance, rng):
-    """Monte Carlo over n ~ Multinomial(N, D): q and its standard error (G, K), every error <= tolerance."""
-    N, K = cost.shape
-    total, squares, M = 0.0, 0.0, 0
-    stderr = np.inf
-    while np.max(stderr) > tolerance:
-        counts, times = np.unique(rng.multinomial(N, target, DRAWS_A_ROUND), axis=0, return_counts=True)
-        for n, repeats in zip(counts, times):
-            one = mean_by(group, np.eye(K)[assign(cost, n)])  # (G, K)
-            total, squares = total + repeats * one, squares + repeats * one**2
-        M += DRAWS_A_ROUND
-        q = total / M
-        stderr = np.sqrt(np.maximum(squares / M - q**2, 0) / (M - 1))
-    return q, stderr
+    def count_vectors(self) -> int:
+        """How many class counts have a chance."""
+        possible = int((self.target > 0).sum())
+        return math.comb(len(self.group) + possible - 1, possible - 1)
+
+    def enumerate(self):
+        """The expectation over all class counts."""
+        K = len(self.target)
+        assigned = every_assignment(self.cost[self.group], np.flatnonzero(self.target))  # (M, N)
+        counts = (assigned[:, :, None] == np.arange(K)).sum(1)  # (M, K)
+        weights = multinomial.pmf(counts, len(self.group), self.target)
+        weights /= weights.sum()  # it misses 1 by rounding only
+        q = np.stack([weights @ (assigned == k) for k in range(K)], 1)  # (N, K)
+        q = mean_by(self.group, q) @ self.sums
+        return q, np.zeros_like(q)
+
+    def of_counts(self, n):
+        """For one vector of class counts (K,)."""
+        q = mean_by(self.group, self.sums[assign(self.cost[self.group], n)])
+        return q, np.zeros_like(q)
+
+    def draw(self, tolerance, rng):
+        """Monte Carlo over n ~ Multinomial(N, D), until every standard error is <= tolerance."""
+        cost, total, squares, M = self.cost[self.group], 0.0, 0.0, 0
+        stderr = np.inf
+        while np.max(stderr) > tolerance:
+            draws = rng.multinomial(len(cost), self.target, DRAWS_A_ROUND)
+            counts, times = np.unique(draws, axis=0, return_counts=True)
+            for n, repeats in zip(counts, times):
+                one = mean_by(self.group, self.sums[assign(cost, n)])  # (G, J)
+                total, squares = total + repeats * one, squares + repeats * one**2
+            M += DRAWS_A_ROUND
+            q = total / M
+            stderr = np.sqrt(np.maximum(squares / M - q**2, 0) / (M - 1))
+        return q, stderr
 
 
 def assign(cost, n):
@@ -156,15 +222,57 @@ def assign(cost, n):
     return classes[slots]
 
 
-def count_vectors(N, allowed):
-    """Every vector (M, K) of counts >= 0 with sum N, 0 where `allowed` (K,) is false. M = C(N+k-1, k-1)."""
-    k = int(allowed.sum())
-    bars = np.array(list(combinations(range(N + k - 1), k - 1)), int)  # stars and bars
-    bars = bars.reshape(math.comb(N + k - 1, k - 1), k - 1)  # (M, k - 1), also for k = 1
-    ends = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, N + k - 1)))  # (M, k + 1)
-    counts = np.zeros((len(bars), len(allowed)), int)
-    counts[:, allowed] = np.diff(ends, axis=1) - 1
-    return counts
+def every_assignment(cost, classes):
+    """The cheapest assignment of N images for every vector of counts of `classes`: cost (N, K) -> (M, N) classes.
+
+    Neighbouring counts share their work. All images start in one class; an image more for another class, and
+    one less for the first, is the cheapest way through the classes (`move_one`), and what was cheapest for
+    the old counts so becomes it for the new ones. All M = C(N+k-1, k-1) vectors are reached in N (k-1) moves.
+    """
+    start, *others = classes
+    assigned = np.full((1, len(cost)), start)  # (M so far, N)
+    change = cost[:, None, :] - cost[:, :, None]  # (N, K, K) of the cost, when image i goes from u to v
+    for other in others:
+        rows, reached = assigned, [assigned]
+        while len(rows := rows[(rows == start).any(1)]):
+            rows = move_one(rows, change, start, other)
+            reached.append(rows)
+        assigned = np.concatenate(reached)
+    return assigned
+
+
+def move_one(assigned, change, start, end):
+    """The cheapest assignments (G, N) with one image less in `start` and one more in `end`.
+
+    Bellman and Ford's shortest way over the K classes, in which u -> v costs what the image of u costs that
+    goes to v most cheaply; each image on the way moves on by one class.
+    """
+    G, K = len(assigned), change.shape[1]
+    row = np.arange(G)
+    each = change[np.arange(len(change)), assigned]  # (G, N, K) of the cost, when image i goes to v
+    edges, image = np.full((G, K, K), np.inf), np.zeros((G, K, K), int)  # (G, from u, to v)
+    for u in range(K):
+        of_u = np.where((assigned == u)[:, :, None], each, np.inf)
+        image[:, u] = of_u.argmin(1)
+        edges[:, u] = np.take_along_axis(of_u, image[:, u][:, None], 1)[:, 0]
+    edges[:, :, start] = np.inf  # no way leads back
+    length = np.full((G, K), np.inf)
+    length[:, start] = 0
+    before = []  # K - 1 times (G, K): the class before v on the way, -1 where the way did not become shorter
+    for _ in range(K - 1):
+        through = length[:, :, None] + edges
+        u = through.argmin(1)
+        shorter = np.take_along_axis(through, u[:, None], 1)[:, 0]
+        better = shorter < length - ROUNDING
+        length, u = np.where(better, shorter, length), np.where(better, u, -1)
+        before.append(u)
+    assigned, v = assigned.copy(), np.full(G, end)
+    for u in reversed(before):
+        moves = row[u[row, v] >= 0]
+        to = v[moves]
+        v[moves] = u[moves, to]
+        assigned[moves, image[moves, v[moves], to]] = to
+    return assigned
 
 
 def mean_by(group, values):
