@@ -13,7 +13,12 @@ from fairref.diffusion.gradient import (
     adjusted_gradient,
     coupling,
     exact_gradient,
+    gradient_matrix,
+    gradient_paths,
+    importance,
+    solver_coupling,
     step_weights,
+    subsample,
     unrolled_z0,
 )
 from fairref.diffusion.sampler import guide, sample
@@ -215,6 +220,125 @@ def test_eq_9():
     torch.testing.assert_close(dc.flatten(), g.flatten() @ expected, **close)
     for A, B, cotangent in zip(schedule.A, coupling(schedule, J), reversed(cotangents)):
         torch.testing.assert_close(cotangent.flatten(), -A * g.flatten() @ B, **close)
+
+
+def jacobians(unet, table, path, c):
+    """J (S, n, n) and d eps_i / dc (S, n, T D) of one image, in run order."""
+    J, deps = [], []
+    for _, t, z, _ in path[:-1]:
+        dz, dc = torch.autograd.functional.jacobian(lambda z, c, t=t: unet(z, t, c), (z, c))
+        J.append(dz.flatten(1).reshape(z.numel(), -1))
+        deps.append(dc.reshape(z.numel(), -1))
+    return torch.stack(J), torch.stack(deps)
+
+
+@pytest.mark.parametrize(
+    "end, S", [("zero", 1), ("zero", 4), ("zero", 8), ("sigma_min", 16), ("ancestral", 6)]
+)
+def test_eq_9_of_any_solver(end, S):
+    """Explicit matrices, autograd through the sampler and finite differences agree."""
+    schedule = Schedule(T=50, beta_start=0.002, beta_end=0.2)
+    table = ancestral_table(schedule, S) if end == "ancestral" else solver_table(schedule, S, end)
+    unet, z_T, c = ToyUNet(), random(1, 4, 2, 2, seed=1), random(1, T, D, seed=2).requires_grad_(True)
+    w = random(S, 1, 4, 2, 2, seed=5) if end == "ancestral" else None
+    with torch.no_grad():
+        path = list(sample(unet, table, z_T, c, None, 1.0, w))
+    J, deps = jacobians(unet, table, path, c)
+    E = solver_coupling(table, J)
+    explicit = torch.einsum("sij,sjk->ik", E, deps)  # dz_0/dc
+
+    *_, last = sample(unet, table, z_T, c, None, 1.0, w)
+    rows = [torch.autograd.grad(x, c, retain_graph=True)[0].flatten() for x in last.z.flatten()]
+    torch.testing.assert_close(explicit, torch.stack(rows), **close)
+
+    way, h = random(1, T, D, seed=11), 1e-4
+    with torch.no_grad():
+        z = [list(sample(unet, table, z_T, c + x * h * way, None, 1.0, w))[-1].z for x in (-2, -1, 1, 2)]
+    difference = (8 * (z[2] - z[1]) - (z[3] - z[0])) / (12 * h)
+    torch.testing.assert_close(explicit @ way.flatten(), difference.flatten(), rtol=1e-7, atol=1e-9)
+
+    g = random(1, 4, 2, 2, seed=6)
+    _, _, cotangents = exact_gradient(unet, table, path, g, c, None, 1.0)
+    for row, cotangent in zip(E, cotangents, strict=True):
+        torch.testing.assert_close(g.flatten() @ row, cotangent.flatten(), **close)
+
+
+def test_the_coupling_of_the_ancestral_table_is_minus_A_t_B_t():
+    schedule = Schedule(T=7, beta_start=0.05, beta_end=0.4)
+    J = random(7, 5, 5, seed=3)
+    table = ancestral_table(schedule)
+    E = solver_coupling(table, J.flip(0)).flip(0)  # index t - 1
+    torch.testing.assert_close(E, -schedule.A[:, None, None] * coupling(schedule, J), **close)
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 5])
+def test_B_t_is_the_sum_of_all_paths_and_the_adjusted_gradient_keeps_the_direct_one(t):
+    schedule = Schedule(T=5, beta_start=0.05, beta_end=0.4)
+    J = random(5, 3, 3, seed=4)
+    paths = gradient_paths(schedule, J, t)
+    assert len(paths) == 2 ** (t - 1)
+    torch.testing.assert_close(sum(paths.values()), coupling(schedule, J)[t - 1], **close)
+    assert torch.equal(paths[()], torch.eye(3, dtype=torch.float64))
+    if t == 3:
+        b = schedule.beta / (1 - schedule.alpha_bar).sqrt()
+        torch.testing.assert_close(paths[1, 2], b[0] * b[1] * J[0] @ J[1], **close)  # s = 1 leftmost
+        torch.testing.assert_close(paths[2,], -b[1] * J[1], **close)
+
+
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize("M", [1, 3, 7, 19])
+def test_a_subsample_of_steps_is_unbiased(end, M):
+    w = step_weights(SCHEDULE, solver_table(SCHEDULE, 20, end))
+    assert end == "zero" or (w > 0).any()  # two steps of the other sign
+    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    draws = torch.stack([subsample(w, M, float(x)) for x in u])  # (4000, S)
+    torch.testing.assert_close(draws.mean(0), w, rtol=0, atol=float(w.abs().sum()) / M / 1000)
+    unit = w.abs().sum() / M
+    times = draws / unit
+    torch.testing.assert_close(times, times.round(), **close)
+    assert ((times.abs().sum(1) - M).abs() < 1e-9).all()  # M draws, never more
+    assert (draws * w >= 0).all()
+    assert (times.abs() <= torch.ceil(w.abs() / unit) + 1e-9).all()
+
+
+def test_the_mean_of_subsampled_gradients_is_the_gradient():
+    unet, table, z_T, c, c_empty = setting(S=8)
+    path, g = walk(unet, table, z_T, c, c_empty, 7.5)
+    w, count = step_weights(SCHEDULE, table), 400
+    whole, _ = adjusted_gradient(unet, table, w, path, g, c, c_empty, 7.5)
+    one_by_one = torch.stack(
+        [adjusted_gradient(unet, table, unit, path, g, c, c_empty, 7.5)[0] for unit in torch.eye(8).double()]
+    )
+    u = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws = torch.stack([torch.tensordot(subsample(w, 3, float(x)), one_by_one, 1) for x in u])
+    error = (draws.mean(0) - whole) / (draws.std(0) / count**0.5)
+    assert error.abs().max() < 4 and draws.std(0).min() > 0
+    unet.calls.clear()
+    got, _ = adjusted_gradient(unet, table, subsample(w, 3, 0.4), path, g, c, c_empty, 7.5)
+    torch.testing.assert_close(got, torch.tensordot(subsample(w, 3, 0.4), one_by_one, 1), **close)
+    assert len(unet.calls) <= 3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_a_row_of_the_gradient_matrix_is_one_images_gradient(guidance):
+    unet, table, z_T, P, P_empty = setting()
+    encoder, w = ToyTextEncoder(), step_weights(SCHEDULE, table)
+    unet.requires_grad_(False)
+    c, c_empty = encoder(P), encoder(P_empty)
+    path, g = walk(unet, table, z_T, c, c_empty, guidance)
+    matrix = gradient_matrix(unet, table, w, path, g, c, c_empty, guidance, [encoder.phi], 4)
+    assert matrix.shape == (N, D * D)
+
+    dc, dc_empty = adjusted_gradient(unet, table, w, path, g, c, c_empty, guidance)
+    (whole,) = torch.autograd.grad([c, c_empty], encoder.phi, [dc, dc_empty], retain_graph=True)
+    torch.testing.assert_close(matrix.sum(0), whole.flatten(), **close)
+    for n in range(N):
+        only = torch.zeros_like(g)
+        only[n] = g[n]
+        dc, dc_empty = adjusted_gradient(unet, table, w, path, only, c, c_empty, guidance)
+        (row,) = torch.autograd.grad([c, c_empty], encoder.phi, [dc, dc_empty], retain_graph=True)
+        torch.testing.assert_close(matrix[n], row.flatten(), **close)
+        assert float(importance(matrix)[n]) == pytest.approx(float(row.norm()), rel=1e-12)
 
 
 @pytest.mark.parametrize("end, S", [("zero", 3), ("zero", 20), ("sigma_min", 20), ("ancestral", 12)])

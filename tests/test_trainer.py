@@ -18,6 +18,7 @@ from scipy.stats import binom
 from tiny_bundle import write_tiny_bundle
 
 from fairref.bundle import load_bundle
+from fairref.diffusion.gradient import subsample
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table, step
 from fairref.errors import UserError
@@ -158,6 +159,30 @@ def test_micro_batches_change_nothing(bundles, micro_batch):
     assert metrics_of_parts["loss"] == pytest.approx(metrics["loss"], rel=1e-12)
     for a, b in zip(parts, whole):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
+def test_the_gradient_may_take_a_few_steps_only(bundles, monkeypatch):
+    setup = make_setup(bundles[torch.float64], batch=3, steps_min=6, steps_max=6)
+    text_encoder, state = moved(setup)
+    parameters = list(state.adapter.parameters())
+
+    def with_steps(n):
+        return replace(setup, recipe=replace(setup.recipe, grad_steps=n))
+
+    whole, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
+    for enough in (6, 9):
+        same, _ = iteration_gradient(with_steps(enough), text_encoder, parameters, 0)
+        assert all(torch.equal(a, b) for a, b in zip(same, whole))
+
+    few, metrics_of_few = iteration_gradient(with_steps(2), text_encoder, parameters, 0)
+    assert metrics_of_few == metrics  # the pictures and the loss are the same
+    assert any(not torch.allclose(a, b) for a, b in zip(few, whole))
+    seen = []
+    for u in ((np.arange(40) + 0.5) / 40).tolist():
+        monkeypatch.setattr(trainer, "subsample", lambda w, M, _, u=u: subsample(w, M, u))
+        seen.append(iteration_gradient(with_steps(2), text_encoder, parameters, 0)[0])
+    for mean, b in zip((torch.stack(g).mean(0) for g in zip(*seen)), whole):
+        assert float((mean - b).norm() / b.norm()) < 0.05  # a grid of 40 draws, not all of them
 
 
 def test_at_the_start_both_models_draw_the_same_and_nothing_is_drawn_twice(bundles, monkeypatch):

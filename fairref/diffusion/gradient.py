@@ -7,6 +7,7 @@ vector-Jacobian products, one a step, from the stored z_i and without a graph th
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,21 @@ def step_weights(schedule: Schedule, table: SolverTable, standardise: str = "pap
     raise UserError(f"the standardisation is '{standardise}'; expected 'paper', 'solver' or 'none'")
 
 
+def subsample(w: Tensor, M: int, u: float) -> Tensor:
+    """(S,) weights of M draws of steps, with probability proportional to |w_i| and the sign of w_i kept.
+
+    u, uniform in [0, 1), is all of the chance: the draws are the points u, u + 1, ..., u + M - 1 on the line
+    on which step i has the length M |w_i| / sum |w|. The expected result is w, so the gradient stays unbiased;
+    all draws weigh the same, and steps that are not drawn get 0 and are not evaluated."""
+    if M < 1:
+        raise UserError(f"the number of gradient steps is {M}; expected at least 1")
+    total = w.abs().sum()
+    edge = torch.cat([w.new_zeros(1), (w.abs() * M / total).cumsum(0)])
+    edge[-1] = M  # but for rounding
+    points = torch.ceil(edge - u).clamp(min=0).diff()  # (S,) draws of each step
+    return points * w.sign() * total / M
+
+
 def geometric_mean(x: Tensor) -> Tensor:
     """exp(mean(log x)), a scalar tensor."""
     return x.log().mean().exp()
@@ -83,6 +99,41 @@ def adjusted_gradient(
         dc = dc + part
         dc_empty = None if dc_empty is None else dc_empty + part_empty
     return dc, dc_empty
+
+
+def gradient_matrix(
+    unet: nn.Module,
+    table: SolverTable,
+    w: Tensor,
+    path: Sequence[Step],
+    g: Tensor,
+    c: Tensor,
+    c_empty: Tensor | None,
+    guidance: float,
+    parameters: Sequence[Tensor],
+    micro_batch: int | None = None,
+) -> Tensor:
+    """(N, P): row n is image n's part of dL/dtheta, for the P numbers in `parameters` behind c and c_empty.
+
+    c, c_empty: (1, T, d) with their graph, which is kept; the rest as in `adjusted_gradient`. The rows sum to
+    the batch's gradient."""
+    both = [x for x in (c, c_empty) if x is not None]
+    rows = [None if x is None else x.detach().expand(len(g), -1, -1) for x in (c, c_empty)]
+    parts = adjusted_gradient(unet, table, w, path, g, *rows, guidance, micro_batch)  # (N, T, d) each
+    parts = [x.to(c.dtype) for x in parts if x is not None]
+    matrix = []
+    for n in range(len(g)):
+        of_image = [x[n : n + 1] for x in parts]
+        row = torch.autograd.grad(
+            both, parameters, of_image, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        matrix.append(torch.cat([x.flatten() for x in row]))
+    return torch.stack(matrix)
+
+
+def importance(matrix: Tensor) -> Tensor:
+    """(N,): how much each image pulls at the parameters, the norm of its row of `gradient_matrix`."""
+    return torch.linalg.vector_norm(matrix, dim=1)
 
 
 def exact_gradient(
@@ -173,6 +224,37 @@ def coupling(schedule: Schedule, J: Tensor) -> Tensor:
     for s in range(schedule.T - 1):
         B.append(B[-1] @ (B[0] - b[s] * J[s]))
     return torch.stack(B)
+
+
+def gradient_paths(schedule: Schedule, J: Tensor, t: int) -> dict[tuple[int, ...], Tensor]:
+    """The 2^(t-1) products that B_t is the sum of: times s < t taken indirectly -> matrix (n, n).
+
+    Time s is direct (factor I: the noise eps^(t) reaches z_{s-1} past the network) or indirect (factor
+    -beta_s / sqrt(1 - alpha_bar_s) J_s: through it). The adjusted gradient keeps (), the all-direct one. J as
+    in `coupling`."""
+    b = (schedule.beta / (1 - schedule.alpha_bar).sqrt()).to(J)
+    paths = {}
+    for indirect in product((False, True), repeat=t - 1):
+        matrix = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
+        for s in range(t - 1):
+            matrix = matrix @ (-b[s] * J[s]) if indirect[s] else matrix
+        paths[tuple(s + 1 for s in range(t - 1) if indirect[s])] = matrix
+    return paths
+
+
+def solver_coupling(table: SolverTable, J: Tensor) -> Tensor:
+    """E_i = dz_0/d eps_i of eq 9 as explicit matrices (S, n, n) for any solver table; J (S, n, n), index i
+    holds d eps_i / d z_i. What -A_t B_t is for ancestral sampling, with the memory of two steps:
+
+        V_S = I,  E_i = q_i V_{i+1} + s_{i+1} V_{i+2},  V_i = p_i V_{i+1} + r_{i+1} V_{i+2} + E_i J_i"""
+    p, q, r, s = (x.tolist() for x in (table.p, table.q, table.r, table.s))
+    V_next = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
+    V_after, E = torch.zeros_like(V_next), []
+    for i in reversed(range(table.S)):
+        r_next, s_next = (r[i + 1], s[i + 1]) if i + 1 < table.S else (0.0, 0.0)
+        E.insert(0, q[i] * V_next + s_next * V_after)
+        V_next, V_after = p[i] * V_next + r_next * V_after + E[0] @ J[i], V_next
+    return torch.stack(E)
 
 
 def _zeros(c: Tensor | None) -> Tensor | None:

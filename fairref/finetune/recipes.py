@@ -47,6 +47,7 @@ class Recipe:
     guidance: float = setting(7.5, "classifier-free guidance scale s")
     end: str = setting("zero", "end of the solver: zero or sigma_min")
     standardise: str = setting("paper", "weights of the steps in the gradient: paper, solver or none")
+    grad_steps: int = setting(0, "steps drawn for the gradient, which stays unbiased; 0: all of them")
     micro_batch: int = setting(
         0, "most U-Net inputs at once in the gradient, and images decoded at once; 0: all"
     )

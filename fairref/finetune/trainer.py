@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairref.diffusion.gradient import adjusted_gradient, step_weights
+from fairref.diffusion.gradient import adjusted_gradient, step_weights, subsample
 from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
 from fairref.fairness.attributes import Attribute
@@ -27,7 +27,7 @@ from fairref.finetune.rollout import decode, embed, first_noise, rollout
 from fairref.progress import Progress
 
 RAW_FILE = "adapter_raw.safetensors"
-ORDER, STEPS = 1, 2  # what a draw is for: the order of prompts, the number of steps
+ORDER, STEPS, GRAD_STEPS = 1, 2, 3  # what a draw is for: the order of prompts, S, the steps of the gradient
 RUNNING = 20  # iterations that the shown bias is a mean of
 
 
@@ -109,6 +109,8 @@ def iteration_gradient(
     g, sums = picture_gradient(setup, pictures, ot)  # (n, 4, h, w)
 
     w = step_weights(bundle.schedule, table, recipe.standardise)
+    if 0 < recipe.grad_steps < S:
+        w = subsample(w, recipe.grad_steps, np.random.default_rng((recipe.seed, GRAD_STEPS, i)).random())
     micro_batch = recipe.micro_batch or None
     dc, dc_empty = adjusted_gradient(bundle.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
     gradient = torch.autograd.grad(both, parameters, torch.cat([dc, dc_empty]).to(both.dtype))
