@@ -96,15 +96,21 @@ def _attribute(options, bundle):
         return parse_target(options.attr, bundle.attributes)
     target = parse_targets(options.target, bundle.attributes)
     if len(target.classes) > 1:
-        raise UserError(f"--target names {', '.join(target.classes)}; finetuning takes one attribute at a time.")
+        raise UserError(
+            f"--target names {', '.join(target.classes)}; finetuning takes one attribute at a time."
+        )
     (name,) = target.classes
     if options.attr and options.attr != name:
-        raise UserError(f"--attr is {options.attr} and --target is for {name}; they must name the same attribute.")
+        raise UserError(
+            f"--attr is {options.attr} and --target is for {name}; they must name the same attribute."
+        )
     return target.marginal(name)
 
 
 def _resumed(options):
-    given = [key for key in ("attr", "target", "out", "weights", "dtype") if getattr(options, key) is not None]
+    given = [
+        key for key in ("attr", "target", "out", "weights", "dtype") if getattr(options, key) is not None
+    ]
     given += list(options.recipe)
     if given:
         raise UserError(

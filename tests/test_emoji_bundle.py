@@ -48,7 +48,9 @@ def test_diffusers_draws_the_same_picture(bundle):
     )
     pipe.set_progress_bar_config(disable=True)
     z_T = noise(7, 0, range(2), latent_shape(bundle))
-    theirs = pipe([PROMPT] * 2, latents=z_T, num_inference_steps=20, guidance_scale=3.0, output_type="np").images
+    theirs = pipe(
+        [PROMPT] * 2, latents=z_T, num_inference_steps=20, guidance_scale=3.0, output_type="np"
+    ).images
     with torch.no_grad():
         ours = draw(bundle, bundle.text_encoder, (PROMPT, ""), z_T, 20, 3.0)
     ours = (ours.permute(0, 2, 3, 1).numpy() + 1) / 2  # (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1]

@@ -376,7 +376,9 @@ def test_the_share_is_how_much_of_each_gender_is_seen(judged):
     for part in (0.0, 0.1, 0.2):
         found = judge((1 - part) * x + part * other)
         assert (found["gender"] == scene.gender).float().mean() > 0.98
-        assert found["share"].median().item() == pytest.approx(0.97 - part, abs=0.03)  # 0.97: outlines are soft
+        assert found["share"].median().item() == pytest.approx(
+            0.97 - part, abs=0.03
+        )  # 0.97: outlines are soft
 
 
 def test_an_empty_picture_is_nobody(judged):

@@ -211,7 +211,9 @@ def test_distances_are_accurate_near_certainty(K):
     assert np.abs(class_distance(np.log(p)) - direct).max() < 1e-12
 
 
-@pytest.mark.parametrize(("N", "K", "scale"), [(7, 4, 2.0), (7, 4, 30.0), (3, 6, 2.0), (12, 3, 0.01), (5, 2, 2.0)])
+@pytest.mark.parametrize(
+    ("N", "K", "scale"), [(7, 4, 2.0), (7, 4, 30.0), (3, 6, 2.0), (12, 3, 0.01), (5, 2, 2.0)]
+)
 def test_neighbouring_counts_share_their_work_and_each_is_cheapest(N, K, scale):
     cost = class_distance(draw_logits(N, K, scale=scale).numpy())
     cost[1] = cost[0]  # exact ties
@@ -241,7 +243,8 @@ def by_joint_definition(logits, target):
         probability = math.prod(np.asarray(target)[joint] for joint in labels)
         if probability:
             best = min(
-                itertools.permutations(range(N)), key=lambda s: sum(distance(i, labels[s[i]]) for i in range(N))
+                itertools.permutations(range(N)),
+                key=lambda s: sum(distance(i, labels[s[i]]) for i in range(N)),
             )
             cost += probability * sum(distance(i, labels[best[i]]) for i in range(N)) / N
             for i in range(N):
@@ -293,14 +296,22 @@ def test_an_attribute_that_is_the_same_in_all_images_changes_nothing():
     """Its distances add the same to every image's cost of a class; where D has one class only, exactly."""
     logits = draw_logits(8, 3)
     target = torch.tensor([0.5, 0.3, 0.2])
-    both = joint_ot({"a": logits, "b": torch.tensor([[50.0, 0.0]]).repeat(8, 1)}, torch.stack([target, 0 * target], 1))
+    both = joint_ot(
+        {"a": logits, "b": torch.tensor([[50.0, 0.0]]).repeat(8, 1)}, torch.stack([target, 0 * target], 1)
+    )
     assert (both["a"].q - expected_ot(logits, target).q).abs().max() < 1e-12
     assert (both["b"].q[:, 0] - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
     ("N", "target", "counts"),
-    [(24, (0.5, 0.5), (12, 12)), (5, (0.5, 0.5), (3, 2)), (7, (0.2, 0.3, 0.5), (1, 2, 4)), (10, (0.1, 0.2, 0.7), (1, 2, 7)), (0, (0.5, 0.5), (0, 0))],
+    [
+        (24, (0.5, 0.5), (12, 12)),
+        (5, (0.5, 0.5), (3, 2)),
+        (7, (0.2, 0.3, 0.5), (1, 2, 4)),
+        (10, (0.1, 0.2, 0.7), (1, 2, 7)),
+        (0, (0.5, 0.5), (0, 0)),
+    ],
 )
 def test_a_fixed_set_of_labels(N, target, counts):
     assert tuple(nearest_counts(N, np.array(target))) == counts

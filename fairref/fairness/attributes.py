@@ -118,7 +118,9 @@ def parse_targets(texts: list[str], attributes: dict[str, tuple[str, ...]]) -> J
     """
     if any(text.endswith(".json") for text in texts):
         if len(texts) > 1:
-            raise UserError(f"The targets {', '.join(texts)} are a file and more; a joint table stands alone.")
+            raise UserError(
+                f"The targets {', '.join(texts)} are a file and more; a joint table stands alone."
+            )
         return read_joint_target(Path(texts[0]), attributes)
     return product_target([parse_target(text, attributes) for text in texts])
 

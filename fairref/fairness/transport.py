@@ -94,7 +94,9 @@ def joint_ot(
             else:
                 q_rows, stderr_rows = solver.draw(tolerance, rng or np.random.default_rng(0))
         q[keep], stderr[keep] = q_rows[group], stderr_rows[group]
-        cost = float((q[keep, : len(joint)] * distance[group]).sum(1).mean())  # it is linear in the assignment
+        cost = float(
+            (q[keep, : len(joint)] * distance[group]).sum(1).mean()
+        )  # it is linear in the assignment
     columns = [torch.from_numpy(x).split([len(joint), *sizes], 1)[1:] for x in (q, stderr)]
     return {name: OT(a.clone(), b.clone(), cost) for name, a, b in zip(logits, *columns)}
 
