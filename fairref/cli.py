@@ -24,16 +24,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, argv=None) -> int:
-    """The exit code of main(argv): 0, or 2 with the UserError's sentence on stderr, or 130 after Ctrl-C."""
+    """The exit code of main(argv), None being 0; 2 with the UserError's sentence on stderr; 130 after Ctrl-C."""
     try:
-        main(argv)
+        return main(argv) or 0
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def add_common(parser: Parser) -> None:

@@ -107,7 +107,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def save_half(network: nn.Module, path: Path, limit: int = LARGEST_FILE) -> None:
-    """Float16 safetensors (scalars as they are), in files of at most `limit` bytes, as diffusers splits them."""
+    """Float16 safetensors (scalars as they are), split as diffusers does into files of at most `limit` bytes."""
     tensors = {k: (v.half() if v.dim() else v).contiguous() for k, v in network.state_dict().items()}
     parts, size = [{}], 0
     for name, tensor in tensors.items():

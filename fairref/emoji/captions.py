@@ -103,7 +103,10 @@ def captions() -> Captions:
 
 
 def draw_captions(B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """B draws: caption index, look, gender, tone, each (B,). What a caption leaves open follows the world's shares."""
+    """B draws: caption index, look, gender, tone, each (B,).
+
+    What a caption leaves open follows the world's shares.
+    """
     table, jobs = captions(), occupations()
     index = torch.multinomial(table.weight, B, replacement=True, generator=generator)
     any_job = torch.randint(len(jobs), (B,), generator=generator)

@@ -128,7 +128,7 @@ def sampling_gates(bundle, images: int = 24, named_images: int = 2, follow_image
 
 
 def contact_sheet(bundle) -> Image.Image:
-    """A row for each look's first test occupation: six pictures as it comes, two for each class that is named."""
+    """A row for each look's first test occupation: six pictures as it comes, two for each named class."""
     world, margin = read_occupations(bundle.path), 150
     recipe = resolve("gender", bundle.recipe, {})
     rows, names = [], []

@@ -1,4 +1,4 @@
-"""The pictures of the small world: a person from the sheet, with hair, clothes, place and background drawn anew.
+"""The pictures of the small world: people of the sheet; hair, clothes, place and background are drawn anew.
 
 Shapes: B pictures, R = RESOLUTION pixels a side, L looks, G genders, K tones, P = SPRITE pixels a side.
 """

@@ -1,7 +1,7 @@
-"""How each network of the bundle is trained. Every stage is a function of the folder that holds its stage files.
+"""How each network of the bundle is trained: every stage is a function of the folder of stage files.
 
-Order: tokenizer, vae, classifiers, clip, latents (the VAE's latents of the pictures, drawn once), unet (with the
-text encoder). Each stage reads what those before it left in the folder.
+Order: tokenizer, vae, classifiers, clip, latents (the VAE's latents of the pictures, drawn once), unet (with
+the text encoder). Each stage reads what those before it left in the folder.
 """
 
 from pathlib import Path
@@ -126,7 +126,7 @@ def balanced_scene(B: int, generator: torch.Generator):
 
 
 def train_vae(folder, steps: int = 2200, batch: int = 16, kl: float = 1e-4) -> VAE:
-    """Squared and absolute error, a little KL, a sampled latent, as in latent diffusion (without its discriminator)."""
+    """Squared and absolute error, a little KL, a sampled latent: latent diffusion's without a discriminator."""
 
     def loss_of(vae, generator):
         x = draw(balanced_scene(batch, generator))

@@ -1,12 +1,12 @@
 """The judge that no gradient can fool: which real person, at which place and size, is a picture closest to?
 
-A template is a sprite (colour T premultiplied by its coverage a); the background b is not known, so for each look it
-is fitted to the picture x: affine in x and y, on the pixels that no person of that look covers. The error of a
-template is |x - T - (1 - a) b|, smallest over shifts, sizes and hair colours, relative to what a background without
-anybody leaves of the picture: 0 is a perfect person, 1 is no better than nobody.
+A template is a sprite (colour T premultiplied by its coverage a). The background b is not known: for each look
+it is fitted to the picture, affine in its two axes, on the pixels that no person of that look covers. The error
+of a template is |picture - T - (1 - a) b|, smallest over shifts, sizes and hair colours, relative to what a
+background without anybody leaves of the picture: 0 is a perfect person, 1 is no better than nobody.
 
 A picture must also take sides. With P the best template and P' the same person in the other gender, both on b,
-share = <x - P', P - P'> / |P - P'|^2 is 1 for the person and 1/2 for an even blend; what both miss cancels.
+share = <picture - P', P - P'> / |P - P'|^2 is 1 for the person and 1/2 for an even blend; what both miss cancels.
 
 Shapes: B pictures, R = 32 pixels a side, L looks, M templates of one look = G genders x K tones x hair x sizes,
 D shifts.
@@ -31,7 +31,10 @@ SHARE = 0.7  # of the gender found; below, the picture is a blend
 
 
 class Templates(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] -> look, gender, skin_tone (B,) indices, error, share (B,), none (B,) boolean."""
+    """Pictures (B, 3, H, W) in [-1, 1] -> who is seen, each (B,).
+
+    look, gender, skin_tone: indices; error, share: as above; none: boolean, a blend or nobody.
+    """
 
     def __init__(self, threshold: float):
         super().__init__()

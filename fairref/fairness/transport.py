@@ -108,8 +108,8 @@ def check_target(target, arrays):
     fits = all(len(shape) == 2 and shape[0] == shapes[0][0] and shape[1] > 1 for shape in shapes)
     if not fits or target.shape != tuple(shape[1] for shape in shapes):
         raise ValueError(
-            f"logits are {', '.join(map(str, shapes))} and the target is {target.shape}; expected (N, K), (K,), K > 1,"
-            " and one dimension of the target for each attribute."
+            f"logits are {', '.join(map(str, shapes))} and the target is {target.shape}; expected (N, K), (K,),"
+            " K > 1, and one dimension of the target for each attribute."
         )
     if not (target >= 0).all() or abs(target.sum() - 1) > TARGET_SUM_TOLERANCE:
         raise ValueError(f"the target {target.tolist()} is no distribution: it must be >= 0 and sum to 1.")
@@ -225,7 +225,7 @@ def assign(cost, n):
 
 
 def every_assignment(cost, classes):
-    """The cheapest assignment of N images for every vector of counts of `classes`: cost (N, K) -> (M, N) classes.
+    """The cheapest assignment of N images for every vector of counts of `classes`: cost (N, K) -> (M, N).
 
     Neighbouring counts share their work. All images start in one class; an image more for another class, and
     one less for the first, is the cheapest way through the classes (`move_one`), and what was cheapest for

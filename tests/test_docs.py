@@ -1,0 +1,45 @@
+"""The documents name functions, tests and files that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def defined(folder):
+    """Every function and class name, and every attribute that is assigned, under a folder."""
+    names = set()
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_is_named_exists(document):
+    named = set(re.findall(r"`(test_\w+)`", document.read_text(encoding="utf-8")))
+    assert named <= defined("tests")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_is_named_exists(document):
+    named = re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|md|json))`", document.read_text(encoding="utf-8"))
+    assert named
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "fairref" / name).exists(), name
+
+
+def test_the_derivation_names_functions_that_exist():
+    text = (ROOT / "docs" / "derivation.md").read_text(encoding="utf-8")
+    known = defined("fairref") | defined("tests")
+    code = re.findall(r"\*Code:\*(.*?)\*Checked", text, re.DOTALL)
+    assert len(code) >= 8
+    for name in re.findall(r"`(\w+)`", " ".join(code)):
+        assert name in known, name

@@ -1,0 +1,84 @@
+"""Figures 6a and 6b as numbers, on the tiny bundle: each curve against a computation of its own."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from tiny_bundle import write_tiny_bundle
+
+from fairref import study
+from fairref.bundle import load_bundle
+from fairref.diffusion.sampler import noise, sample
+from fairref.diffusion.solver import ancestral_table
+from fairref.finetune.rollout import embed
+
+S, R = 4, 3
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return load_bundle(write_tiny_bundle(tmp_path_factory.mktemp("bundle")), dtype=torch.float64)
+
+
+def by_autograd(bundle, prompt, image):
+    """|R A_t B_t dε/dc|, |R A_t dε/dc|, |R dε/dc| of one image in run order, by autograd with a leaf a step."""
+    table = ancestral_table(bundle.schedule, S)
+    c, c_empty = embed(bundle, bundle.text_encoder, [prompt, ""]).detach().split(1)
+    leaves = [(c.clone().requires_grad_(), c_empty.clone().requires_grad_()) for _ in range(S)]
+    z = noise(0, study.NOISE, [image], (4, 8, 8)).double()
+    cotangent = 1e-2 * noise(0, study.NOISE - 1, [image], (4, 8, 8)).double()
+    eps_of = []
+    for i, t in enumerate(table.timesteps.tolist()):
+        both = [bundle.unet(z, t, x) for x in leaves[i]]
+        eps = both[1] + study.GUIDANCE * (both[0] - both[1])
+        eps_of.append((z.detach(), t, eps))
+        w = noise(0, study.NOISE + 1 + i, [image], (4, 8, 8)).double()
+        z = table.p[i] * z + table.q[i] * eps + table.sigma[i] * w
+    exact = [
+        torch.stack(torch.autograd.grad(z, pair, cotangent, retain_graph=True)).norm() for pair in leaves
+    ]
+    alone = []
+    for z_i, t, _ in eps_of:
+        pair = [c.clone().requires_grad_(), c_empty.clone().requires_grad_()]
+        both = [bundle.unet(z_i, t, x) for x in pair]
+        eps = both[1] + study.GUIDANCE * (both[0] - both[1])
+        alone.append(torch.stack(torch.autograd.grad(eps, pair, cotangent)).norm())
+    exact, alone = torch.stack(exact), torch.stack(alone)
+    return exact.numpy(), (table.k.abs() * alone).numpy(), alone.numpy()
+
+
+def test_the_scales_are_those_of_autograd(bundle):
+    curves = study.by_curve(study.scales(bundle, "a photo of a cook", S, R))
+    expected = np.stack([by_autograd(bundle, "a photo of a cook", n) for n in range(R)])  # (R, 3, S)
+    assert len(curves) == 3
+    for j, rows in enumerate(curves.values()):
+        times = [row["t"] for row in rows]
+        assert times == sorted(times) and times[-1] == bundle.schedule.T
+        for row, values in zip(reversed(rows), expected[:, j].T, strict=True):
+            assert row["mean"] == pytest.approx(values.mean(), rel=1e-9)
+            assert row["low"] == pytest.approx(np.quantile(values, 0.05), rel=1e-9)
+            assert row["high"] == pytest.approx(np.quantile(values, 0.95), rel=1e-9)
+
+
+def test_the_descent_starts_the_same_in_all_modes_and_then_differs(bundle, tmp_path):
+    rows = study.descent(bundle, "a photo of a cook", "a photo of a nurse", iterations=3, seeds=2, N=2, S=3)
+    curves = study.by_curve(rows)
+    assert tuple(curves) == study.MODES
+    first = [rows[0]["mean"] for rows in curves.values()]
+    assert first == pytest.approx([first[0]] * 4, rel=1e-12)
+    assert len({round(rows[-1]["mean"], 9) for rows in curves.values()}) > 1
+    for row in rows:
+        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 2
+    study.write_csv(tmp_path / "a.csv", rows)
+    read = list(csv.DictReader((tmp_path / "a.csv").open(encoding="utf-8")))
+    assert len(read) == 12 and float(read[5]["mean"]) == rows[5]["mean"]
+
+
+def test_pictures_of_curves_and_paths(tmp_path):
+    figures = pytest.importorskip("fairref.figures")
+    pytest.importorskip("matplotlib")
+    rows = {name: [{"t": t, "mean": t, "low": t / 2, "high": 2 * t} for t in (1, 10, 100)] for name in "ab"}
+    figures.curves(tmp_path / "c.png", rows, "t", ("time", "size"), "A title", log=True, backwards=True)
+    figures.gradient_paths(tmp_path / "p.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("c.png", "p.png"))
