@@ -18,6 +18,7 @@ EXTRAS = (
     "transformers",
     "open_clip",
     "torchvision",
+    "ot",
     "matplotlib",
     "tensorboard",
     "ruff",

@@ -271,18 +271,21 @@ def test_the_table_of_captions():
 
 def test_no_caption_is_cut(tmp_path):
     tokenizer = stages.read_tokenizer(tmp_path)
-    texts = [*captions().texts, *describe(stages.balanced_scene(1000, seeded(9)), seeded(9))]
+    texts = [*captions().texts, *describe(stages.balanced_scene(1000, seeded(9)), seeded(9)).texts]
     assert not any(tokenizer.cut(texts))
     assert tokenizer(texts).shape == (len(texts), 77)
 
 
 def test_descriptions_are_true():
     scene = stages.balanced_scene(400, seeded(10))
-    texts = describe(scene, seeded(11))
+    said = describe(scene, seeded(11))
+    texts = said.texts
     looks, named = {job.name: job.look for job in occupations()}, Counter()
     for b, text in enumerate(texts):
         gender, tone = named_by(text)
         assert gender in (None, GENDERS[scene.gender[b]]) and tone in (None, TONES[scene.tone[b]])
+        assert said.gender[b] == (-1 if gender is None else scene.gender[b])
+        assert said.tone[b] == (-1 if tone is None else scene.tone[b])
         job = max((name for name in looks if re.search(rf"\b{name}, a person", text)), key=len)
         assert looks[job] == LOOKS[scene.look[b]]
         if hair := re.search(r"with (\w+) hair", text):

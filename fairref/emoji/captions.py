@@ -118,13 +118,22 @@ def draw_captions(B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return index, look, gender, torch.where(table.tone[index] < 0, free, table.tone[index])
 
 
-def describe(scene: Scene, generator: torch.Generator) -> list[str]:
+@dataclass(frozen=True)
+class Description:
+    """Captions of B pictures; gender and tone (B,) are indices, -1 where the caption does not name them."""
+
+    texts: list[str]
+    gender: Tensor
+    tone: Tensor
+
+
+def describe(scene: Scene, generator: torch.Generator) -> Description:
     """A caption for each picture: an occupation with its look, and some of what else can be seen."""
     texts = []
-    coin = (torch.rand(len(scene), 4, generator=generator) < 0.6).tolist()
+    named = torch.rand(len(scene), 4, generator=generator) < 0.6
     choice, word = torch.rand(2, len(scene), generator=generator)
     hair = (scene.hair[:, None] - torch.tensor(HAIR) / 255).square().sum(-1).argmin(1).tolist()
-    for b, (named_gender, named_tone, named_hair, named_background) in enumerate(coin):
+    for b, (named_gender, named_tone, named_hair, named_background) in enumerate(named.tolist()):
         jobs = [job.name for job in occupations() if job.look == LOOKS[scene.look[b]]]
         job = jobs[int(choice[b] * len(jobs))]
         words = GENDER_WORDS[GENDERS[scene.gender[b]]]
@@ -132,13 +141,10 @@ def describe(scene: Scene, generator: torch.Generator) -> list[str]:
         tone = f"{TONES[scene.tone[b]]}-skinned" if named_tone else ""
         text = " ".join(filter(None, ("a photo of the face of a", tone, gender, job))) + ", a person"
         text += f" with {HAIR_WORDS[hair[b]]} hair" if named_hair else ""
-        text += (
-            f" in front of a {colour_name(scene.background[b].mean(0))} background"
-            if named_background
-            else ""
-        )
+        background = colour_name(scene.background[b].mean(0))
+        text += f" in front of a {background} background" if named_background else ""
         texts.append(text)
-    return texts
+    return Description(texts, scene.gender.where(named[:, 0], -1), scene.tone.where(named[:, 1], -1))
 
 
 def colour_name(rgb: Tensor) -> str:

@@ -22,7 +22,7 @@ from fairref.nets.unet import UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
 from fairref.tokenizer import Tokenizer
 
-VOCABULARY = 900
+VOCABULARY = 1150  # nearly every word of the captions is one token
 TOKENS = 77
 ATTRIBUTES = {"gender": GENDERS, "skin_tone": TONES}
 
@@ -110,7 +110,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not all(file.exists() for file in files):
         generator = generator_for(0, "tokenizer", 0)
         train_bpe(
-            [*captions().texts, *describe(balanced_scene(2000, generator), generator)],
+            [*captions().texts, *describe(balanced_scene(2000, generator), generator).texts],
             VOCABULARY,
             folder / "tokenizer",
         )
@@ -180,15 +180,15 @@ class Painter(nn.Module):
         self.unet = UNet(UNetConfig.from_dict(UNET_CONFIG)).to(memory_format=torch.channels_last)
 
 
-def small_embeddings(text: nn.Module) -> None:
-    """CLIP's initial scale of token and position embeddings, in place of torch's 1."""
-    for name, parameter in text.named_parameters():
-        if "_embedding.weight" in name:
-            nn.init.normal_(parameter, std=0.02)
+def tell_apart(network: nn.Module) -> None:
+    """Initial embeddings large enough that what the blocks add does not drown which word or place it is."""
+    for name, parameter in network.named_parameters():
+        if name.endswith(("token_embedding.weight", "position_embedding.weight")):
+            nn.init.normal_(parameter, std=0.5 if "token" in name else 0.1)
 
 
 def train_unet(
-    folder: Path, latents: Tensor, clip: Clip, steps: int = 4000, batch: int = 64, lr: float = 1e-3
+    folder: Path, latents: Tensor, clip: Clip, steps: int = 3600, batch: int = 48, lr: float = 1e-3
 ) -> Painter:
     """Mean squared error of the predicted noise, t uniform, a tenth of the prompts empty."""
     schedule = Schedule()
@@ -209,21 +209,49 @@ def train_unet(
     return fit("unet", Painter(clip), loss_of, steps=steps, lr=lr, folder=folder, ema=0.998)
 
 
-def train_clip(folder: Path, steps: int = 1000, batch: int = 96, lr: float = 1e-3) -> Clip:
-    """Symmetric contrastive loss over captions that also name hair and background."""
+class NamedClip(nn.Module):
+    """CLIP and, for its training, one linear classifier for each thing that both towers must know."""
+
+    def __init__(self):
+        super().__init__()
+        self.clip = Clip(ClipConfig.from_dict(CLIP_CONFIG))
+        tell_apart(self.clip)
+        classes = {"look": LOOKS, **ATTRIBUTES}
+        self.heads = nn.ModuleDict(
+            {k: nn.Linear(CLIP_CONFIG["projection_dim"], len(v)) for k, v in classes.items()}
+        )
+
+
+def train_clip(folder: Path, steps: int = 600, batch: int = 96, lr: float = 1e-3) -> Clip:
+    """Symmetric contrastive loss over captions that also name hair and background.
+
+    To tell pictures of a batch apart, look and background go a long way, and what decides between two people
+    of one look is learnt late. So the same classifiers also read look, gender and tone off both towers'
+    features, off a text's where it names them.
+    """
     tokenizer = read_tokenizer(folder)
 
-    def loss_of(clip, generator):
+    def loss_of(named, generator):
         scene = balanced_scene(batch, generator)
-        text, image = clip.encode_text(tokenizer(describe(scene, generator))), clip.encode_image(draw(scene))
-        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, B)
+        said = describe(scene, generator)
+        clip = named.clip
+        text, image = clip.encode_text(tokenizer(said.texts)), clip.encode_image(draw(scene))
+        scale = clip.logit_scale.exp().clamp(max=100)
+        logits = scale * image @ text.T  # (B, B)
         same = torch.arange(batch)
-        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        for name, seen, read in (
+            ("look", scene.look, scene.look),
+            ("gender", scene.gender, said.gender),
+            ("skin_tone", scene.tone, said.tone),
+        ):
+            head = named.heads[name]
+            loss = loss + F.cross_entropy(head(scale * image), seen)
+            loss = loss + F.cross_entropy(head(scale * text), read, ignore_index=-1)
+        return loss
 
     torch.manual_seed(1)
-    clip = Clip(ClipConfig.from_dict(CLIP_CONFIG))
-    small_embeddings(clip)
-    return fit("clip", clip, loss_of, steps=steps, lr=lr, folder=folder, ema=0.99)
+    return fit("clip", NamedClip(), loss_of, steps=steps, lr=lr, folder=folder, ema=0.99).clip
 
 
 def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 700, batch: int = 64) -> Classifier:
