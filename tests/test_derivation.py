@@ -1,6 +1,7 @@
 """METHOD.md section 2, proved in float64 on a toy network: eq 9, eq 10, and that the weighted sum of
 vector-Jacobian products is Algorithm A.1."""
 
+import math
 import weakref
 
 import pytest
@@ -339,6 +340,44 @@ def test_a_row_of_the_gradient_matrix_is_one_images_gradient(guidance):
         (row,) = torch.autograd.grad([c, c_empty], encoder.phi, [dc, dc_empty], retain_graph=True)
         torch.testing.assert_close(matrix[n], row.flatten(), **close)
         assert float(importance(matrix)[n]) == pytest.approx(float(row.norm()), rel=1e-12)
+
+
+class Scalar(nn.Module):
+    """eps(z, t, c) of latents that are one number: tanh(c_0 z + c_1 t + c_2)."""
+
+    def forward(self, z, t, c):
+        c = c[:, 0, :, None, None, None].unbind(1)  # each (B, 1, 1, 1)
+        return torch.tanh(c[0] * z + c[1] * torch.as_tensor(t).to(z).reshape(-1, 1, 1, 1) / 50 + c[2])
+
+
+@pytest.mark.parametrize("steps", [4, 13, 50])
+def test_eq_9_for_latents_of_one_number_in_plain_arithmetic(steps):
+    schedule = Schedule(T=steps, beta_start=0.01, beta_end=0.3)
+    table, unet = ancestral_table(schedule), Scalar()
+    z_T, c, w = random(1, 1, 1, 1, seed=1), random(1, 1, 3, seed=2), random(steps, 1, 1, 1, 1, seed=3)
+    path, _ = walk_one(unet, table, z_T, c, w)
+    g = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    found, _, cotangents = exact_gradient(unet, table, path, g, c, None, 1.0)
+
+    expected, B = [0.0, 0.0, 0.0], 1.0
+    beta = schedule.beta.tolist()
+    for t in range(1, steps + 1):
+        bar = math.prod(1 - b for b in beta[:t])
+        z = path[steps - t].z.item()
+        eps = math.tanh(c[0, 0, 0].item() * z + c[0, 0, 1].item() * (t - 1) / 50 + c[0, 0, 2].item())
+        A = beta[t - 1] / math.sqrt(bar * (1 - bar))
+        slope = 1 - eps**2
+        for j, of_parameter in enumerate((z, (t - 1) / 50, 1.0)):
+            expected[j] -= A * B * slope * of_parameter
+        assert cotangents[steps - t].item() == pytest.approx(-A * B, rel=1e-10)
+        B *= 1 - beta[t - 1] / math.sqrt(1 - bar) * slope * c[0, 0, 0].item()
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def walk_one(unet, table, z_T, c, w):
+    with torch.no_grad():
+        path = list(sample(unet, table, z_T, c, None, 1.0, w))
+    return path, path[-1].z
 
 
 @pytest.mark.parametrize("end, S", [("zero", 3), ("zero", 20), ("sigma_min", 20), ("ancestral", 12)])

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from fairref.bundle import bundle_path, load_bundle
-from fairref.diffusion.sampler import noise
+from fairref.diffusion.gradient import C_i, adjusted_gradient, step_weights
+from fairref.diffusion.sampler import noise, sample
+from fairref.diffusion.solver import solver_table, step
 from fairref.emoji import check
 from fairref.finetune.rollout import latent_shape
 from fairref.generate import draw
@@ -56,6 +58,32 @@ def test_diffusers_draws_the_same_picture(bundle):
     ours = (ours.permute(0, 2, 3, 1).numpy() + 1) / 2  # (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1]
     assert theirs.std() > 0.1
     assert np.abs(ours - theirs).max() <= 2 / 255
+
+
+def test_the_adjusted_gradient_is_algorithm_A1_in_float32(bundle):
+    """The sum of vector-Jacobian products against hooks and autograd, with guidance and both leaves."""
+    table, N, guidance = solver_table(bundle.schedule, 5), 2, 3.0
+    c, c_empty = bundle.text_encoder(bundle.tokenizer([PROMPT, ""])).detach().split(1)
+    z_T = noise(3, 0, range(N), latent_shape(bundle))
+    leaves = [x.clone().requires_grad_(True) for x in (c, c_empty)]
+    z, previous, C = z_T, None, C_i(bundle.schedule, table).tolist()
+    for i, t in enumerate(table.timesteps.tolist()):
+        of_prompt, of_empty = (bundle.unet(z.detach(), t, x.expand(N, -1, -1)) for x in leaves)
+        eps = of_empty + guidance * (of_prompt - of_empty)
+        eps.register_hook(lambda g, i=i: C[i] * g)
+        z, previous = step(table, i, z, eps, previous), (z, eps)
+    loss = bundle.clip.encode_image(bundle.vae.decode(z)).sum()
+    expected = torch.autograd.grad(loss, leaves)
+
+    with torch.no_grad():
+        path = list(sample(bundle.unet, table, z_T, c, c_empty, guidance))
+    z_0 = path[-1].z.clone().requires_grad_(True)
+    (g,) = torch.autograd.grad(bundle.clip.encode_image(bundle.vae.decode(z_0)).sum(), z_0)
+    w = step_weights(bundle.schedule, table)
+    for ours, theirs in zip(
+        adjusted_gradient(bundle.unet, table, w, path, g, c, c_empty, guidance), expected
+    ):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
 
 @pytest.mark.slow
