@@ -139,7 +139,9 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
         raise UserError(f"{path / manifest['templates']}: no such file; {MANIFEST} names it as templates.")
 
     def ready(module: nn.Module) -> nn.Module:
-        return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        # channels last: a tenth to a quarter faster for convolutions, on CPUs as well
+        module = module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        return module.eval().requires_grad_(False)
 
     factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     resolution = manifest.get("resolution", sample_size * factor)
