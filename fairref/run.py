@@ -1,5 +1,6 @@
 """What train.py does: options -> a run's folder -> finetuning -> evaluation before and after."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,8 +84,13 @@ def _run(options, processes, device):
         adapters = files if recipe.evaluate == "both" else {recipe.evaluate: files[recipe.evaluate]}
         before_after(setup, adapters, world, folder)
     if processes.first:
-        print(f'draw with it: python sample.py "{occupation_prompt(world.test[0])}" --adapter {folder}')
+        print(f"draw with it: {_sample_command(occupation_prompt(world.test[0]), folder, weights)}")
     return folder
+
+
+def _sample_command(prompt, folder, weights):
+    command = ["python", "sample.py", prompt, "--adapter", str(folder)]
+    return shlex.join(command + (["--weights", str(weights)] if weights != cli.WEIGHTS else []))
 
 
 def _attribute(options, bundle):
@@ -100,6 +106,8 @@ def _attribute(options, bundle):
             f"--target names {', '.join(target.classes)}; finetuning takes one attribute at a time."
         )
     (name,) = target.classes
+    if options.attr and "=" in options.attr:
+        raise UserError(f"--attr {options.attr} and --target both give shares; leave one out.")
     if options.attr and options.attr != name:
         raise UserError(
             f"--attr is {options.attr} and --target is for {name}; they must name the same attribute."

@@ -34,8 +34,8 @@ def scales(
     """Fig 6b: |R A_t B_t d eps/d c|, |R A_t d eps/d c|, |R d eps/d c| at each time of an ancestral run.
 
     R ~ N(0, 1e-4 I) stands for dL/dz_0. The gradient is that to the text embeddings (c, c_empty), through
-    which every adapter of the text encoder acts, so B_t = I and A_t = 1 show as they do in eq 9. S strided
-    ancestral steps (S = 1000: eq 3 itself). Rows: curve, t, mean and the 90 % band over the R runs."""
+    which every adapter of the text encoder acts. S strided ancestral steps, whose coefficient k_i stands for
+    A_t (S = 1000: eq 3 itself). Rows: curve, t, mean and the 90 % band over the R runs."""
     table = ancestral_table(bundle.schedule, S)
     c, c_empty = embed(bundle, bundle.text_encoder, [prompt, ""]).detach().split(1)
     c, c_empty = (x.expand(R, -1, -1) for x in (c, c_empty))  # a leaf an image, so a norm an image

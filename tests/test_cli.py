@@ -218,6 +218,7 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         (["--attr", "height"], 'names the attribute "height"'),
         (["--attr", "gender=0.7,0.7"], "the sum must be 1"),
         ([], "--attr is missing"),
+        (["--attr", "gender=1,0", "--target", "gender=0.2,0.8"], "both give shares"),
         (["--target", "gender=1"], "has 1 numbers but there are 2 classes"),
         (["--target", "nowhere.json"], "nowhere.json: found"),
         (["--attr", "height", "--target", "gender=0.2,0.8"], "they must name the same attribute"),

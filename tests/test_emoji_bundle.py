@@ -88,5 +88,13 @@ def test_the_adjusted_gradient_is_algorithm_A1_in_float32(bundle):
 
 @pytest.mark.slow
 def test_its_pictures_pass_the_gates(bundle):
-    gates = check.sampling_gates(bundle, images=12, named_images=1, follow_images=40)
+    gates = list(check.sampling_gates(bundle, images=12, named_images=4, follow_images=40))
     assert all(gate.holds for gate in gates), "\n".join(map(str, gates))
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 0.4])
+def test_a_gate_that_has_nothing_to_measure_does_not_hold(value):
+    gate = check.Gate("claim", value, 0.5)
+    assert not gate.holds and str(gate).startswith("FAIL")
+    assert gate.to_dict()["value"] == (0.4 if value == 0.4 else None)
+    assert check.Gate("claim", 0.5, 0.5).holds and check.Gate("claim", 0.5, 0.5, at_most=True).holds

@@ -390,6 +390,21 @@ def test_an_empty_picture_is_nobody(judged):
     assert judge(draw(away))["none"].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_judge_sees_pictures_of_any_precision(judged, dtype):
+    judge, _, x = judged
+    found, expected = judge(x[:40].to(dtype)), judge(x[:40])
+    for name in ("look", "gender", "skin_tone"):
+        assert torch.equal(found[name], expected[name])
+
+
+def test_a_picture_that_is_not_finite_is_nobody(judged):
+    judge, _, x = judged
+    broken = x[:2].clone()
+    broken[0, 0, 0, 0], broken[1] = torch.inf, torch.nan
+    assert judge(broken)["none"].all()
+
+
 def test_the_judge_is_the_same_in_whatever_batch(judged):
     judge, _, x = judged
     whole = judge(x[:40])

@@ -7,10 +7,12 @@ import pytest
 import torch
 from tiny_bundle import write_tiny_bundle
 
-from fairref import study
+from fairref import cli, study, verify
 from fairref.bundle import load_bundle
-from fairref.diffusion.sampler import noise, sample
-from fairref.diffusion.solver import ancestral_table
+from fairref.diffusion.gradient import C_i
+from fairref.diffusion.sampler import noise
+from fairref.diffusion.solver import ancestral_table, solver_table, step
+from fairref.finetune.adapters import adapt
 from fairref.finetune.rollout import embed
 
 S, R = 4, 3
@@ -67,12 +69,78 @@ def test_the_descent_starts_the_same_in_all_modes_and_then_differs(bundle, tmp_p
     assert tuple(curves) == study.MODES
     first = [rows[0]["mean"] for rows in curves.values()]
     assert first == pytest.approx([first[0]] * 4, rel=1e-12)
-    assert len({round(rows[-1]["mean"], 9) for rows in curves.values()}) > 1
+    assert len({round(rows[-1]["mean"], 9) for rows in curves.values()}) == 4
     for row in rows:
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 2
     study.write_csv(tmp_path / "a.csv", rows)
     read = list(csv.DictReader((tmp_path / "a.csv").open(encoding="utf-8")))
     assert len(read) == 12 and float(read[5]["mean"]) == rows[5]["mean"]
+
+
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+def test_the_descent_follows_the_gradient_it_is_named_for(bundle, monkeypatch, mode):
+    """The first step's gradient is that of autograd through the loop, or of Algorithm A.1 with its hooks."""
+    steps, N, taken = 3, 2, []
+
+    class Recorder:
+        def __init__(self, parameters, lr):
+            self.parameters = parameters
+
+        def step(self):
+            taken.append([p.grad.clone() for p in self.parameters])
+
+    prompt, target, guidance = "a photo of a cook", "a photo of a nurse", study.GUIDANCE
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    rows = study.descent(bundle, prompt, target, (mode,), iterations=1, seeds=1, N=N, S=steps)
+
+    text_encoder, adapter = adapt(bundle.text_encoder, 50, torch.Generator().manual_seed(study.ADAPTER))
+    table = solver_table(bundle.schedule, steps)
+    weights = C_i(bundle.schedule, table).tolist() if mode == "paper" else [1.0] * steps
+
+    def run(encoder, text, z, detached):
+        c, c_empty = (encoder(bundle.tokenizer([x])).expand(len(z), -1, -1) for x in (text, ""))
+        previous = None
+        for i, t in enumerate(table.timesteps.tolist()):
+            at = z.detach() if detached else z
+            of_empty, of_prompt = bundle.unet(at, t, c_empty), bundle.unet(at, t, c)
+            eps = of_empty + guidance * (of_prompt - of_empty)
+            if detached and eps.requires_grad:
+                eps.register_hook(lambda g, i=i: weights[i] * g)
+            z, previous = step(table, i, z, eps, previous), (z, eps)
+        return bundle.clip.encode_image(bundle.vae.decode(z).clamp(-1, 1))
+
+    z_T = noise(study.NOISE, 0, range(N), (4, 8, 8)).double()
+    x = run(text_encoder, prompt, z_T, detached=mode == "paper")
+    o = run(bundle.text_encoder, target, noise(study.TARGET, 0, [0], (4, 8, 8)).double(), detached=True)
+    loss = (1 - x @ o.detach()[0]).mean()
+    assert rows[0]["mean"] == pytest.approx(loss.item(), rel=1e-9)
+    expected = torch.autograd.grad(loss, list(adapter.parameters()))
+    for found, wanted in zip(taken[0], expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()) + 1e-14)
+    assert any(float(wanted.abs().max()) > 1e-6 for wanted in expected)
+
+
+def test_verify_draws_the_figures(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    weights = str(write_tiny_bundle(tmp_path / "bundle"))
+    scales, descent = study.scales, study.descent
+    monkeypatch.setattr(study, "scales", lambda bundle: scales(bundle, S=2, R=2))
+    monkeypatch.setattr(study, "descent", lambda bundle: descent(bundle, iterations=2, seeds=1, N=1, S=2))
+    monkeypatch.setattr(verify, "CHECKS", verify.CHECKS[:1])
+    assert cli.run(verify.main, ["--weights", weights, "--figures", str(tmp_path / "a" / "b")]) == 0
+    names = {path.name for path in (tmp_path / "a" / "b").iterdir()}
+    assert names == {"fig6a.csv", "fig6a.png", "fig6b.csv", "fig6b.png", "fig7.png"}
+
+    (tmp_path / "file").write_text("")
+    for wrong, said in (
+        (["--figures", str(tmp_path / "file")], "can't be made"),
+        (["--figures", str(tmp_path / "c"), "--weights", "nowhere"], "no such weights"),
+        (["--json", str(tmp_path / "none" / "x.json")], "there is no folder"),
+    ):
+        capsys.readouterr()
+        assert cli.run(verify.main, ["--weights", weights, *wrong]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err and "pass" not in captured.out
 
 
 def test_pictures_of_curves_and_paths(tmp_path):

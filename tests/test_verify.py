@@ -35,7 +35,7 @@ def test_every_equation_holds(tmp_path, capsys):
         assert equation in named
 
 
-def test_it_needs_nothing_but_the_core(monkeypatch):
+def test_it_leaves_the_randomness_of_others_alone():
     state = torch.get_rng_state()
     for c in verify.CHECKS[:3]:
         c.run()
@@ -119,7 +119,7 @@ def noticed():
         try:
             if not c.run() <= c.tolerance:
                 return True
-        except (RuntimeError, ValueError, KeyError, IndexError, ArithmeticError):
+        except Exception:
             return True
     return False
 

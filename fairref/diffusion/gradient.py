@@ -37,8 +37,8 @@ def step_weights(schedule: Schedule, table: SolverTable, standardise: str = "pap
     """(S,) float64: w_i, the weight of step i in the adjusted gradient.
 
     "paper": C_i k_i, Algorithm A.1 as written. "solver": -geometric_mean(|k|) for every
-    step, so A_t = 1 exactly for this solver; at the end "sigma_min" this turns the sign of two late steps,
-    where k_i > 0. "none": k_i, not standardised."""
+    step, so A_t = 1 exactly for this solver; at the end "sigma_min" this turns, from S = 15 on, the sign of
+    two late steps, where k_i > 0. "none": k_i, not standardised."""
     if standardise == "paper":
         return C_i(schedule, table) * table.k
     if standardise == "solver":
@@ -146,7 +146,7 @@ def exact_gradient(
     guidance: float,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """(dL/dc, dL/dc_empty, [dL/deps_i]): eq 9 in full, as autograd through `sample` gives it, in the memory
-    of one step. With v_i = dL/dz_i and e_i = dL/deps_i (for the ancestral table e_i is -g^T A_t B_t):
+    of one step. With v_i = dL/dz_i and e_i = dL/deps_i (for the ancestral table with S = T: -g^T A_t B_t):
 
         v_S = g,   e_i = q_i v_{i+1} + s_{i+1} v_{i+2},
         v_i = p_i v_{i+1} + r_{i+1} v_{i+2} + e_i^T d eps_i/d z_i
@@ -244,7 +244,7 @@ def gradient_paths(schedule: Schedule, J: Tensor, t: int) -> dict[tuple[int, ...
 
 def solver_coupling(table: SolverTable, J: Tensor) -> Tensor:
     """E_i = dz_0/d eps_i of eq 9 as explicit matrices (S, n, n) for any solver table; J (S, n, n), index i
-    holds d eps_i / d z_i. What -A_t B_t is for ancestral sampling, with the memory of two steps:
+    holds d eps_i / d z_i. What -A_t B_t is for ancestral sampling with S = T, with the memory of two steps:
 
         V_S = I,  E_i = q_i V_{i+1} + s_{i+1} V_{i+2},  V_i = p_i V_{i+1} + r_{i+1} V_{i+2} + E_i J_i"""
     p, q, r, s = (x.tolist() for x in (table.p, table.q, table.r, table.s))

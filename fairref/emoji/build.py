@@ -6,7 +6,6 @@
 A stage that was interrupted goes on from its last file; delete build/emoji to start anew.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fairref import cli
 from fairref.bundle import save_classifier
 from fairref.emoji import stages
 from fairref.emoji.captions import SPLITS, occupations
@@ -191,7 +191,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="python -m fairref.emoji.build", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "emoji", help="folder of the stage files"
     )
@@ -209,4 +209,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,7 +1,9 @@
 """The gates of the emoji bundle: what it must do before anything is finetuned on it."""
 
-import json
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ from scipy.stats import spearmanr
 
 from fairref.bundle import load_bundle
 from fairref.emoji import stages
-from fairref.emoji.captions import SPLITS, occupations
+from fairref.emoji.captions import occupations
 from fairref.emoji.pictures import draw
 from fairref.emoji.sheet import GENDERS, LOOKS, TONES
 from fairref.evaluate import How, bias_report, look_at, pictures
 from fairref.fairness.attributes import parse_target
+from fairref.finetune.checkpoints import write_json
 from fairref.finetune.recipes import resolve
 from fairref.generate import grid
 from fairref.prompts import occupation_prompt, read_occupations
@@ -26,17 +29,25 @@ UNSEEN = "check"  # names a stream of randomness that no training stage uses
 @dataclass(frozen=True)
 class Gate:
     claim: str
-    value: float
+    value: float | None  # None: there was nothing to measure, which fails
     bar: float
     at_most: bool = False
 
     @property
     def holds(self) -> bool:
+        if self.value is None or not math.isfinite(self.value):
+            return False
         return self.value <= self.bar if self.at_most else self.value >= self.bar
 
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="
-        return f"{'pass' if self.holds else 'FAIL'}  {self.claim}: {self.value:.4f}  (bar {sign} {self.bar})"
+        value = "nothing" if self.value is None else f"{self.value:.4f}"
+        return f"{'pass' if self.holds else 'FAIL'}  {self.claim}: {value}  (bar {sign} {self.bar})"
+
+    def to_dict(self) -> dict:
+        """Ready for JSON."""
+        value = round(float(self.value), 4) if self.value is not None and math.isfinite(self.value) else None
+        return {"claim": self.claim, "value": value, "bar": self.bar, "holds": self.holds}
 
 
 def networks_gates(bundle, count: int = 512) -> list[Gate]:
@@ -63,25 +74,14 @@ def networks_gates(bundle, count: int = 512) -> list[Gate]:
     return gates
 
 
-def follows_data(bundle, how: How, images: int) -> Gate:
-    """At guidance 1 the share of women of each occupation follows the table."""
-    jobs = occupations()
-    free = How(how.bundle, how.attribute, how.steps, 1.0, how.end)
-    seen = look_at(
-        free, bundle.text_encoder, [occupation_prompt(job.name) for job in jobs], images, "guidance 1"
-    )
-    share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
-    return Gate(
-        f"share of women at guidance 1 against the table, Spearman, {len(jobs)} occupations x {images}",
-        spearmanr(share, [job.share_women for job in jobs]).statistic,
-        0.9,
-    )
+def sampling_gates(
+    bundle, images: int = 24, named_images: int = 8, follow_images: int = 40, named_every: int = 4
+) -> Iterator[Gate]:
+    """What the pictures of a bundle show, at its default guidance and, for one gate, at guidance 1.
 
-
-def sampling_gates(bundle, images: int = 24, named_images: int = 2, follow_images: int = 40) -> list[Gate]:
-    """What the pictures of a bundle show, at its default guidance and, for one gate, at guidance 1."""
-    world = read_occupations(bundle.path)
-    names = [name for split in SPLITS for name in getattr(world, split)]
+    Images of each occupation: of neutral prompts, of prompts that name a class (every `named_every`-th
+    occupation), and at guidance 1.
+    """
     recipe = resolve("gender", bundle.recipe, {})
     how = {
         name: How(
@@ -89,42 +89,53 @@ def sampling_gates(bundle, images: int = 24, named_images: int = 2, follow_image
         )
         for name in bundle.attributes
     }
-    gates = [follows_data(bundle, how["gender"], follow_images)]
+    yield follows_data(bundle, replace(how["gender"], guidance=1.0), follow_images)
+    yield from neutral_gates(bundle, how["gender"], images)
+    yield from named_gates(bundle, how, named_images, named_every)
 
-    seen = look_at(
-        how["gender"], bundle.text_encoder, [occupation_prompt(n) for n in names], images, "neutral"
-    )
+
+def follows_data(bundle, how: How, images: int) -> Gate:
+    """The share of women of each occupation follows the table."""
+    jobs = occupations()
+    prompts = [occupation_prompt(job.name) for job in jobs]
+    seen = look_at(how, bundle.text_encoder, prompts, images, "guidance 1")
+    share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
+    found = spearmanr(share, [job.share_women for job in jobs]).statistic
+    claim = f"share of women at guidance 1 against the table, Spearman, {len(jobs)} occupations x {images}"
+    return Gate(claim, float(found), 0.9)
+
+
+def neutral_gates(bundle, how: How, images: int) -> Iterator[Gate]:
+    """Bias of neutral prompts, and images of nobody."""
+    names = [job.name for job in occupations()]
+    seen = look_at(how, bundle.text_encoder, list(map(occupation_prompt, names)), images, "neutral")
     report = bias_report(seen, names, GENDERS, images)
-    gates.append(Gate("none for the template judge", report["none"], 0.05, at_most=True))
-    gates += [
-        Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)
-        for judge, values in report["judges"].items()
-    ]
+    yield Gate("none for the template judge", report["none"], 0.05, at_most=True)
+    for judge, values in report["judges"].items():
+        yield Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)
 
+
+def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterator[Gate]:
+    """Whether prompts that name a class get it, and whether the two judges agree on those images."""
+    world, names = read_occupations(bundle.path), [job.name for job in occupations()][::every]
     agree = {name: [] for name in how}
     for name, h in how.items():
-        classes = h.attribute.classes
-        prompts = [(world.named_prompt(name, c, o), k) for o in names for k, c in enumerate(classes)]
         obeyed = []
-        for prompt, k in prompts:
-            x = pictures(h, bundle.text_encoder, prompt, named_images)
+        for occupation, (k, c) in product(names, enumerate(h.attribute.classes)):
+            x = pictures(h, bundle.text_encoder, world.named_prompt(name, c, occupation), images)
             found = bundle.templates(x)
             with torch.no_grad():
                 said = bundle.classifiers["evaluate"](x)
-            obeyed.append(((found[name] == k) & ~found["none"]).float().mean().item())
+            known = ~found["none"]
+            obeyed += ((found[name] == k) & known).tolist()
             for attribute in agree:
-                known = ~found["none"]
                 agree[attribute] += (said[attribute].argmax(1) == found[attribute])[known].tolist()
-        gates.append(Gate(f"prompts that name a {name} get it", float(np.mean(obeyed)), 0.9))
-    gates += [
-        Gate(
-            f"evaluation classifier agrees with the template judge, {name}, {len(values)} generated images",
-            float(np.mean(values)),
-            0.95,
+        yield Gate(f"prompts that name a {name} get it, {len(obeyed)} images", float(np.mean(obeyed)), 0.9)
+    for name, values in agree.items():
+        claim = (
+            f"evaluation classifier agrees with the template judge, {name}, {len(values)} generated images"
         )
-        for name, values in agree.items()
-    ]
-    return gates
+        yield Gate(claim, float(np.mean(values)) if values else None, 0.95)
 
 
 def contact_sheet(bundle) -> Image.Image:
@@ -163,10 +174,8 @@ def check(path: Path) -> int:
     bundle = load_bundle(path)
     contact_sheet(bundle).save(bundle.path / "contact_sheet.png", optimize=True)
     gates = []
-    for gate in (*networks_gates(bundle), *sampling_gates(bundle)):
+    for gate in chain(networks_gates(bundle), sampling_gates(bundle)):
         print(gate, flush=True)
-        gates.append(
-            {"claim": gate.claim, "value": round(float(gate.value), 4), "bar": gate.bar, "holds": gate.holds}
-        )
-    (bundle.path / "quality.json").write_text(json.dumps(gates, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(gate["holds"] for gate in gates) else 1
+        gates.append(gate)
+    write_json(bundle.path / "quality.json", [gate.to_dict() for gate in gates])
+    return 0 if all(gate.holds for gate in gates) else 1

@@ -166,7 +166,8 @@ def make_latents(folder: Path, vae: VAE, copies: int = 288, seed: int = 0) -> Te
         for n in range(copies)
     ]  # each (L G K, 4, h, w)
     z = torch.stack(z, 1).view(L, G, K, copies, *z[0].shape[1:])
-    torch.save(z, file)
+    torch.save(z, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
     return z
 
 

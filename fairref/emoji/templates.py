@@ -70,6 +70,7 @@ class Templates(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.to(self.layers)  # in half precision the differences of large squares would be lost
         if x.shape[-1] != SIZE:
             x = F.interpolate(x, (SIZE, SIZE), mode="area")
         parts = [self._judge(part) for part in x.split(32)]
@@ -90,7 +91,7 @@ class Templates(nn.Module):
             "skin_tone": person % len(TONES),
             "error": error,
             "share": share,
-            "none": (error > self.threshold) | (share < SHARE),
+            "none": ~((error <= self.threshold) & (share >= SHARE)),  # so is a picture that is not finite
         }
 
     def _closest(self, x: Tensor, look: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Attribute:
             raise UserError(f'The target of "{name}" is {_shown(target)}; its numbers must be from 0 to 1.')
         if abs(sum(target) - 1) > SUM_TOLERANCE:
             raise UserError(
-                f'The target of "{name}" is {_shown(target)}, which sums to {sum(target):.6g};'
+                f'The target of "{name}" is {_shown(target)}, which sums to {sum(target):.9g};'
                 " the sum must be 1 (fractions such as 1/3 are understood)."
             )
 
@@ -134,7 +134,8 @@ def read_joint_target(path: Path, attributes: dict[str, tuple[str, ...]]) -> Joi
     if not isinstance(content, dict) or set(content) != {"attributes", "shares"}:
         raise UserError(f'{path}: expected an object with the keys "attributes" and "shares".')
     names = content["attributes"]
-    if not isinstance(names, list) or not names or any(name not in attributes for name in names):
+    known_names = isinstance(names, list) and all(isinstance(n, str) and n in attributes for n in names)
+    if not known_names or not names:
         known = ", ".join(attributes) or "none"
         raise UserError(f'{path}: "attributes" is {names!r}; expected some of: {known}.')
     if len(set(names)) < len(names):

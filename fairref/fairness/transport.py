@@ -15,7 +15,9 @@ from scipy.stats import binom, multinomial
 EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not enumerated
 TOLERANCE = 0.01  # largest standard error that drawing stops at
 DRAWS_A_ROUND = 500
-TIE_BREAK = 1e-12  # weight of the cross-entropy in the cost: it decides only where float64 sees no difference
+TIE_BREAK = (
+    1e-12  # weight of the cross-entropy in the cost: it decides where distances differ by less than this
+)
 ROUNDING = 2e-15  # a way through the classes must be shorter by more than what rounding makes of it
 TARGET_SUM_TOLERANCE = 1e-6  # a target's sum may miss 1 by this, for targets that come from float32
 
@@ -61,7 +63,7 @@ def joint_ot(
     `mask` (N,) bool: the images that take part (default all). K = 2 has a closed form; otherwise the count
     vectors are enumerated when there are at most `exact_limit`, else drawn from `rng` until no standard error
     exceeds `tolerance`; without `rng` the draws are the same at every call, so all processes find the same q.
-    `fixed`: u is the one set whose counts are nearest to N D (an ablation; the targets are then 0 or 1).
+    `fixed`: u is the one set whose counts are nearest to N D (an ablation; targets are 0 or 1 but for ties).
     Equal logits get equal q, and the result does not depend on the order of the images. Raises ValueError for
     shapes that do not fit, logits that are not finite, a target that is no distribution.
     """

@@ -177,7 +177,7 @@ class Classifier(nn.Module):
     """h of METHOD.md: pictures x (B, 3, H, W) in [-1, 1] -> {attribute: logits (B, K)}, differentiable.
 
     `attributes` maps a name to its class names; the network's M = sum of all K logits lie in that order.
-    Made in train mode like any module; `from_folder` gives it in eval mode.
+    Made in train mode like any module; `bundle.load_classifier` gives it in eval mode.
     """
 
     def __init__(self, network: MobileNetV3, attributes: dict[str, tuple[str, ...]]):
