@@ -1,0 +1,111 @@
+"""SFNet against its text written out, layer by layer, in both generations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fairref.errors import UserError
+from fairref.judges.sfnet import SFNet, SFNetConfig, checkpoint_names, config_of, embed_faces
+
+NARROW = (4, 6, 8, 10)
+
+
+def network(older, depth=20, seed=0):
+    torch.manual_seed(seed)
+    net = SFNet(SFNetConfig(depth, NARROW, 12, 112, older)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else (2 / p[0].numel()) ** 0.5))
+    return net
+
+
+def written_out(state, x, older):
+    """SFNet-20: one strided convolution and 1, 2, 4, 1 residual blocks of two a level, then a linear layer."""
+    for level, blocks in enumerate((1, 2, 4, 1), 1):
+        name = f"layer{level}.0.{'conv' if older else 'conv1'}"
+        x = F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], stride=2, padding=1).clamp(min=0)
+        for block in range(1, blocks + 1):
+            name = f"layer{level}.{block}"
+            h = F.conv2d(x, state[f"{name}.conv1.weight"], state[f"{name}.conv1.bias"], padding=1).clamp(
+                min=0
+            )
+            h = F.conv2d(h, state[f"{name}.conv2.weight"], state[f"{name}.conv2.bias"], padding=1)
+            x = x + h.clamp(min=0) if older else (x + h).clamp(min=0)
+    return x.reshape(len(x), -1) @ state["fc.weight"].T + state["fc.bias"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_values_and_gradients(older):
+    net = network(older)
+    a = torch.rand(2, 3, 112, 112, dtype=torch.float64) * 2 - 1
+    b = a.clone().requires_grad_()
+    a.requires_grad_()
+    found, expected = net(a), written_out(net.state_dict(), b, older)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    g = torch.randn(2, 12, dtype=torch.float64)
+    (da,), (db,) = torch.autograd.grad(found, a, g), torch.autograd.grad(expected, b, g)
+    torch.testing.assert_close(da, db, rtol=1e-10, atol=1e-12)
+    assert da.abs().max() > 0
+
+
+def test_the_generations_differ():
+    new, old = network(False), network(True)
+    x = torch.rand(1, 3, 112, 112, dtype=torch.float64)
+    assert not torch.allclose(new(x), old(x))
+
+
+def test_an_embedding_is_of_unit_length_and_the_same_for_the_mirror_image():
+    net, x = network(False), torch.rand(3, 3, 112, 112, dtype=torch.float64) * 2 - 1
+    e = embed_faces(net, x)
+    torch.testing.assert_close(e.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(embed_faces(net, x.flip(3)), e)
+    mean = (net(x) + net(x.flip(3))) / 2
+    torch.testing.assert_close(F.cosine_similarity(e, mean, dim=1), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("depth", [4, 10, 20, 64])
+def test_a_checkpoint_says_its_shape(older, prefix, depth):
+    net = network(older, depth)
+    tensors = checkpoint_names({prefix + key: value for key, value in net.state_dict().items()})
+    assert config_of(tensors) == net.config
+    again = SFNet(config_of(tensors)).double()
+    again.load_state_dict(tensors, strict=True)
+    x = torch.rand(1, 3, 112, 112, dtype=torch.float64)
+    assert torch.equal(again(x), net(x))
+
+
+def test_sfnet_20_has_opensphere_s_names_and_shapes():
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in SFNet(SFNetConfig()).state_dict().items()}
+    assert shapes["layer1.0.conv1.weight"] == (64, 3, 3, 3) and shapes["layer4.1.conv2.bias"] == (512,)
+    assert shapes["fc.weight"] == (512, 512 * 7 * 7)
+    convolutions = [key for key in shapes if key.endswith("weight") and key != "fc.weight"]
+    assert len(convolutions) == 20
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "lacks layer1.0.conv1.weight"),
+        (
+            {f"layer{i}.{j}.conv1.weight": torch.zeros(4, 4, 3, 3) for i in range(1, 5) for j in range(3)},
+            "fc.weight",
+        ),
+        (
+            {
+                "fc.weight": torch.zeros(2, 2),
+                **{
+                    f"layer{i}.{j}.conv1.weight": torch.zeros(4, 4, 3, 3)
+                    for i in range(1, 5)
+                    for j in range(3)
+                },
+            },
+            "depth is 0",
+        ),
+    ],
+)
+def test_another_checkpoint_is_refused(tensors, said):
+    with pytest.raises(UserError, match=said):
+        config_of(tensors)
