@@ -24,16 +24,16 @@ from fairref.emoji.templates import Templates
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 160,
-    "lr": 3e-4,
+    "iterations": 100,
+    "lr": 5e-4,
     "lr_end": 0.1,
     "warmup": 5,
     "ema": 0.95,
     "steps_min": 8,
-    "steps_max": 10,
+    "steps_max": 9,
     "guidance": 3.0,
-    "eval_steps": 20,
-    "checkpoint_every": 40,
+    "eval_steps": 12,
+    "checkpoint_every": 20,
     "clip": 1.0,
 }
 SCHEDULER = {
