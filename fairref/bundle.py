@@ -186,9 +186,10 @@ def load_stable_diffusion(path: Path) -> tuple[dict, int]:
     single = path.is_file()
     folder = path.parent if single else path
     if not single and not (folder / "unet").is_dir():
+        remake = " python -m fairref.emoji.build makes it." if path.parts[-2:] == ("weights", "emoji") else ""
         raise UserError(
             f"{path}: found no unet/ in it; expected a folder with {MANIFEST}, a diffusers-layout folder, "
-            "or a single *.safetensors file."
+            f"or a single *.safetensors file.{remake}"
         )
     texts = {name: folder / name / "config.json" for name in PARTS}
     found = {name: read_json(text) for name, text in texts.items() if text.is_file() or not single}

@@ -97,7 +97,8 @@ def train(folder: Path) -> dict[str, nn.Module]:
     vae = stages.scaled(stages.train_vae(folder))
     judges = {role: stages.train_classifier(folder, role, vae) for role in stages.CLASSIFIER_CONFIG}
     clip = stages.train_clip(folder)
-    painter = stages.train_unet(folder, stages.make_latents(folder, vae), clip)
+    latents = stages.make_latents(folder, vae)
+    painter = stages.polish_unet(folder, latents, stages.train_unet(folder, latents, clip))
     return {"vae": vae, "clip": clip, "unet": painter.unet, "text_encoder": painter.text_encoder, **judges}
 
 

@@ -38,7 +38,11 @@ GENDERED = (
 )
 TONED = ("a photo of the face of a {t}-skinned {o}, a person", "a photo of a {o} with {t} skin")
 BOTH = ("a photo of the face of a {t}-skinned {g} {o}", "a photo of a {g} {o} with {t} skin")
-SHARE_OF = {"empty": 0.10, "neutral": 0.52, "gendered": 0.17, "toned": 0.10, "both": 0.11}
+# How often each kind is drawn, in the U-Net's first and second stage: tones are harder to learn than genders.
+SHARES = {
+    "first": {"empty": 0.10, "neutral": 0.52, "gendered": 0.17, "toned": 0.10, "both": 0.11},
+    "second": {"empty": 0.10, "neutral": 0.51, "gendered": 0.09, "toned": 0.16, "both": 0.14},
+}
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ class Captions:
 
 
 @cache
-def captions() -> Captions:
+def captions(stage: str = "first") -> Captions:
     """The captions' table: each kind has its share of the draws, each template and word in it the same."""
-    rows: list[tuple[str, float, int, int, int]] = [("", SHARE_OF["empty"], -1, -1, -1)]
+    shares = SHARES[stage]
+    rows: list[tuple[str, float, int, int, int]] = [("", shares["empty"], -1, -1, -1)]
 
     def add(kind: str, made: list[tuple[str, int, int, int]]) -> None:
-        rows.extend((text, SHARE_OF[kind] / len(made), o, g, t) for text, o, g, t in made)
+        rows.extend((text, shares[kind] / len(made), o, g, t) for text, o, g, t in made)
 
     jobs = list(enumerate(job.name for job in occupations()))
     words = [(g, word) for g, name in enumerate(GENDERS) for word in GENDER_WORDS[name]]
@@ -102,12 +107,14 @@ def captions() -> Captions:
     return Captions(texts, torch.tensor(weight), *(torch.tensor(column) for column in named))
 
 
-def draw_captions(B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_captions(
+    B: int, generator: torch.Generator, stage: str = "first"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B draws: caption index, look, gender, tone, each (B,).
 
     What a caption leaves open follows the world's shares.
     """
-    table, jobs = captions(), occupations()
+    table, jobs = captions(stage), occupations()
     index = torch.multinomial(table.weight, B, replacement=True, generator=generator)
     any_job = torch.randint(len(jobs), (B,), generator=generator)
     job = torch.where(table.occupation[index] < 0, any_job, table.occupation[index])

@@ -1,7 +1,7 @@
 """How each network of the bundle is trained: every stage is a function of the folder of stage files.
 
 Order: tokenizer, vae, classifiers, clip, latents (the VAE's latents of the pictures, drawn once), unet (with
-the text encoder). Each stage reads what those before it left in the folder.
+the text encoder), unet_polish. Each stage reads what those before it left in the folder.
 """
 
 from pathlib import Path
@@ -188,17 +188,15 @@ def tell_apart(network: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.5 if "token" in name else 0.1)
 
 
-def train_unet(
-    folder: Path, latents: Tensor, clip: Clip, steps: int = 3600, batch: int = 48, lr: float = 1e-3
-) -> Painter:
+def noise_loss(folder: Path, latents: Tensor, stage: str, batch: int):
     """Mean squared error of the predicted noise, t uniform, a tenth of the prompts empty."""
     schedule = Schedule()
     keep = schedule.alpha_bar.sqrt().float()
     spread = (1 - schedule.alpha_bar).sqrt().float()
-    ids = read_tokenizer(folder)(list(captions().texts))  # (M, T)
+    ids = read_tokenizer(folder)(list(captions().texts))  # (M, T), the same texts in both stages
 
     def loss_of(painter, generator):
-        index, *who = draw_captions(batch, generator)
+        index, *who = draw_captions(batch, generator, stage)
         copy = torch.randint(latents.shape[3], (batch,), generator=generator)
         z_0 = latents[(*who, copy)]  # (B, 4, h, w)
         t = torch.randint(schedule.T, (batch,), generator=generator)
@@ -206,8 +204,22 @@ def train_unet(
         z_t = keep[t].view(-1, 1, 1, 1) * z_0 + spread[t].view(-1, 1, 1, 1) * eps
         return F.mse_loss(painter.unet(z_t, t, painter.text_encoder(ids[index])), eps)
 
+    return loss_of
+
+
+def train_unet(folder: Path, latents: Tensor, clip: Clip, steps: int = 3600, batch: int = 48) -> Painter:
+    """The first stage, from random weights and CLIP's text tower."""
     torch.manual_seed(0)
-    return fit("unet", Painter(clip), loss_of, steps=steps, lr=lr, folder=folder, ema=0.998)
+    loss_of = noise_loss(folder, latents, "first", batch)
+    return fit("unet", Painter(clip), loss_of, steps=steps, lr=1e-3, folder=folder, ema=0.998)
+
+
+def polish_unet(
+    folder: Path, latents: Tensor, painter: Painter, steps: int = 1500, batch: int = 48
+) -> Painter:
+    """The second stage: lower rates, and more captions that name a tone."""
+    loss_of = noise_loss(folder, latents, "second", batch)
+    return fit("unet_polish", painter, loss_of, steps=steps, lr=5e-4, folder=folder, ema=0.998)
 
 
 class NamedClip(nn.Module):
@@ -255,8 +267,35 @@ def train_clip(folder: Path, steps: int = 600, batch: int = 96, lr: float = 1e-3
     return fit("clip", NamedClip(), loss_of, steps=steps, lr=lr, folder=folder, ema=0.99).clip
 
 
-def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 700, batch: int = 64) -> Classifier:
-    """Cross-entropy with smoothed labels on balanced pictures, half of them through the VAE, with noise."""
+def closer(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A window of each picture, a quarter to 60 % of its side and near its middle, as large as the picture."""
+    size, *place = torch.rand(3, len(x), generator=generator)
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 0.25 + 0.35 * size
+    theta[:, :, 2] = 0.6 * torch.stack(place, 1) - 0.3
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False, padding_mode="border")
+
+
+def veiled(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture behind a pane, more or less see-through, of any colour, size and place, as goggles are."""
+    side = torch.linspace(-1, 1, x.shape[-1])
+    (cx, cy, w, h, alpha), colour = (
+        torch.rand(5, len(x), 1, generator=generator),
+        torch.rand(len(x), 3, 1, 1, generator=generator),
+    )
+    inside_x = (side - (1.6 * cx - 0.8)).abs() < 0.1 + 0.4 * w  # (B, W)
+    inside_y = (side - (1.6 * cy - 0.8)).abs() < 0.1 + 0.3 * h  # (B, H)
+    pane = (inside_y[:, :, None] & inside_x[:, None]) * (0.3 + 0.7 * alpha[:, :, None])  # (B, H, W)
+    return torch.lerp(x, (2 * colour - 1).expand_as(x), pane[:, None].expand_as(x))
+
+
+def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 800, batch: int = 64) -> Classifier:
+    """Cross-entropy with smoothed labels on balanced pictures, half of them through the VAE, with noise.
+
+    Half of the pictures are seen closer, and then for their tone alone, and some are partly covered: what skin
+    looks like must be learnt from any skin that shows, not from which tones a look was shown with.
+    """
 
     def loss_of(classifier, generator):
         scene = balanced_scene(2 * batch, generator)
@@ -265,13 +304,19 @@ def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 700, batch:
         half = len(x) // 2
         with torch.no_grad():
             x = torch.cat([vae.decode(vae.encode(x[:half])).clamp(-1, 1), x[half:]])
+        near, covered = (torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5 for _ in range(2))
+        x = torch.where(near, closer(x, generator), x)
+        x = torch.where(covered, veiled(x, generator), x)
         x = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(
             x.shape, generator=generator
         )
         logits = classifier(x)
         return sum(
-            F.cross_entropy(logits[name], label, label_smoothing=0.05)
-            for name, label in (("gender", scene.gender), ("skin_tone", scene.tone))
+            F.cross_entropy(logits[name], label, label_smoothing=0.05, ignore_index=-1)
+            for name, label in (
+                ("gender", scene.gender.where(~near.flatten(), -1)),
+                ("skin_tone", scene.tone),
+            )
         )
 
     seed = 2 + list(CLASSIFIER_CONFIG).index(role)
