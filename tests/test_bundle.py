@@ -541,3 +541,10 @@ def test_full_size_layouts(world, tmp_path):
     second = load_bundle(single)  # no configs beside it
     assert second.resolution == 512
     assert same(first, second)
+
+
+def test_the_default_bundle_s_folder_without_weights_says_what_makes_them(tmp_path):
+    folder = tmp_path / "weights" / "emoji"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"python -m fairref\.emoji\.build makes it"):
+        load_bundle(folder)

@@ -18,6 +18,7 @@ from fairref.emoji import stages
 from fairref.emoji.captions import (
     HAIR_WORDS,
     HUES,
+    SHARES,
     SPLITS,
     TONE_SHARE,
     captions,
@@ -256,8 +257,10 @@ def test_captions_that_name_an_attribute_get_it(drawn):
         assert job < 0 or LOOKS[lo] == looks[occupations()[job].name] and occupations()[job].name in texts[i]
 
 
-def test_the_table_of_captions():
-    table = captions()
+@pytest.mark.parametrize("stage", SHARES)
+def test_the_table_of_captions(stage):
+    table = captions(stage)
+    assert table.texts == captions().texts
     assert table.weight.sum().item() == pytest.approx(1, abs=1e-5)
     neutral = (table.gender < 0) & (table.tone < 0) & (table.occupation >= 0)
     assert table.weight[neutral].sum() > 0.5  # mostly neutral
