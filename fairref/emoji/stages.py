@@ -280,10 +280,8 @@ def closer(x: Tensor, generator: torch.Generator) -> Tensor:
 def veiled(x: Tensor, generator: torch.Generator) -> Tensor:
     """Each picture behind a pane, more or less see-through, of any colour, size and place, as goggles are."""
     side = torch.linspace(-1, 1, x.shape[-1])
-    (cx, cy, w, h, alpha), colour = (
-        torch.rand(5, len(x), 1, generator=generator),
-        torch.rand(len(x), 3, 1, 1, generator=generator),
-    )
+    cx, cy, w, h, alpha = torch.rand(5, len(x), 1, generator=generator)
+    colour = torch.rand(len(x), 3, 1, 1, generator=generator)
     inside_x = (side - (1.6 * cx - 0.8)).abs() < 0.1 + 0.4 * w  # (B, W)
     inside_y = (side - (1.6 * cy - 0.8)).abs() < 0.1 + 0.3 * h  # (B, H)
     pane = (inside_y[:, :, None] & inside_x[:, None]) * (0.3 + 0.7 * alpha[:, :, None])  # (B, H, W)

@@ -96,9 +96,8 @@ def joint_ot(
             else:
                 q_rows, stderr_rows = solver.draw(tolerance, rng or np.random.default_rng(0))
         q[keep], stderr[keep] = q_rows[group], stderr_rows[group]
-        cost = float(
-            (q[keep, : len(joint)] * distance[group]).sum(1).mean()
-        )  # it is linear in the assignment
+        assigned = q[keep, : len(joint)]  # (n, K); the cost is linear in it
+        cost = float((assigned * distance[group]).sum(1).mean())
     columns = [torch.from_numpy(x).split([len(joint), *sizes], 1)[1:] for x in (q, stderr)]
     return {name: OT(a.clone(), b.clone(), cost) for name, a, b in zip(logits, *columns)}
 
