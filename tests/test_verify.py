@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fairref import verify
+from fairref.checks import Check
 from fairref.diffusion import gradient, sampler, solver
 from fairref.diffusion.schedule import Schedule
 from fairref.fairness import losses, metrics, transport
@@ -131,8 +132,8 @@ def test_a_check_that_raises_or_is_not_a_number_has_failed(monkeypatch, capsys, 
     def breaks():
         raise ValueError("shapes")
 
-    checks = [verify.Check("eq 0", "it breaks", "nothing", 1.0, breaks)]
-    checks.append(verify.Check("eq 0", "it is no number", "nothing", 1.0, lambda: math.nan))
+    checks = [Check("eq 0", "it breaks", "nothing", 1.0, breaks)]
+    checks.append(Check("eq 0", "it is no number", "nothing", 1.0, lambda: math.nan))
     monkeypatch.setattr(verify, "CHECKS", checks)
     assert verify.main(["--json", str(tmp_path / "verify.json")]) == 1
     assert capsys.readouterr().out.count("FAIL") == 2

@@ -1,0 +1,184 @@
+"""Eqs 4 to 7, the bias and its noise floor."""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+
+from fairref.checks import (
+    DIFFERENCE,
+    SIDE,
+    check,
+    draws,
+    error,
+    finite_difference,
+)
+from fairref.fairness import losses, metrics, transport
+
+
+def by_definition(p: np.ndarray, target) -> tuple[np.ndarray, float]:
+    """q and expected cost of eqs 4 and 5: all K^N label vectors u, and all N! permutations of each."""
+    n, K = p.shape
+    q, cost = np.zeros((n, K)), 0.0
+    for labels in itertools.product(range(K), repeat=n):
+        probability = math.prod(target[k] for k in labels)
+        u = np.eye(K)[list(labels)]
+        totals = {
+            s: sum(np.linalg.norm(p[i] - u[s[i]]) for i in range(n)) for s in itertools.permutations(range(n))
+        }
+        best = min(totals, key=totals.get)
+        q += probability * u[list(best)]
+        cost += probability * totals[best] / n
+    return q, cost
+
+
+@check(
+    "eqs 4, 5", "q^(i) = E[u^(sigma*_i)] and the transport cost, K = 2, 3, 4", "all labels x all permutations"
+)
+def expected_transport():
+    errors = []
+    for target in ((0.3, 0.7), (0.5, 0.2, 0.3), (0.4, 0.0, 0.35, 0.25)):
+        logits = 2 * draws(5 if len(target) < 4 else 4, len(target), seed=len(target))
+        found = transport.expected_ot(logits, target)
+        q, cost = by_definition(logits.softmax(1).numpy(), target)
+        errors += [error(found.q, q), error(found.cost, cost)]
+    return max(errors)
+
+
+@check("eqs 4, 5", "K = 2 in closed form, q = P(Binomial(N, d) >= rank), N = 24", "enumeration of all counts")
+def closed_form():
+    errors = []
+    for d in (0.5, 0.2):
+        logits = 3 * draws(24, 2, seed=4)
+        three = torch.cat(
+            [logits, torch.full((24, 1), -60.0, dtype=torch.float64)], 1
+        )  # a class never asked for
+        errors.append(
+            error(
+                transport.expected_ot(logits, [d, 1 - d]).q,
+                transport.expected_ot(three, [d, 1 - d, 0]).q[:, :2],
+            )
+        )
+    return max(errors)
+
+
+@check(
+    "eqs 4, 5",
+    "Monte Carlo for many classes: within 4.5 of its own standard errors",
+    "enumeration (in standard errors)",
+    4.5,
+)
+def monte_carlo():
+    logits, target = 2 * draws(12, 4, seed=5), [0.4, 0.3, 0.2, 0.1]
+    exact = transport.expected_ot(logits, target)
+    drawn = transport.expected_ot(logits, target, exact_limit=0, rng=np.random.default_rng(1))
+    return float(((drawn.q - exact.q).abs() / drawn.stderr.clamp(min=1e-3)).max())
+
+
+@check(
+    "eqs 4, 5",
+    "several attributes: joint cost, targets of each attribute by summing",
+    "all labels x all permutations",
+)
+def joint_attributes():
+    table, n = np.array([[0.4, 0.1], [0.2, 0.3]]), 4
+    logits = {"a": 2 * draws(n, 2, seed=6), "b": 2 * draws(n, 2, seed=7)}
+    found = transport.joint_ot(logits, table)
+    p = [x.softmax(1).numpy() for x in logits.values()]
+    q = np.zeros((2, n, 2))
+    for labels in itertools.product(itertools.product(range(2), repeat=2), repeat=n):
+
+        def total(s, labels=labels):
+            joint = [
+                [np.sum((p[a][i] - np.eye(2)[labels[s[i]][a]]) ** 2) for a in range(2)] for i in range(n)
+            ]
+            return sum(math.sqrt(sum(x)) for x in joint)
+
+        best = min(itertools.permutations(range(n)), key=total)
+        probability = math.prod(table[k] for k in labels)
+        for i, a in itertools.product(range(n), range(2)):
+            q[a, i, labels[best[i]][a]] += probability
+    return max(error(found["a"].q, q[0]), error(found["b"].q, q[1]))
+
+
+@check(
+    "eq 6",
+    "L_align: cross-entropy of the images whose target is certain",
+    "image by image, and finite differences",
+    DIFFERENCE,
+)
+def align():
+    logits, C = 2 * draws(8, 3, seed=8), 0.7
+    q = transport.expected_ot(logits, [0.5, 0.3, 0.2]).q
+    if not 2 <= int((q.amax(1) >= C).sum()) <= 6:
+        return math.inf  # the claim is about both kinds
+
+    def by_image(logits):
+        total = logits.new_zeros(())
+        for i in range(8):
+            y = max(range(3), key=lambda k: float(q[i, k]))
+            if float(q[i, y]) >= C:
+                total = total - (logits[i, y] - logits[i].exp().sum().log()) / 8
+        return total
+
+    leaf = logits.clone().requires_grad_(True)
+    value = losses.align_loss(leaf, q, C, 8)[0].sum()
+    (slope,) = torch.autograd.grad(value, leaf)
+    way = draws(8, 3, seed=9)
+    return max(
+        error(value, by_image(logits)), error((slope * way).sum(), finite_difference(by_image, logits, way))
+    )
+
+
+@check(
+    "eq 7",
+    "L_img: one minus the cosine of features, summed over CLIP and DINO",
+    "image by image, and finite differences",
+    DIFFERENCE,
+)
+def semantics():
+    x, o = draws(4, 3, SIDE, SIDE, seed=1), draws(4, 3, SIDE, SIDE, seed=2)
+    maps = [draws(12, 5, seed=3), draws(12, 7, seed=4)]
+    features = [lambda x, m=m: (x.flatten(1) @ m).tanh() for m in maps]
+
+    def by_image(x):
+        total = x.new_zeros(())
+        for f in features:
+            for a, b in zip(f(x), f(o)):
+                total = total + (1 - (a @ b) / (a.square().sum().sqrt() * b.square().sum().sqrt())) / 4
+        return total
+
+    leaf = x.clone().requires_grad_(True)
+    value = losses.image_loss(leaf, o, features, 4).sum()
+    (slope,) = torch.autograd.grad(value, leaf)
+    way = draws(*x.shape, seed=5)
+    return max(error(value, by_image(x)), error((slope * way).sum(), finite_difference(by_image, x, way)))
+
+
+@check(
+    "bias(P)",
+    "the mean absolute difference of all pairs of frequencies; 0 fair, 2/K for one class",
+    "a double loop",
+)
+def bias_metric():
+    errors = []
+    for counts in ((24, 36), (60, 0), (15, 15, 15, 15), (7, 1, 30, 2), (0, 0, 160, 0, 0, 0, 0, 0)):
+        K, total = len(counts), sum(counts)
+        freq = [n / total for n in counts]
+        expected = sum(abs(freq[i] - freq[j]) for i in range(K) for j in range(i)) / (K * (K - 1) / 2)
+        errors.append(error(metrics.bias(np.array(counts)), expected))
+    return max(errors)
+
+
+@check(
+    "noise floor",
+    "what a fair model measures at K = 2 and 60 images, .10 +- .08",
+    "sums of binomial coefficients",
+)
+def noise_floor():
+    n = 60
+    weights = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    mean = sum(w * abs(2 * k - n) / n for k, w in enumerate(weights))
+    std = math.sqrt(sum(w * (abs(2 * k - n) / n - mean) ** 2 for k, w in enumerate(weights)))
+    return max(error(metrics.noise_floor(2, n), (mean, std)), 0.0 if abs(mean - 0.10) < 0.005 else 1.0)
