@@ -113,8 +113,8 @@ def draw_figures(bundle, folder: Path) -> None:
     figures.curves(folder / "fig6b.png", study.by_curve(rows), "t", labels, title, log=True)
     rows = study.descent(bundle)
     study.write_csv(folder / "fig6a.csv", rows)
-    labels = ("iteration", "1 - cos of CLIP features, mean and range of 3 seeds")
-    title = "Loss to one fixed image, by gradient"
+    labels = ("iteration", "1 - cos, mean and range of 3 seeds")
+    title = "Distance in CLIP to one fixed image, by gradient"
     figures.curves(folder / "fig6a.png", study.by_curve(rows), "iteration", labels, title)
     print(f"figures and their numbers are in {folder}")
 
