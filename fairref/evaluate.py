@@ -85,7 +85,7 @@ def judge(how: How, x: Tensor) -> Seen:
         counts["classifier"] = class_counts(how.bundle.classifiers["evaluate"](x)[name].argmax(1), K)
         if how.bundle.templates is not None:
             found = how.bundle.templates(x)
-            counts["templates"] = class_counts(found[name][~found["none"]], K)
+            counts["templates"] = class_counts(found[name][found[f"{name}_known"]], K)
             none = int(found["none"].sum())
         if how.bundle.clip is not None:
             features = how.bundle.clip.encode_image(x)

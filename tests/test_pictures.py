@@ -376,6 +376,14 @@ def test_a_blend_is_nobody(blends, kind):
     assert blends[kind][2]["none"].float().mean() > 0.9
 
 
+def test_a_blend_of_genders_has_a_tone(judged, blends):
+    _, scene, _ = judged
+    blend = blends["genders"][2]
+    known = blend["skin_tone_known"]
+    assert not torch.equal(known, blend["gender_known"]) and known.float().mean() > 0.5
+    assert (blend["skin_tone"] == scene.tone[:96])[known].float().mean() > 0.95
+
+
 def test_the_share_is_how_much_of_each_gender_is_seen(judged):
     judge, scene, x = judged
     other = draw(replace(scene, gender=1 - scene.gender))
@@ -390,7 +398,8 @@ def test_the_share_is_how_much_of_each_gender_is_seen(judged):
 def test_an_empty_picture_is_nobody(judged):
     judge, scene, _ = judged
     away = replace(scene, place=torch.full_like(scene.place, 3.0))[torch.arange(96)]  # the background alone
-    assert judge(draw(away))["none"].all()
+    found = judge(draw(away))
+    assert found["none"].all() and not (found["gender_known"] | found["skin_tone_known"]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

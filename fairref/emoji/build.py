@@ -31,10 +31,10 @@ RECIPE = {
     "ema": 0.95,
     "steps_min": 8,
     "steps_max": 9,
-    "guidance": 3.0,
+    "guidance": 2.5,
     "eval_steps": 12,
     "checkpoint_every": 20,
-    "clip": 1.0,
+    "clip": 0.1,
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",

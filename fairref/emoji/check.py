@@ -126,9 +126,9 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
             found = bundle.templates(x)
             with torch.no_grad():
                 said = bundle.classifiers["evaluate"](x)
-            known = ~found["none"]
-            obeyed += ((found[name] == k) & known).tolist()
+            obeyed += ((found[name] == k) & found[f"{name}_known"]).tolist()
             for attribute in agree:
+                known = found[f"{attribute}_known"]
                 agree[attribute] += (said[attribute].argmax(1) == found[attribute])[known].tolist()
         yield Gate(f"prompts that name a {name} get it, {len(obeyed)} images", float(np.mean(obeyed)), 0.9)
     for name, values in agree.items():

@@ -97,6 +97,7 @@ CLASSIFIER_CONFIG = {
     "finetune": {"kind": "small", "width": 0.75, "input_size": 96},
     "evaluate": {"kind": "small", "width": 1.0, "input_size": 80},
 }
+CLASSIFIER_STEPS = {"finetune": 1100, "evaluate": 800}
 
 
 def held_out(look: Tensor, tone: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def veiled(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(x, (2 * colour - 1).expand_as(x), pane[:, None].expand_as(x))
 
 
-def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 800, batch: int = 64) -> Classifier:
+def train_classifier(folder: Path, role: str, vae: VAE, batch: int = 64) -> Classifier:
     """Cross-entropy with smoothed labels on balanced pictures, half of them through the VAE, with noise.
 
     Half of the pictures are seen closer, and then for their tone alone, and some are partly covered: what skin
@@ -324,6 +325,7 @@ def train_classifier(folder: Path, role: str, vae: VAE, steps: int = 800, batch:
     for module in classifier.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.05  # the usual 0.01 is for runs a hundred times longer
+    steps = CLASSIFIER_STEPS[role]
     return fit(
         f"classifier_{role}", classifier, loss_of, steps=steps, lr=2e-3, folder=folder, seed=seed, ema=0.99
     )

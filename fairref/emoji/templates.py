@@ -33,7 +33,8 @@ SHARE = 0.7  # of the gender found; below, the picture is a blend
 class Templates(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] -> who is seen, each (B,).
 
-    look, gender, skin_tone: indices; error, share: as above; none: boolean, a blend or nobody.
+    look, gender, skin_tone: indices; error, share: as above. Boolean: none, nobody or a blend; gender_known, all
+    but those; skin_tone_known, also where two genders blend.
     """
 
     def __init__(self, threshold: float):
@@ -84,6 +85,8 @@ class Templates(nn.Module):
         template, share = (v.gather(1, look[:, None])[:, 0] for v in (template, share))
         nobody = (x - (x.flatten(2) @ self.fit_all.T).view_as(x)).square().sum((1, 2, 3))
         error = (square.clamp(min=0) / nobody.clamp(min=1e-6)).sqrt()
+        somebody = error <= self.threshold  # not so for a picture that is not finite
+        known = somebody & (share >= SHARE)
         person = template // (self.layers.shape[1] // (len(GENDERS) * len(TONES)))
         return {
             "look": look,
@@ -91,7 +94,9 @@ class Templates(nn.Module):
             "skin_tone": person % len(TONES),
             "error": error,
             "share": share,
-            "none": ~((error <= self.threshold) & (share >= SHARE)),  # so is a picture that is not finite
+            "gender_known": known,
+            "skin_tone_known": somebody,
+            "none": ~known,
         }
 
     def _closest(self, x: Tensor, look: int) -> tuple[Tensor, Tensor, Tensor]:
