@@ -21,7 +21,7 @@ BATCH = 512  # windows seen at once by the second and third network
 
 
 @dataclass(frozen=True)
-class Faces:
+class Detections:
     """What was found in one image, the most probable face first."""
 
     boxes: Tensor  # (M, 4) left, top, right, bottom
@@ -96,7 +96,7 @@ def columns_first(x: Tensor) -> Tensor:
 
 
 class MTCNN(nn.Module):
-    """Images x (B, 3, H, W), whole numbers 0..255 in RGB, of any dtype -> the Faces of each."""
+    """Images x (B, 3, H, W), whole numbers 0..255 in RGB, of any dtype -> the Detections of each."""
 
     def __init__(self, smallest: int = 20, thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)):
         super().__init__()
@@ -105,11 +105,11 @@ class MTCNN(nn.Module):
         self.thresholds = thresholds  # probability that a box needs to pass each network
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> list[Faces]:
+    def forward(self, x: Tensor) -> list[Detections]:
         x = x.to(self.pnet.conv1.weight)
         return [self.find(image) for image in x]
 
-    def find(self, image: Tensor) -> Faces:
+    def find(self, image: Tensor) -> Detections:
         """The faces of one image (3, H, W)."""
         boxes = self.propose(image)
         boxes = self.refine(image, boxes)
@@ -144,11 +144,11 @@ class MTCNN(nn.Module):
         keep = suppress(boxes, score, OVERLAP)
         return square(move(boxes[keep], moves[keep]))
 
-    def settle(self, image: Tensor, boxes: Tensor) -> Faces:
+    def settle(self, image: Tensor, boxes: Tensor) -> Detections:
         """Those of the square boxes (M, 4) that the third network keeps, with landmarks."""
         pixels, boxes = crops(image, boxes, 48)
         if not len(boxes):
-            return Faces(boxes, boxes.new_zeros(0), boxes.new_zeros(0, 5, 2))
+            return Detections(boxes, boxes.new_zeros(0), boxes.new_zeros(0, 5, 2))
         moves, points, score = in_batches(self.onet, pixels)
         passed = score > self.thresholds[2]
         boxes, score, moves, points = boxes[passed], score[passed], moves[passed], points[passed]
@@ -156,7 +156,7 @@ class MTCNN(nn.Module):
         points = points.unflatten(1, (2, 5)).transpose(1, 2) * size[:, None] + boxes[:, None, :2] - 1
         boxes = move(boxes, moves)
         keep = suppress(boxes, score, OVERLAP, of_smaller=True)
-        return Faces(boxes[keep], score[keep], points[keep])
+        return Detections(boxes[keep], score[keep], points[keep])
 
 
 def scales(side: int, smallest: int) -> list[float]:
