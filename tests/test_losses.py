@@ -11,9 +11,14 @@ from fairref.fairness.losses import (
     align_loss,
     confident_targets,
     dynamic_weights,
+    face_loss,
+    face_references,
     image_loss,
+    nearest_faces,
+    region_factors,
     total_loss,
 )
+from fairref.fairness.faces import scale_gradient
 from fairref.fairness.transport import expected_ot
 
 N, K, C = 8, 3, 0.6
@@ -177,3 +182,99 @@ def test_cross_entropy_stays_finite_for_certain_classifiers():
     assert values.item() == pytest.approx(200)
     assert torch.allclose(gradient(values.sum(), logits), torch.tensor([[1.0, -1.0]]))
     assert math.isclose(F.cross_entropy(logits, torch.tensor([1])).item(), 200)
+
+
+FACES = torch.tensor([True, True, True, False, True, False, True, True])
+ORIGINAL_FACES = torch.tensor([True, True, False, True, True, False, True, False])
+AGREES = {
+    "gender": torch.tensor([True, False, True, True, False, False, True, False]),
+    "race": torch.tensor([True, True, True, False, False, True, False, True]),
+}
+
+
+def test_weights_of_images_with_and_without_faces():
+    """The cases of METHOD.md, one by one: agree; one disagrees; no face in o; none in x; and so on."""
+    found = dynamic_weights(AGREES, 8, {"gender": 1.6, "race": 4.8}, FACES, ORIGINAL_FACES)
+    torch.testing.assert_close(found, torch.tensor([8, 1.6, 1.6, 8, 1.6, 8, 4.8, 1.6]))
+    assert torch.equal(
+        dynamic_weights(AGREES, 8, {"gender": 1.6, "race": 4.8}, FACES | True, ORIGINAL_FACES | True),
+        dynamic_weights(AGREES, 8, {"gender": 1.6, "race": 4.8}),
+    )
+
+
+def test_region_factors_are_those_of_the_attributes_that_disagree():
+    found = region_factors(AGREES, {"gender": 0.2, "race": 0.3})
+    torch.testing.assert_close(found, torch.tensor([1, 0.2, 1, 0.3, 0.2, 0.2, 0.3, 0.2]))
+
+
+def test_the_region_rule_scales_what_L_img_sends_into_the_box():
+    """dL/dx of L_align + λ L_img with the rule: inside the box λ3, outside λ2, and L_align whole."""
+    x, o = draw(N, 3, 4, 4, seed=6).requires_grad_(), draw(N, 3, 4, 4, seed=7)
+    h = draw(48, K, seed=8)
+    q = expected_ot(x.flatten(1) @ h, TARGET).q
+    align, _ = align_loss(x.flatten(1) @ h, q, 0.0, N)
+    boxes = [torch.tensor([1.0, 0, 3, 4])] * (N - 1) + [None]
+    factors = torch.linspace(0.1, 0.8, N, dtype=torch.float64)
+    weights = torch.linspace(1, 8, N, dtype=torch.float64)
+    image = image_loss(scale_gradient(x, boxes, factors), o, (clip_like, dino_like), N)
+    found = gradient(total_loss(align, image, weights), x)
+    of_align = gradient(align.sum(), x)
+    of_image = gradient(literal_image(x, o, (clip_like, dino_like), weights), x)
+    for i in range(N):
+        for column in range(4):
+            m = factors[i] if boxes[i] is not None and 1 <= column < 3 else 1.0
+            expected = of_align[i, :, :, column] + m * of_image[i, :, :, column]
+            assert torch.allclose(found[i, :, :, column], expected, rtol=1e-9, atol=1e-15)
+
+
+def unit(*shape, seed):
+    return F.normalize(draw(*shape, seed=seed), dim=1)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+def test_face_loss_is_one_minus_the_largest_cosine_with_its_gradient(chunk):
+    embeddings, external = draw(5, 16, seed=9).requires_grad_(), unit(50, 16, seed=10)
+    values = face_loss(embeddings, nearest_faces(embeddings, external, chunk), N)
+    expected = 0.0
+    for e in embeddings:
+        expected = expected + 1 - max((e @ f) / (e.norm() * f.norm()) for f in external)
+    assert values.shape == (5,) and torch.allclose(values.sum(), expected / N, rtol=1e-12)
+    assert torch.allclose(gradient(values.sum(), embeddings), gradient(expected / N, embeddings), rtol=1e-9)
+
+
+def test_a_face_nobody_outside_resembles_still_has_a_nearest():
+    """All cosines are negative."""
+    e = torch.tensor([[1.0, 0.0]])
+    external = torch.tensor([[-1.0, 0.0], [-0.6, 0.8]])
+    assert torch.equal(nearest_faces(e, external), external[1:])
+    assert face_loss(e, external[1:], 2).item() == pytest.approx(0.8)
+
+
+def test_the_original_face_is_the_reference_where_it_is_sure():
+    embeddings, own, external = draw(4, 16, seed=11), unit(4, 16, seed=12), unit(9, 16, seed=13)
+    sure = torch.tensor([True, False, False, True])
+    found = face_references(embeddings, own, sure, external)
+    nearest = nearest_faces(embeddings, external)
+    for i in range(4):
+        assert torch.equal(found[i], own[i] if sure[i] else nearest[i])
+
+
+def test_a_batch_without_faces_has_no_face_loss():
+    embeddings = torch.zeros(0, 16, requires_grad=True)
+    values = face_loss(embeddings, nearest_faces(embeddings, torch.eye(16)), N)
+    assert values.shape == (0,) and values.sum() == 0
+    x = draw(2, 3, 4, 4).requires_grad_()
+    align, image = torch.zeros(2), image_loss(x, x.detach() + 1, (clip_like,), 2)
+    weights = dynamic_weights({"gender": torch.ones(2).bool()}, 8, {"gender": 1.6}, torch.zeros(2).bool())
+    assert total_loss(align, image, weights, values) == total_loss(align, image, weights)
+
+
+def test_the_total_has_the_faces_loss():
+    align, image, weights = draw(4).square(), draw(4, seed=1).square(), draw(4, seed=2).square()
+    face = 0.1 * draw(2, seed=3).square()
+    wanted = (
+        sum(align.tolist())
+        + sum(w * i for w, i in zip(weights.tolist(), image.tolist()))
+        + sum(face.tolist())
+    )
+    assert total_loss(align, image, weights, face).item() == pytest.approx(wanted)

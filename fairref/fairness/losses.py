@@ -49,18 +49,72 @@ def agreement(y: Tensor, confident: Tensor, original: Tensor) -> Tensor:
     return confident & (y == original)
 
 
-def dynamic_weights(agrees: dict[str, Tensor], lambda_1: float, lambda_2: dict[str, float]) -> Tensor:
+def dynamic_weights(
+    agrees: dict[str, Tensor],
+    lambda_1: float,
+    lambda_2: dict[str, float],
+    face: Tensor | None = None,
+    original_face: Tensor | None = None,
+) -> Tensor:
     """λ_img of each image (n,): λ1 where target and original agree, else λ2 < λ1: the image may change.
 
     `agrees` maps each attribute to (n,) bool, `lambda_2` each attribute to its λ2; the smallest λ2 of the
-    attributes that disagree counts (METHOD.md §5).
+    attributes that disagree counts (METHOD.md §5). With faces, `face` and `original_face` (n,) bool say whether
+    x and o show one: an o without leaves nothing to agree with, and an x without has no loss but L_img, with λ1.
     """
-    weights = [
-        torch.where(agree, float(lambda_1), float(lambda_2[attribute])) for attribute, agree in agrees.items()
-    ]
-    return torch.stack(weights).amin(0)
+    weights = []
+    for attribute, agree in agrees.items():
+        agree = agree if original_face is None else agree & original_face
+        weights.append(torch.where(agree, float(lambda_1), float(lambda_2[attribute])))
+    weights = torch.stack(weights).amin(0)
+    return weights if face is None else weights.where(face, float(lambda_1))
 
 
-def total_loss(align: Tensor, image: Tensor, weights: Tensor) -> Tensor:
-    """L = L_align + λ_img L_img: per-image values (n,) each -> the sum over this process's images."""
-    return (align + weights * image).sum()
+def region_factors(agrees: dict[str, Tensor], lambda_3: dict[str, float]) -> Tensor:
+    """λ3/λ2, by which the gradient of L_img is multiplied inside the face box: (n,), 1 where all agree.
+
+    `lambda_3` maps each attribute to its λ3/λ2; the smallest of those that disagree counts (METHOD.md §5).
+    """
+    factors = [torch.where(agree, 1.0, float(lambda_3[attribute])) for attribute, agree in agrees.items()]
+    return torch.stack(factors).amin(0)
+
+
+def face_loss(embeddings: Tensor, references: Tensor, N: int) -> Tensor:
+    """L_face = 1/N Σ_i (1 - cos(emb(face(x^(i))), F_i)), F_i the reference of face i: (m, D) each -> (m,).
+
+    The images are those with a face and a confident target. With F_i the nearest of D_F (`nearest_faces`) this
+    is one minus the largest cosine; no gradient flows into references.
+    """
+    return (1 - F.cosine_similarity(embeddings, references.detach(), dim=1)) / N
+
+
+@torch.no_grad()
+def nearest_faces(embeddings: Tensor, external: Tensor, chunk: int = 16_384) -> Tensor:
+    """The row of D_F, `external` (R, D) of unit norm, that has the largest cosine with each embedding (m, D)."""
+    largest = embeddings.new_full((len(embeddings),), -torch.inf)
+    nearest = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
+    for start in range(0, len(external), chunk):
+        cosine, row = (embeddings @ external[start : start + chunk].to(embeddings).T).max(1)
+        better = cosine > largest
+        largest, nearest = cosine.where(better, largest), (row + start).where(better, nearest)
+    return external[nearest.to(external.device)].to(embeddings)
+
+
+def face_references(
+    embeddings: Tensor, own: Tensor, sure: Tensor, external: Tensor, chunk: int = 16_384
+) -> Tensor:
+    """The reference of each face (m, D): the original image's `own` (m, D) where `sure` (m,), else the nearest.
+
+    `sure`: target and original agree in every attribute, the classifier gives the original's class p >= 0.9, and
+    the original has a face (METHOD.md §5).
+    """
+    return torch.where(sure[:, None], own.detach(), nearest_faces(embeddings, external, chunk))
+
+
+def total_loss(align: Tensor, image: Tensor, weights: Tensor, face: Tensor | None = None) -> Tensor:
+    """L = L_align + λ_img L_img + λ_face L_face: values (n,) each -> the sum over this process's images.
+
+    `weights` (n,) are the images' λ_img; `face` (m,), already times λ_face, has a value for each face it judged.
+    """
+    loss = (align + weights * image).sum()
+    return loss if face is None else loss + face.sum()
