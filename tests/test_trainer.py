@@ -74,7 +74,7 @@ def algorithm_A1(setup, text_encoder, i):
     on eps, a solver that is not detached. All but the networks and the solver's table is written anew."""
     bundle, r = setup.bundle, setup.recipe
     K, N, S = len(setup.attribute.classes), r.batch, steps_of(r, i)
-    prompt = setup.prompts[prompt_of(r.seed, i, len(setup.prompts))]
+    prompt = setup.prompts[prompt_of(r.seed, i, len(setup.prompts), r.group)]
     z_T = noise(r.seed, i, range(N), (4, 8, 8)).double()
     table = solver_table(bundle.schedule, S, r.end)
     t = table.timesteps
@@ -221,6 +221,19 @@ def test_every_epoch_takes_each_prompt_once():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != [prompt_of(8, i, 10) for i in range(10)]
+
+
+@pytest.mark.parametrize("count, group", [(10, 2), (7, 3), (4, 9), (1, 2)])
+def test_groups_of_prompts_stay_together(count, group):
+    for epoch in range(3):
+        order = [prompt_of(3, epoch * count + i, count, group) for i in range(count)]
+        assert sorted(order) == list(range(count))
+        starts = [p for p in order if p % group == 0]
+        together = [q for p in starts for q in range(p, min(p + group, count))]
+        assert order == together
+    assert [prompt_of(3, i, 10, 1) for i in range(10)] == [prompt_of(3, i, 10) for i in range(10)]
+    shuffled = {tuple(prompt_of(3, e * 10 + i, 10, 2) for i in range(0, 10, 2)) for e in range(5)}
+    assert len(shuffled) > 1
 
 
 def test_step_counts_cover_their_range_and_follow_from_the_seed(bundles):

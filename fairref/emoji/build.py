@@ -24,17 +24,18 @@ from fairref.emoji.templates import Templates
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 100,
-    "lr": 5e-4,
+    "iterations": 200,
+    "group": 2,
+    "lr": 3e-3,
     "lr_end": 0.1,
     "warmup": 5,
-    "ema": 0.95,
-    "steps_min": 8,
-    "steps_max": 9,
+    "ema": 0.96,
+    "steps_min": 6,
+    "steps_max": 7,
     "guidance": 2.5,
     "eval_steps": 12,
     "checkpoint_every": 20,
-    "clip": 0.1,
+    "clip": 0.02,
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
@@ -135,6 +136,13 @@ def write_tokenizer(source: Path, folder: Path) -> None:
         (folder / name).write_bytes((source / name).read_bytes())
 
 
+def opposed(split: str) -> list[str]:
+    """The occupations of a part in pairs: the most female one and the most male one, then the next two."""
+    jobs = sorted((job for job in occupations() if job.split == split), key=lambda job: -job.share_women)
+    pairs = zip(jobs, reversed(jobs))
+    return [job.name for pair in pairs for job in pair][: len(jobs)]
+
+
 @torch.no_grad()
 def template_threshold(vae: nn.Module) -> float:
     """The error below which 99.9 % of real pictures fall, seen through the VAE, plus a fifth."""
@@ -170,9 +178,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     write_json(
         out / "prompts.json",
         {
-            "occupations": {
-                split: [job.name for job in occupations() if job.split == split] for split in SPLITS
-            },
+            "occupations": {split: opposed(split) for split in SPLITS},
             "named": NAMED,
         },
     )

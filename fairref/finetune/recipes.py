@@ -27,6 +27,11 @@ class Recipe:
     )
     iterations: int = setting(10_000, "optimizer steps, one prompt each")
     batch: int = setting(24, "N, images of one prompt, over all processes")
+    group: int = setting(
+        1,
+        "consecutive prompts of the list that an epoch's order keeps together: where they lean opposite ways, "
+        "what they have in common cancels",
+    )
     C: float = setting(0.8, "images with a target less certain than this have no L_align (eq 6)")
     lambda_img: float = setting(8.0, "lambda_img,1: weight of L_img (eq 7) where target and original agree")
     lambda_2: float = setting(0.2, "lambda_2 / lambda_1: share of that weight where they disagree")
@@ -74,6 +79,7 @@ class Recipe:
         at_least_1 = (
             "iterations",
             "batch",
+            "group",
             "rank",
             "steps_min",
             "eval_steps",

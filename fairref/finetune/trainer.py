@@ -66,10 +66,15 @@ class Pictures:
     original: Tensor  # (n,) class of o
 
 
-def prompt_of(seed: int, iteration: int, count: int) -> int:
-    """Index of the iteration's prompt: each epoch goes once through all `count`, in an order of its own."""
+def prompt_of(seed: int, iteration: int, count: int, group: int = 1) -> int:
+    """Index of the iteration's prompt: each epoch goes once through all `count`, in an order of its own.
+
+    The order is one of groups of `group` consecutive prompts (the last may be smaller), which stay together.
+    """
     epoch, place = divmod(iteration, count)
-    return int(np.random.default_rng((seed, ORDER, epoch)).permutation(count)[place])
+    groups = torch.arange(count).split(group)
+    order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(groups))
+    return int(torch.cat([groups[i] for i in order])[place])
 
 
 def steps_of(recipe: Recipe, iteration: int) -> int:
@@ -93,7 +98,8 @@ def iteration_gradient(
     `text_encoder` is the adapted one; grad mode must be on. Without finite logits the gradient is NaN.
     """
     bundle, recipe, processes = setup.bundle, setup.recipe, setup.processes
-    prompt, S = setup.prompts[prompt_of(recipe.seed, i, len(setup.prompts))], steps_of(recipe, i)
+    prompt = setup.prompts[prompt_of(recipe.seed, i, len(setup.prompts), recipe.group)]
+    S = steps_of(recipe, i)
     table = solver_table(bundle.schedule, S, recipe.end)
     z_T = first_noise(bundle, recipe.seed, i, processes.part(recipe.batch))  # (n, 4, h, w)
     both = embed(bundle, text_encoder, [prompt, ""])  # (2, T, d), with graph
