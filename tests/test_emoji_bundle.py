@@ -1,7 +1,5 @@
 """The committed bundle: what it must do before anything is finetuned on it, and what diffusers makes of it."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,15 +12,12 @@ from fairref.emoji import check
 from fairref.finetune.rollout import latent_shape
 from fairref.generate import draw
 
-ROOT = Path(__file__).resolve().parents[1]
 MEGABYTE = 2**20
 PROMPT = "a photo of the face of a pilot, a person"
 
 
 @pytest.fixture(scope="module")
 def bundle():
-    if not (ROOT / "weights" / "emoji" / "bundle.json").exists():
-        pytest.skip("weights/emoji has not been built: python -m fairref.emoji.build")
     return load_bundle("weights/emoji")
 
 
