@@ -24,7 +24,7 @@ from fairref.emoji.templates import Templates
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 200,
+    "iterations": 160,
     "group": 2,
     "lr": 3e-3,
     "lr_end": 0.1,
@@ -36,6 +36,7 @@ RECIPE = {
     "eval_steps": 12,
     "checkpoint_every": 20,
     "clip": 0.02,
+    "lambda_img": 1.0,
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",

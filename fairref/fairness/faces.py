@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairref.judges.mtcnn import MTCNN
-
 ENLARGE = 0.5  # of a detector's tight box: share of its longer side that the square around it has more
 CROP, ALIGNED = 224, 112  # pixels of a side: what the classifier sees, what the embedder sees
 BLACK = -1.0
@@ -39,7 +37,7 @@ class Found:
 Detector = Callable[[Tensor], list[Found]]  # (B, 3, H, W) uint8, RGB -> the faces of each image
 
 
-def with_mtcnn(network: MTCNN) -> Detector:
+def with_mtcnn(network: Callable[[Tensor], list]) -> Detector:
     """MTCNN as a detector: its boxes name their first and last pixel from one on, its landmarks pixels from zero."""
 
     def detect(x: Tensor) -> list[Found]:
