@@ -52,7 +52,13 @@ def _run(options, processes, device):
         attribute = _attribute(options, bundle)
         recipe = resolve(attribute.name, bundle.recipe, options.recipe, str(bundle.path))
     world = read_occupations(bundle.path)
-    setup = Setup(bundle, recipe, attribute, tuple(map(occupation_prompt, world.train)), processes)
+    prompts = tuple(map(occupation_prompt, world.train))
+    named = tuple(
+        (world.named_prompt(attribute.name, name, occupation), k)
+        for occupation in world.train
+        for k, name in enumerate(attribute.classes)
+    )
+    setup = Setup(bundle, recipe, attribute, prompts, processes, named)
     if recipe.evaluate != "none":
         How(
             bundle, attribute, recipe.eval_steps, recipe.guidance

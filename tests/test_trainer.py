@@ -31,6 +31,7 @@ from fairref.finetune.trainer import (
     learning_rate,
     new_state,
     prompt_of,
+    task_of,
     steps_of,
     train,
     update,
@@ -221,6 +222,30 @@ def test_every_epoch_takes_each_prompt_once():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != [prompt_of(8, i, 10) for i in range(10)]
+
+
+def test_every_third_prompt_names_a_class_which_is_its_target(bundles):
+    setup = make_setup(bundles[torch.float64], named_every=3, batch=5, steps_min=2, steps_max=2)
+    named = tuple((f"{name} {n}", k) for n in range(4) for k, name in enumerate(setup.attribute.classes))
+    setup = replace(setup, named=named)
+    tasks = [task_of(setup, i) for i in range(24)]
+    assert [flag for *_, flag in tasks] == [False, False, True] * 8
+    assert sorted(p for p, _, flag in tasks if flag) == sorted(p for p, _ in named)  # each once in an epoch
+    for prompt, target, flag in tasks:
+        k = setup.attribute.classes.index(prompt.split()[0]) if flag else None
+        assert target == ((float(k == 0), float(k == 1)) if flag else setup.attribute.target)
+    plain = replace(setup, recipe=replace(setup.recipe, named_every=0))
+    neutral = [p for p, _, flag in tasks if not flag]
+    assert neutral == [task_of(plain, i)[0] for i in range(16)]
+    assert [task_of(replace(setup, named=()), i)[0] for i in range(16)] == neutral
+
+    text_encoder, state = new_state(setup)
+    _, metrics = iteration_gradient(setup, text_encoder, list(state.adapter.parameters()), 2)
+    assert (
+        metrics["confident"] == 1 and "bias" not in metrics
+    )  # all images have the named class as their target
+    wanted = metrics["counts"][1 - named[[p for p, _ in named].index(metrics["prompt"])][1]]
+    assert metrics["cost"] == pytest.approx(wanted / 5, abs=0.9) and metrics["align"] > 0
 
 
 @pytest.mark.parametrize("count, group", [(10, 2), (7, 3), (4, 9), (1, 2)])

@@ -24,7 +24,7 @@ from fairref.emoji.templates import Templates
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 160,
+    "iterations": 200,
     "group": 2,
     "lr": 3e-3,
     "lr_end": 0.1,
@@ -37,6 +37,7 @@ RECIPE = {
     "checkpoint_every": 20,
     "clip": 0.02,
     "lambda_img": 1.0,
+    "named_every": 3,
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",

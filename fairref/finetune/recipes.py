@@ -32,6 +32,11 @@ class Recipe:
         "consecutive prompts of the list that an epoch's order keeps together: where they lean opposite ways, "
         "what they have in common cancels",
     )
+    named_every: int = setting(
+        0,
+        "every so many iterations the prompt names a class, which is then the whole target, so that such prompts "
+        "still get it; 0: never",
+    )
     C: float = setting(0.8, "images with a target less certain than this have no L_align (eq 6)")
     lambda_img: float = setting(8.0, "lambda_img,1: weight of L_img (eq 7) where target and original agree")
     lambda_2: float = setting(0.2, "lambda_2 / lambda_1: share of that weight where they disagree")

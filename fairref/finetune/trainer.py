@@ -27,7 +27,8 @@ from fairref.finetune.rollout import decode, embed, first_noise, rollout
 from fairref.progress import Progress
 
 RAW_FILE = "adapter_raw.safetensors"
-ORDER, STEPS, GRAD_STEPS = 1, 2, 3  # what a draw is for: the order of prompts, S, the steps of the gradient
+# what a draw is for: the order of prompts, S, the steps of the gradient, the order of prompts that name a class
+ORDER, STEPS, GRAD_STEPS, NAMED = 1, 2, 3, 4
 RUNNING = 20  # iterations that the shown bias is a mean of
 
 
@@ -40,6 +41,7 @@ class Setup:
     attribute: Attribute  # what is made fair, and its target
     prompts: tuple[str, ...]  # P of finetuning, all neutral
     processes: Processes = Processes()
+    named: tuple[tuple[str, int], ...] = ()  # prompts that name a class, and its index
 
     def __post_init__(self):
         for found, what in (
@@ -66,14 +68,29 @@ class Pictures:
     original: Tensor  # (n,) class of o
 
 
-def prompt_of(seed: int, iteration: int, count: int, group: int = 1) -> int:
+def task_of(setup: Setup, iteration: int) -> tuple[str, tuple[float, ...], bool]:
+    """Prompt and target shares of an iteration, and whether the prompt names a class.
+
+    Every `named_every`-th iteration takes a prompt that does; its target is that class alone.
+    """
+    recipe, K = setup.recipe, len(setup.attribute.classes)
+    rounds, place = divmod(iteration, recipe.named_every) if recipe.named_every and setup.named else (0, None)
+    if place is not None and place == recipe.named_every - 1:
+        prompt, k = setup.named[prompt_of(recipe.seed, rounds, len(setup.named), 1, NAMED)]
+        return prompt, tuple(float(j == k) for j in range(K)), True
+    count = len(setup.prompts)
+    prompt = setup.prompts[prompt_of(recipe.seed, iteration - rounds, count, recipe.group)]
+    return prompt, setup.attribute.target, False
+
+
+def prompt_of(seed: int, iteration: int, count: int, group: int = 1, stream: int = ORDER) -> int:
     """Index of the iteration's prompt: each epoch goes once through all `count`, in an order of its own.
 
     The order is one of groups of `group` consecutive prompts (the last may be smaller), which stay together.
     """
     epoch, place = divmod(iteration, count)
     groups = torch.arange(count).split(group)
-    order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(groups))
+    order = np.random.default_rng((seed, stream, epoch)).permutation(len(groups))
     return int(torch.cat([groups[i] for i in order])[place])
 
 
@@ -98,7 +115,7 @@ def iteration_gradient(
     `text_encoder` is the adapted one; grad mode must be on. Without finite logits the gradient is NaN.
     """
     bundle, recipe, processes = setup.bundle, setup.recipe, setup.processes
-    prompt = setup.prompts[prompt_of(recipe.seed, i, len(setup.prompts), recipe.group)]
+    prompt, target, named = task_of(setup, i)
     S = steps_of(recipe, i)
     table = solver_table(bundle.schedule, S, recipe.end)
     z_T = first_noise(bundle, recipe.seed, i, processes.part(recipe.batch))  # (n, 4, h, w)
@@ -111,7 +128,7 @@ def iteration_gradient(
         logits = processes.gather(_classify(setup, pictures.x), recipe.batch)  # (N, K)
     if not torch.isfinite(logits).all():
         return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": prompt, "S": S}
-    ot = expected_ot(logits, setup.attribute.target)
+    ot = expected_ot(logits, target)
     g, sums = picture_gradient(setup, pictures, ot)  # (n, 4, h, w)
 
     w = step_weights(bundle.schedule, table, recipe.standardise)
@@ -121,7 +138,7 @@ def iteration_gradient(
     dc, dc_empty = adjusted_gradient(bundle.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
     gradient = torch.autograd.grad(both, parameters, torch.cat([dc, dc_empty]).to(both.dtype))
     *gradient, sums = processes.total([*gradient, sums])
-    return gradient, {"prompt": prompt, "S": S, **_metrics(recipe, ot, logits, sums)}
+    return gradient, {"prompt": prompt, "S": S, **_metrics(recipe, ot, logits, sums, named)}
 
 
 def look(setup: Setup, table, z_T: Tensor, path: list, prompt: str, adapted: Tensor) -> Pictures:
@@ -186,7 +203,7 @@ def _in_parts(setup, function, rows):
     )
 
 
-def _metrics(recipe, ot, logits, sums):
+def _metrics(recipe, ot, logits, sums, named):
     loss, align, image, confident = sums.tolist()
     counts = class_counts(logits.argmax(1), logits.shape[1])
     return {
@@ -196,7 +213,7 @@ def _metrics(recipe, ot, logits, sums):
         "confident": confident / recipe.batch,
         "cost": ot.cost,
         "counts": counts.tolist(),
-        "bias": float(bias(counts)),
+        **({} if named else {"bias": float(bias(counts))}),
     }
 
 
