@@ -62,7 +62,7 @@ class Seen:
     """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
 
     counts: dict[str, np.ndarray]  # judge -> (K,) images of each class
-    none: int  # images far from every template
+    none: int  # images far from every template, or a blend of genders
     features: Tensor | None  # (n, D) CLIP image features, unit norm
 
 
@@ -168,7 +168,7 @@ def clip_i(seen: list[Seen], originals: list[Seen]) -> float | None:
 def obedience(
     how: How, text_encoder: nn.Module, occupations: list[str], world: Occupations, n: int, label: str
 ) -> dict:
-    """The share of images that show the class their prompt names, by each judge ("none" is a miss)."""
+    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
     classes = how.attribute.classes
     asked = [
         (world.named_prompt(how.attribute.name, name, occupation), k)

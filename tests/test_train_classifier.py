@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fairref import datasets, train_classifier
+from fairref import datasets
 from fairref.bundle import load_classifier
 from fairref.cli import run
 from fairref.datasets import CLASSES, FAIRFACE, read_photographs
@@ -194,7 +195,7 @@ def test_the_averages_of_BatchNorm_are_those_of_the_pictures(celeba):
     x = torch.stack([load(row.file, 32) for row in found.parts["train"]])
     y = convolution(classifier.preprocess(x))
     torch.testing.assert_close(norm.running_mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    assert norm.momentum == 0.01 and found.parts["train"][0].labels == (0,)
+    assert norm.momentum == 0.01
 
 
 def test_several_attributes_share_a_network(fairface, tmp_path):
@@ -240,8 +241,6 @@ def test_the_head_is_new_and_the_rest_as_given(celeba, tmp_path):
         for k in old
         if k != "classifier.3.bias"
     )
-    from dataclasses import replace
-
     with pytest.raises(UserError, match="does not fit MobileNetV3-small"):
         new_classifier(found, replace(config, width=0.5), file, seed=9)
 
@@ -280,8 +279,3 @@ def test_the_report_and_the_figure_are_the_counts():
 def test_wrong_options_are_one_sentence(celeba, tmp_path, option, capsys):
     assert run(main, [*train_on(celeba, tmp_path / "out"), *option]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_it_is_a_command(celeba, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_classifier, "train", lambda *_: [])
-    assert run(main, train_on(celeba, tmp_path / "out")) == 0
