@@ -128,6 +128,16 @@ def exact_without_matrices():
     return max(errors)
 
 
+def written_out(table) -> tuple[list[float], list[float]]:
+    """A_t and C_i = 1/A_t over its geometric mean, of LONG, at the table's times."""
+    A = []
+    for t in table.timesteps.tolist():
+        bar = math.prod((1 - LONG.beta[: t + 1]).tolist())
+        A.append(float(LONG.beta[t]) / math.sqrt(bar * (1 - bar)))
+    mean = math.prod(1 / a for a in A) ** (1 / table.S)
+    return A, [1 / a / mean for a in A]
+
+
 @check(
     "A_t, C_i",
     "A_t = beta_t / sqrt(alpha_bar_t (1 - alpha_bar_t)); C_i = 1/A_t over the geometric mean",
@@ -137,12 +147,7 @@ def coefficients():
     errors = []
     for end in ("zero", "sigma_min"):
         table = solver.solver_table(LONG, 20, end)
-        A = []
-        for t in table.timesteps.tolist():
-            bar = math.prod((1 - LONG.beta[: t + 1]).tolist())
-            A.append(float(LONG.beta[t]) / math.sqrt(bar * (1 - bar)))
-        mean = math.prod(1 / a for a in A) ** (1 / table.S)
-        C = [1 / a / mean for a in A]
+        A, C = written_out(table)
         errors += [error(gradient.A_t(LONG, table), A), error(gradient.C_i(LONG, table), C)]
         expected = [c * float(k) for c, k in zip(C, table.k)]
         errors.append(error(gradient.step_weights(LONG, table, "paper"), expected))
@@ -185,13 +190,9 @@ def adjusted():
     network, (c, c_empty), errors = Network(), embeddings(), []
     for end in ("zero", "sigma_min"):
         table = solver.solver_table(LONG, 20, end)
-        A = [
-            float(LONG.beta[t] / (LONG.alpha_bar[t] * (1 - LONG.alpha_bar[t])).sqrt())
-            for t in table.timesteps
-        ]
-        mean = math.prod(1 / a for a in A) ** (1 / table.S)
+        _, C = written_out(table)
         leaves = [x.clone().requires_grad_(True) for x in (c, c_empty)]
-        z_0 = algorithm_A1(network, table, latents(), *leaves, [1 / a / mean for a in A])
+        z_0 = algorithm_A1(network, table, latents(), *leaves, C)
         expected = torch.autograd.grad(loss_of(z_0), [*leaves, *network.parameters()])
         path, g = walk(network, table, latents(), c, c_empty, GUIDANCE)
         network.zero_grad()
