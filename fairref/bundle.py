@@ -13,6 +13,10 @@ paths are relative to its folder:
      "classifiers": {"finetune": "classifier_finetune",   folders: config.json, model.safetensors
                      "evaluate": "classifier_evaluate"},
      "templates": "templates.json",                       threshold of the nearest-template judge
+     "detector": "detector", "embedder": "embedder",      folders: MTCNN's and SFNet's weights; with a detector
+                                                          classifiers see the largest face, else the whole picture
+     "face_features": "faces.safetensors",                D_F, made by python -m fairref.face_features
+     "dino": "dino",                                      folder: DINOv2's weights
      "recipe": {}}                                        finetuning settings that this size asks for
 
 Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safetensors each, `tokenizer/` with
@@ -21,23 +25,39 @@ Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safet
 used where they stand beside it, and else the shapes are SD-1.5's.
 """
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
-from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
-from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
+from fairref.judge_files import (
+    load_classifier,
+    load_clip,
+    load_detector,
+    load_dino,
+    load_embedder,
+    load_face_features,
+)
+from fairref.judges.dino import Dino
+from fairref.judges.mobilenet import Classifier
+from fairref.judges.sfnet import SFNet
+from fairref.nets.clip import Clip, ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
 from fairref.tokenizer import Tokenizer
-from fairref.weights_io import ldm_split, load_strict, read, read_json, text_encoder_names, vae_names
+from fairref.weights_io import (
+    ldm_split,
+    load_strict,
+    read,
+    read_json,
+    text_encoder_names,
+    vae_names,
+)
 
 MANIFEST = "bundle.json"
 MANIFEST_KEYS = {  # key -> type of its value
@@ -48,6 +68,10 @@ MANIFEST_KEYS = {  # key -> type of its value
     "clip": str,
     "classifiers": dict,
     "templates": str,
+    "detector": str,
+    "embedder": str,
+    "face_features": str,
+    "dino": str,
     "recipe": dict,
 }
 CLASSIFIERS = ("finetune", "evaluate")
@@ -95,6 +119,10 @@ class Bundle:
     clip: Clip | None = None  # both towers of the image-text judge
     clip_tokenizer: Tokenizer | None = None  # its own vocabulary
     classifiers: dict[str, Classifier] = field(default_factory=dict)  # "finetune", "evaluate"
+    detector: Callable | None = None  # a fairness.faces.Detector; another one can be put here
+    embedder: SFNet | None = None  # aligned faces -> features
+    face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
+    dino: Dino | None = None  # pictures -> features
 
     @cached_property
     def templates(self):
@@ -135,6 +163,9 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
     classifiers = {name: load_classifier(path / folder) for name, folder in folders.items()}
     attributes = {name: tuple(classes) for name, classes in manifest.get("attributes", {}).items()}
     _check_classes(classifiers, attributes, path / MANIFEST)
+    dino = load_dino(path / manifest["dino"]) if "dino" in manifest else None
+    detector = load_detector(path / manifest["detector"], device) if "detector" in manifest else None
+    embedder, face_features = _faces(path, manifest)
     if "templates" in manifest and not (path / manifest["templates"]).is_file():  # read later, refused now
         raise UserError(f"{path / manifest['templates']}: no such file; {MANIFEST} names it as templates.")
 
@@ -159,6 +190,10 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
         clip=clip and ready(clip),
         clip_tokenizer=clip_tokenizer,
         classifiers={name: ready(classifier) for name, classifier in classifiers.items()},
+        detector=detector,
+        embedder=embedder and ready(embedder),
+        face_features=face_features,
+        dino=dino and ready(dino),
     )
 
 
@@ -209,51 +244,19 @@ def load_stable_diffusion(path: Path) -> tuple[dict, int]:
     return parts, found.get("unet", {}).get("sample_size") or SD15_SAMPLE_SIZE
 
 
-def load_clip(folder: Path) -> tuple[Clip, Tokenizer]:
-    """A transformers CLIPModel's folder -> (both towers, the tokenizer)."""
-    config = ClipConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    weights = folder / "model.safetensors"
-    with torch.device("meta"):
-        clip = Clip(config)
-    load_strict(clip, read(weights), str(weights))
-    tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt", config.text.max_position_embeddings)
-    return clip, tokenizer
-
-
-def load_classifier(folder: str | Path) -> Classifier:
-    """The attribute classifier of a folder's config.json and model.safetensors. Raises UserError."""
-    path, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-    d = read_json(path)
-    attributes = d.pop("attributes", None)
-    if not isinstance(attributes, dict) or not all(
-        isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
-    ):
+def _faces(path, manifest):
+    """What L_face needs, which is of no use one without the other: (embedder, D_F), or (None, None)."""
+    keys = [key for key in ("detector", "embedder", "face_features") if key in manifest]
+    if "embedder" not in keys and "face_features" not in keys:
+        return None, None
+    if len(keys) < 3:
         raise UserError(
-            f'{path}: "attributes" is {attributes!r}; expected a list of two or more classes for each.'
+            f"{path / MANIFEST}: names {' and '.join(keys)} only; name detector, embedder and face_features, all"
+            " of which L_face needs, or the detector alone."
         )
-    try:
-        config = MobileNetConfig.from_dict({**d, "num_logits": sum(map(len, attributes.values()))})
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from None
-    classifier = Classifier(MobileNetV3(config), attributes)
-    load_strict(classifier.network, read(weights), str(weights))
-    return classifier.eval()
-
-
-def save_classifier(classifier: Classifier, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes what `load_classifier` reads. `dtype` is for the weights of convolutions and linear layers;
-    biases and BatchNorm's parameters and statistics, few but of any range, stay float32."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: (value.detach().to(dtype) if value.dim() >= 2 else value.detach()).cpu().contiguous()
-        for key, value in classifier.network.state_dict().items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-    config = classifier.network.config.to_dict()
-    del config["num_logits"]  # the attributes say it
-    config["attributes"] = {name: list(classes) for name, classes in classifier.attributes.items()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    embedder = load_embedder(path / manifest["embedder"])
+    width = embedder.config.features
+    return embedder, load_face_features(path / manifest["face_features"], width)
 
 
 def _weights(path, single, configs):

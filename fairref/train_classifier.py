@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 from fairref import cli
-from fairref.bundle import save_classifier
 from fairref.datasets import Photographs, Row, describe_bad, read_photographs
 from fairref.errors import UserError
 from fairref.finetune.checkpoints import write_json
+from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.progress import Progress
 from fairref.weights_io import read

@@ -1,18 +1,21 @@
-"""safetensors files -> named tensors -> networks, strictly; and the renaming of old and single-file layouts.
+"""Files of weights -> named tensors -> networks, strictly; and the renaming of other layouts.
 
 The names inside fairref are those of diffusers (U-Net, VAE) and transformers (CLIP). Other layouts of the
 same weights are brought to them here: `rename` applies a table of (prefix there, prefix here).
 """
 
 import json
+import pickle
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fairref.errors import UserError
 
+PICKLES = (".pth", ".pt", ".bin")
 SHOWN = 3  # differing keys that an error message names
 
 # The parts of a single-file LDM checkpoint: prefix there -> part.
@@ -54,6 +57,17 @@ VAE_ATTENTION = (
     ("k.", "to_k."),
     ("v.", "to_v."),
     ("proj_out.", "to_out.0."),
+)
+# One layer of either tower of open_clip's CLIP: (there, transformers).
+OPEN_CLIP_LAYER = (
+    ("ln_1.", "layer_norm1."),
+    ("attn.q_proj.", "self_attn.q_proj."),
+    ("attn.k_proj.", "self_attn.k_proj."),
+    ("attn.v_proj.", "self_attn.v_proj."),
+    ("attn.out_proj.", "self_attn.out_proj."),
+    ("ln_2.", "layer_norm2."),
+    ("mlp.c_fc.", "mlp.fc1."),
+    ("mlp.c_proj.", "mlp.fc2."),
 )
 # The VAE's attention in files of diffusers before 0.18: (old, new).
 VAE_LEGACY = tuple(
@@ -154,6 +168,45 @@ def text_encoder_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"text_model.{key}": tensor for key, tensor in tensors.items()}
 
 
+def open_clip_table(text_layers: int, vision_layers: int) -> list[tuple[str, str]]:
+    """(open_clip prefix, transformers prefix) of CLIP's parameters, both towers."""
+    towers = (("", "text_model.", text_layers), ("visual.", "vision_model.", vision_layers))
+    layers = [
+        (f"{there}transformer.resblocks.{i}.", f"{here}encoder.layers.{i}.")
+        for there, here, count in towers
+        for i in range(count)
+    ]
+    return _crossed(layers, OPEN_CLIP_LAYER) + [
+        ("token_embedding.", "text_model.embeddings.token_embedding."),
+        ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+        ("ln_final.", "text_model.final_layer_norm."),
+        ("text_projection", "text_projection.weight"),
+        ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+        ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
+        ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+        ("visual.ln_post.", "vision_model.post_layernorm."),
+        ("visual.proj", "visual_projection.weight"),
+    ]
+
+
+def open_clip_names(tensors: dict[str, Tensor], layers: tuple[int, int], source: str) -> dict[str, Tensor]:
+    """A CLIP file of open_clip -> names and shapes of transformers; `layers` of the text and the image tower.
+
+    There queries, keys and values are one matrix of three blocks, and projections are multiplied from the right.
+    """
+    apart = {}
+    for key, tensor in tensors.items():
+        if ".attn.in_proj_" in key:
+            start, end = key.split("in_proj_")
+            apart |= {f"{start}{x}_proj.{end}": part for x, part in zip("qkv", tensor.chunk(3))}
+        elif key in ("text_projection", "visual.proj"):
+            apart[key] = tensor.T.contiguous()
+        else:
+            apart[key] = tensor
+    return rename(apart, open_clip_table(*layers), source)
+
+
 def ignored(key: str) -> bool:
     """Whether a checkpoint's tensor belongs to no network."""
     return key.startswith(IGNORED_PREFIXES) or key in IGNORED_NAMES or key.split(".")[-1] == "position_ids"
@@ -220,6 +273,46 @@ def read(path: str | Path) -> dict[str, Tensor]:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); get it again.") from error
+
+
+def read_judge(folder: str | Path, name: str = "model") -> tuple[dict[str, Tensor], str]:
+    """The tensors of NAME.safetensors in a judge's folder, else of the one .pth, .pt or .bin file there, and its path.
+
+    Names lose the `module.` that data-parallel training puts before them. Raises UserError.
+    """
+    folder = Path(folder)
+    path = folder / f"{name}.safetensors"
+    others = sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
+    if path.is_file() or not others:
+        return read(path), str(path)
+    if len(others) > 1:
+        found = ", ".join(p.name for p in others)
+        raise UserError(f"{folder}: found {found}; expected {path.name} or one such file: leave one there.")
+    tensors = read_pickled(others[0])
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, str(others[0])
+
+
+def read_pickled(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, by torch's reader that builds tensors and runs no code.
+
+    A training checkpoint's "state_dict" or "model" counts. Raises UserError for a file that needs more than that.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds more than tensors, which could run code and isn't read; where you trust it, write its"
+            ' tensors anew: safetensors.torch.save_file(network.state_dict(), "model.safetensors").'
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: can't be read ({reason}); get the file again.") from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise UserError(f"{path}: found no map of names to tensors in it; save the network's state_dict().")
+    return found
 
 
 def _read_split(index):

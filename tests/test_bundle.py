@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import fairref
 from fairref import bundle as bundle_module
-from fairref.bundle import PARTS, bundle_path, load_bundle, save_classifier
+from fairref.bundle import PARTS, bundle_path, load_bundle
 from fairref.diffusion.schedule import Schedule
 from fairref.emoji.bpe import train_bpe
 from fairref.errors import UserError
+from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.weights_io import unet_table, vae_table
 

@@ -28,7 +28,7 @@ from fairref.fairness.faces import (
 from fairref.judges.mtcnn import MTCNN
 from fairref.weights_io import load_strict, read
 
-WEIGHTS = Path(__file__).parents[1] / "weights" / "mtcnn" / "mtcnn.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "weights" / "mtcnn" / "model.safetensors"
 
 
 def seeded(seed=0):

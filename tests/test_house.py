@@ -40,6 +40,7 @@ ROWS = (
     ("fairref.emoji",),
     ("fairref.finetune",),
     ("fairref.bundle",),
+    ("fairref.judge_files",),  # a judge's folder or file -> a ready judge
     ("fairref.fairness",),
     ("fairref.diffusion",),
     ("fairref.nets",),

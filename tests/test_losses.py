@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fairref.fairness.faces import scale_gradient
 from fairref.fairness.losses import (
     agreement,
     align_loss,
@@ -18,7 +19,6 @@ from fairref.fairness.losses import (
     region_factors,
     total_loss,
 )
-from fairref.fairness.faces import scale_gradient
 from fairref.fairness.transport import expected_ot
 
 N, K, C = 8, 3, 0.6
@@ -99,7 +99,7 @@ def test_a_batch_with_no_confident_target_has_a_zero_loss_that_still_has_a_gradi
     weights = dynamic_weights(
         {"gender": agreement(torch.zeros(4), confident, torch.zeros(4))}, 8, {"gender": 1.6}
     )
-    assert torch.allclose(weights, torch.full((4,), 1.6))
+    assert torch.allclose(weights, torch.full((4,), 1.6, dtype=torch.float64))
 
 
 def test_a_batch_without_images():
@@ -129,7 +129,7 @@ def test_dynamic_weights_follow_the_agreement_of_target_and_original():
     agree = agreement(y, confident, original)
     assert agree.tolist() == [True, False, True, False]
     weights = dynamic_weights({"gender": agree}, 8.0, {"gender": 1.6})
-    assert torch.allclose(weights, torch.tensor([8.0, 1.6, 8.0, 1.6]))
+    assert torch.allclose(weights, torch.tensor([8.0, 1.6, 8.0, 1.6], dtype=torch.float64))
 
 
 def test_of_several_attributes_the_smallest_weight_of_those_that_disagree_counts():
@@ -139,7 +139,7 @@ def test_of_several_attributes_the_smallest_weight_of_those_that_disagree_counts
     }
     for order in (("gender", "race"), ("race", "gender")):
         weights = dynamic_weights({name: agrees[name] for name in order}, 8, {"gender": 1.6, "race": 4.8})
-        assert torch.allclose(weights, torch.tensor([8.0, 4.8, 1.6, 1.6]))
+        assert torch.allclose(weights, torch.tensor([8.0, 4.8, 1.6, 1.6], dtype=torch.float64))
 
 
 def test_the_total_and_its_gradient_are_the_literal_sum():
@@ -195,7 +195,7 @@ AGREES = {
 def test_weights_of_images_with_and_without_faces():
     """The cases of METHOD.md, one by one: agree; one disagrees; no face in o; none in x; and so on."""
     found = dynamic_weights(AGREES, 8, {"gender": 1.6, "race": 4.8}, FACES, ORIGINAL_FACES)
-    torch.testing.assert_close(found, torch.tensor([8, 1.6, 1.6, 8, 1.6, 8, 4.8, 1.6]))
+    torch.testing.assert_close(found, torch.tensor([8, 1.6, 1.6, 8, 1.6, 8, 4.8, 1.6], dtype=torch.float64))
     assert torch.equal(
         dynamic_weights(AGREES, 8, {"gender": 1.6, "race": 4.8}, FACES | True, ORIGINAL_FACES | True),
         dynamic_weights(AGREES, 8, {"gender": 1.6, "race": 4.8}),
@@ -204,7 +204,7 @@ def test_weights_of_images_with_and_without_faces():
 
 def test_region_factors_are_those_of_the_attributes_that_disagree():
     found = region_factors(AGREES, {"gender": 0.2, "race": 0.3})
-    torch.testing.assert_close(found, torch.tensor([1, 0.2, 1, 0.3, 0.2, 0.2, 0.3, 0.2]))
+    torch.testing.assert_close(found, torch.tensor([1, 0.2, 1, 0.3, 0.2, 0.2, 0.3, 0.2], dtype=torch.float64))
 
 
 def test_the_region_rule_scales_what_L_img_sends_into_the_box():

@@ -11,10 +11,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fairref.bundle import load_classifier, save_classifier
 from fairref.errors import UserError
+from fairref.judge_files import load_classifier, save_classifier
 from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
-from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3, make_divisible
+from fairref.judges.mobilenet import (
+    Classifier,
+    MobileNetConfig,
+    MobileNetV3,
+    make_divisible,
+)
 from fairref.weights_io import load_strict
 
 GOLDEN = Path(__file__).parent / "golden"

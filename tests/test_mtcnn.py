@@ -13,7 +13,7 @@ from fairref.judges.mtcnn import MTCNN, scales, square, suppress
 from fairref.weights_io import load_strict, read
 
 GOLDEN = Path(__file__).parent / "golden"
-WEIGHTS = Path(__file__).parents[1] / "weights" / "mtcnn" / "mtcnn.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "weights" / "mtcnn" / "model.safetensors"
 
 spec = importlib.util.spec_from_file_location("make_mtcnn", GOLDEN / "make_mtcnn.py")
 maker = importlib.util.module_from_spec(spec)

@@ -23,7 +23,7 @@ from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table, step
 from fairref.errors import UserError
 from fairref.fairness.attributes import parse_target
-from fairref.finetune import checkpoints, trainer
+from fairref.finetune import checkpoints, objective, trainer
 from fairref.finetune.recipes import resolve
 from fairref.finetune.trainer import (
     Setup,
@@ -31,8 +31,8 @@ from fairref.finetune.trainer import (
     learning_rate,
     new_state,
     prompt_of,
-    task_of,
     steps_of,
+    task_of,
     train,
     update,
 )
@@ -190,7 +190,8 @@ def test_at_the_start_both_models_draw_the_same_and_nothing_is_drawn_twice(bundl
     setup = make_setup(bundles[torch.float32])
     runs = []
     real = trainer.rollout
-    monkeypatch.setattr(trainer, "rollout", lambda *args: runs.append(real(*args)) or runs[-1])
+    for module in (trainer, objective):
+        monkeypatch.setattr(module, "rollout", lambda *args: runs.append(real(*args)) or runs[-1])
     text_encoder, state = new_state(setup)
     _, metrics = iteration_gradient(setup, text_encoder, list(state.adapter.parameters()), 0)
     assert len(runs) == 1 and abs(metrics["image"]) < 1e-6

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from fairref.bundle import save_classifier
 from fairref.emoji.bpe import train_bpe
+from fairref.judge_files import save_classifier
+from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
+from fairref.judges.mtcnn import MTCNN
+from fairref.judges.sfnet import SFNet, SFNetConfig
 from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
 from fairref.nets.unet import UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
@@ -50,6 +54,8 @@ CLIP_CONFIG = {
         "patch_size": 8,
     },
 }
+DINO_CONFIG = {"width": 12, "depth": 1, "heads": 2, "patch": 4, "trained_size": 16, "input_size": 16}
+FACE_SIDE = 32
 TEXT_CONFIG = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 UNET_CONFIG = {
     "_class_name": "UNet2DConditionModel",
@@ -87,14 +93,16 @@ SCHEDULER = {
 CONTRAST = 8.0  # of the first layers, so that untrained networks tell their inputs apart
 
 
-def write_tiny_bundle(folder: str | Path, **recipe) -> Path:
-    """Writes the bundle; `recipe` overrides RECIPE."""
+def write_tiny_bundle(folder: str | Path, faces: bool = False, **recipe) -> Path:
+    """Writes the bundle, with judges of faces and DINO if `faces`; `recipe` overrides RECIPE."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = _stable_diffusion(folder)
         with torch.no_grad():
             _judges(folder, vae.decode(torch.randn(64, 4, RESOLUTION // 4, RESOLUTION // 4)).clamp(-1, 1))
+        if faces:
+            _face_judges(folder)
     manifest = {
         "name": "tiny",
         "resolution": RESOLUTION,
@@ -104,6 +112,13 @@ def write_tiny_bundle(folder: str | Path, **recipe) -> Path:
         "classifiers": {"finetune": "finetune", "evaluate": "evaluate"},
         "recipe": {**RECIPE, **recipe},
     }
+    if faces:
+        manifest |= {
+            "dino": "dino",
+            "detector": "detector",
+            "embedder": "embedder",
+            "face_features": "D_F.safetensors",
+        }
     _json(folder / "bundle.json", manifest)
     _json(folder / "prompts.json", {"occupations": OCCUPATIONS})
     return folder
@@ -147,6 +162,15 @@ def _judges(folder, x):
         last.weight.data /= logits.std(0)[:, None]
         last.bias.data = -logits.mean(0) / logits.std(0)
         save_classifier(classifier, folder / name)
+
+
+def _face_judges(folder):
+    """An untrained MTCNN, which finds nothing: tests put their own detector in its place."""
+    _network(folder / "dino", DINO_CONFIG, Dino(DinoConfig(**DINO_CONFIG)), "model")
+    _network(folder / "detector", {"smallest": 12}, MTCNN(), "model")
+    config = SFNetConfig(4, (4, 4, 8, 8), features=6, side=FACE_SIDE)
+    _network(folder / "embedder", {"side": FACE_SIDE}, SFNet(config), "model")
+    save_file({"embeddings": F.normalize(torch.randn(9, 6), dim=1)}, folder / "D_F.safetensors")
 
 
 def _network(folder, config, network, file):

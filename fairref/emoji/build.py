@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fairref import cli
-from fairref.bundle import save_classifier
 from fairref.emoji import stages
 from fairref.emoji.captions import SPLITS, occupations
 from fairref.emoji.pictures import RESOLUTION, draw
 from fairref.emoji.templates import Templates
+from fairref.judge_files import save_classifier
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file

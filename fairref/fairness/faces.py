@@ -55,6 +55,17 @@ class Faces:
     boxes: Tensor  # (M, 4) square, enlarged
     landmarks: Tensor  # (M, 5, 2)
 
+    def __getitem__(self, images: Tensor) -> "Faces":
+        """Those of the images with these indices, in their order."""
+        found = self.found[images]
+        rows = (self.found.cumsum(0) - 1)[images][found]  # where each one's face is among the M
+        return Faces(found, self.boxes[rows], self.landmarks[rows])
+
+    def only(self, mask: Tensor) -> "Faces":
+        """The same images, of which those outside mask (B,) bool count as showing no face."""
+        kept = mask[self.found]
+        return Faces(self.found & mask, self.boxes[kept], self.landmarks[kept])
+
 
 def to_bytes(x: Tensor) -> Tensor:
     """Images in [-1, 1] -> uint8, rounded, without gradient."""

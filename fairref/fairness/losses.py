@@ -65,7 +65,7 @@ def dynamic_weights(
     weights = []
     for attribute, agree in agrees.items():
         agree = agree if original_face is None else agree & original_face
-        weights.append(torch.where(agree, float(lambda_1), float(lambda_2[attribute])))
+        weights.append(_either(agree, lambda_1, lambda_2[attribute]))
     weights = torch.stack(weights).amin(0)
     return weights if face is None else weights.where(face, float(lambda_1))
 
@@ -75,8 +75,15 @@ def region_factors(agrees: dict[str, Tensor], lambda_3: dict[str, float]) -> Ten
 
     `lambda_3` maps each attribute to its λ3/λ2; the smallest of those that disagree counts (METHOD.md §5).
     """
-    factors = [torch.where(agree, 1.0, float(lambda_3[attribute])) for attribute, agree in agrees.items()]
+    factors = [_either(agree, 1.0, lambda_3[attribute]) for attribute, agree in agrees.items()]
     return torch.stack(factors).amin(0)
+
+
+def _either(mask, yes, no):
+    """float64, in which no constant is rounded."""
+    return torch.where(
+        mask, *(torch.tensor(float(v), dtype=torch.float64, device=mask.device) for v in (yes, no))
+    )
 
 
 def face_loss(embeddings: Tensor, references: Tensor, N: int) -> Tensor:
@@ -112,9 +119,10 @@ def face_references(
 
 
 def total_loss(align: Tensor, image: Tensor, weights: Tensor, face: Tensor | None = None) -> Tensor:
-    """L = L_align + λ_img L_img + λ_face L_face: values (n,) each -> the sum over this process's images.
+    """L = L_align + λ_img L_img + λ_face L_face -> the sum over this process's images.
 
-    `weights` (n,) are the images' λ_img; `face` (m,), already times λ_face, has a value for each face it judged.
+    `image` (n,), and `weights` (n,) the images' λ_img; `align` and `face`, already times λ_face, have a value for
+    each face they judged.
     """
-    loss = (align + weights * image).sum()
+    loss = align.sum() + (weights * image).sum()
     return loss if face is None else loss + face.sum()

@@ -9,6 +9,7 @@ from fairref.errors import UserError
 CHOICES = {
     "end": ("zero", "sigma_min"),
     "standardise": ("paper", "solver", "none"),
+    "face_reference": ("original", "nearest"),
     "evaluate": ("both", "ema", "raw", "none"),
 }
 
@@ -40,6 +41,13 @@ class Recipe:
     C: float = setting(0.8, "images with a target less certain than this have no L_align (eq 6)")
     lambda_img: float = setting(8.0, "lambda_img,1: weight of L_img (eq 7) where target and original agree")
     lambda_2: float = setting(0.2, "lambda_2 / lambda_1: share of that weight where they disagree")
+    lambda_3: float = setting(0.2, "lambda_3 / lambda_2: the same inside the face, where they disagree")
+    lambda_face: float = setting(1.0, "weight of L_face; 0: none")
+    face_reference: str = setting(
+        "original",
+        "whom L_face makes a face like where target and original surely agree: original, or nearest of the external"
+        " faces as everywhere else",
+    )
     rank: int = setting(50, "rank of the LoRA matrices")
     lr: float = setting(5e-5, "AdamW's learning rate")
     lr_end: float = setting(1.0, "share of lr at the last iteration, reached along a cosine; 1 is constant")
@@ -94,7 +102,7 @@ class Recipe:
         for name in at_least_1:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("C", "lambda_2", "lr_end", "beta_1", "beta_2", "ema"):
+        for name in ("C", "lambda_2", "lambda_3", "lr_end", "beta_1", "beta_2", "ema"):
             if getattr(self, name) > 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most 1.")
         if self.steps_max < self.steps_min:
@@ -107,7 +115,14 @@ class Recipe:
 
 
 # What METHOD.md §6 gives for other attributes than gender; skin tone stands where the source has race.
-RACE = {"batch": 32, "lambda_img": 6.0, "lambda_2": 0.6, "iterations": 12_000}
+RACE = {
+    "batch": 32,
+    "lambda_img": 6.0,
+    "lambda_2": 0.6,
+    "lambda_3": 0.3,
+    "lambda_face": 0.1,
+    "iterations": 12_000,
+}
 BY_ATTRIBUTE = {"gender": {}, "race": RACE, "skin_tone": RACE}
 
 

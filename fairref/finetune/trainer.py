@@ -4,7 +4,6 @@ N images of one prompt over all processes, n of them here, K classes, S sampling
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,59 +12,28 @@ from torch import Tensor, nn
 
 from fairref.diffusion.gradient import adjusted_gradient, step_weights, subsample
 from fairref.diffusion.solver import solver_table
-from fairref.errors import UserError
-from fairref.fairness.attributes import Attribute
-from fairref.fairness.losses import agreement, align_loss, dynamic_weights, image_loss, total_loss
 from fairref.fairness.metrics import bias, class_counts
-from fairref.fairness.transport import OT, expected_ot
+from fairref.fairness.transport import expected_ot
 from fairref.finetune import checkpoints
 from fairref.finetune.adapters import FILE, adapt, save_adapter
 from fairref.finetune.checkpoints import State
-from fairref.finetune.distributed import Processes
+from fairref.finetune.objective import (
+    SUMS,
+    Pictures,
+    Setup,
+    classify,
+    look,
+    picture_gradient,
+    spread,
+)
 from fairref.finetune.recipes import Recipe
-from fairref.finetune.rollout import decode, embed, first_noise, rollout
+from fairref.finetune.rollout import embed, first_noise, rollout
 from fairref.progress import Progress
 
 RAW_FILE = "adapter_raw.safetensors"
 # what a draw is for: the order of prompts, S, the steps of the gradient, the order of prompts that name a class
 ORDER, STEPS, GRAD_STEPS, NAMED = 1, 2, 3, 4
 RUNNING = 20  # iterations that the shown bias is a mean of
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What stays the same in a run."""
-
-    bundle: object  # fairref.bundle.Bundle with clip and classifiers["finetune"]
-    recipe: Recipe
-    attribute: Attribute  # what is made fair, and its target
-    prompts: tuple[str, ...]  # P of finetuning, all neutral
-    processes: Processes = Processes()
-    named: tuple[tuple[str, int], ...] = ()  # prompts that name a class, and its index
-
-    def __post_init__(self):
-        for found, what in (
-            (self.bundle.classifiers.get("finetune"), "classifier for finetuning"),
-            (self.bundle.clip, "CLIP image tower"),
-        ):
-            if found is None:
-                raise UserError(
-                    f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one."
-                )
-        if self.recipe.batch < self.processes.world:
-            raise UserError(
-                f"--batch is {self.recipe.batch} for {self.processes.world} processes; give each an image."
-            )
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The n pictures of this process in one iteration, and what is held against them."""
-
-    z_0: Tensor  # (n, 4, h, w)
-    x: Tensor  # (n, 3, H, W) decoded from z_0
-    o: Tensor  # (n, 3, H, W) the frozen model's, same noise and S
-    original: Tensor  # (n,) class of o
 
 
 def task_of(setup: Setup, iteration: int) -> tuple[str, tuple[float, ...], bool]:
@@ -124,12 +92,12 @@ def iteration_gradient(
 
     path = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)
     pictures = look(setup, table, z_T, path, prompt, torch.cat([c, c_empty]))
-    with torch.no_grad():
-        logits = processes.gather(_classify(setup, pictures.x), recipe.batch)  # (N, K)
+    logits, found = all_logits(setup, pictures)
     if not torch.isfinite(logits).all():
         return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": prompt, "S": S}
-    ot = expected_ot(logits, target)
-    g, sums = picture_gradient(setup, pictures, ot)  # (n, 4, h, w)
+    ot = expected_ot(logits, target, found)
+    rows = processes.part(recipe.batch)
+    g, sums = picture_gradient(setup, pictures, ot.q[rows.start : rows.stop])  # (n, 4, h, w)
 
     w = step_weights(bundle.schedule, table, recipe.standardise)
     if 0 < recipe.grad_steps < S:
@@ -138,83 +106,28 @@ def iteration_gradient(
     dc, dc_empty = adjusted_gradient(bundle.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
     gradient = torch.autograd.grad(both, parameters, torch.cat([dc, dc_empty]).to(both.dtype))
     *gradient, sums = processes.total([*gradient, sums])
-    return gradient, {"prompt": prompt, "S": S, **_metrics(recipe, ot, logits, sums, named)}
+    return gradient, {"prompt": prompt, "S": S, **_metrics(setup, ot.cost, logits[found], sums, named)}
 
 
-def look(setup: Setup, table, z_T: Tensor, path: list, prompt: str, adapted: Tensor) -> Pictures:
-    """The pictures at the end of the path, and the frozen model's; `adapted` (2, T, d) is [c, c_empty]."""
-    bundle, recipe = setup.bundle, setup.recipe
+def all_logits(setup: Setup, pictures: Pictures) -> tuple[Tensor, Tensor]:
+    """What the classifier says of all N pictures, (N, K) and zero without a face, and which show one (N,)."""
+    N, faces = setup.recipe.batch, pictures.faces
+    found = torch.ones(len(pictures.x), device=pictures.x.device) if faces is None else faces.found
     with torch.no_grad():
-        z_0 = path[-1].z
-        x = _in_parts(setup, lambda part: decode(bundle, part), z_0)
-        frozen = embed(bundle, bundle.text_encoder, [prompt, ""])
-        if torch.equal(frozen, adapted):  # an adapter at its start: the two models draw the same
-            o = x
-        else:
-            c, c_empty = frozen.split(1)
-            z_o = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)[-1].z
-            o = _in_parts(setup, lambda part: decode(bundle, part), z_o)
-        return Pictures(z_0, x, o, _classify(setup, o).argmax(1))
+        logits = spread(classify(setup, pictures.x, faces), None if faces is None else found)
+    return setup.processes.gather(logits, N), setup.processes.gather(found.float(), N) > 0
 
 
-def picture_gradient(setup: Setup, pictures: Pictures, ot: OT) -> tuple[Tensor, Tensor]:
-    """g = dL/dz_0 (n, 4, h, w) of L = L_align + lambda_img L_img, and sums (4,) over this process's images.
-
-    The sums: L, L_align, L_img, each already divided by N, and the number of images with a confident target.
-    """
-    n, recipe = len(pictures.x), setup.recipe
-    rows = setup.processes.part(recipe.batch)
-    q = ot.q[rows.start : rows.stop].to(pictures.x.device)  # (n, K)
-    g, sums = torch.zeros_like(pictures.z_0), pictures.x.new_zeros(4, dtype=torch.float64)
-    for part in torch.arange(n).split(recipe.micro_batch or max(n, 1)):
-        x = pictures.x[part].requires_grad_(True)
-        loss, values = loss_of(setup, x, pictures.o[part], pictures.original[part], q[part])
-        (dx,) = torch.autograd.grad(loss, x)
-        z_0 = pictures.z_0[part].requires_grad_(True)
-        (g[part],) = torch.autograd.grad(decode(setup.bundle, z_0), z_0, dx)
-        sums += values
-    return g, sums
-
-
-def loss_of(setup: Setup, x: Tensor, o: Tensor, original: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, summed, of images x with originals o and target rows q (m, K), and the four sums."""
-    recipe, name = setup.recipe, setup.attribute.name
-    align, confident = align_loss(_classify(setup, x), q, recipe.C, recipe.batch)  # (m,) each
-    image = image_loss(x, o, [setup.bundle.clip.encode_image], recipe.batch)  # (m,)
-    agrees = agreement(q.argmax(1), confident, original)
-    weights = dynamic_weights({name: agrees}, recipe.lambda_img, {name: recipe.lambda_img * recipe.lambda_2})
-    loss = total_loss(align, image, weights.to(image))
-    parts = [loss, align.sum(), image.sum(), confident.sum()]
-    return loss, torch.stack([part.detach().double() for part in parts])
-
-
-def _classify(setup, x):
-    """Logits (n, K) of the attribute, in at least float32."""
-    classifier = setup.bundle.classifiers["finetune"]
-    logits = _in_parts(setup, lambda part: classifier(part)[setup.attribute.name], x)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _in_parts(setup, function, rows):
-    """function(rows), at most micro_batch rows at once."""
-    size = setup.recipe.micro_batch
-    return (
-        torch.cat([function(part) for part in rows.split(size)]) if 0 < size < len(rows) else function(rows)
-    )
-
-
-def _metrics(recipe, ot, logits, sums, named):
-    loss, align, image, confident = sums.tolist()
+def _metrics(setup, cost, logits, sums, named):
+    sums = dict(zip(SUMS, sums.tolist()))
+    sums["confident"] /= setup.recipe.batch
+    sums["faces"] /= setup.recipe.batch
+    for name, there in (("face", setup.judges_faces), ("faces", setup.bundle.detector is not None)):
+        if not there:
+            del sums[name]
     counts = class_counts(logits.argmax(1), logits.shape[1])
-    return {
-        "loss": loss,
-        "align": align,
-        "image": image,
-        "confident": confident / recipe.batch,
-        "cost": ot.cost,
-        "counts": counts.tolist(),
-        **({} if named else {"bias": float(bias(counts))}),
-    }
+    shares = {} if named or not len(logits) else {"bias": float(bias(counts))}
+    return {**sums, "cost": cost, "counts": counts.tolist(), **shares}
 
 
 def new_state(setup: Setup) -> tuple[nn.Module, State]:
@@ -294,6 +207,8 @@ def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Pat
 
 
 def _note(found, recent, skipped):
-    parts = [f"{name} {found[name]:.3f}" for name in ("align", "image", "cost") if name in found]
+    parts = [
+        f"{name} {found[name]:.3f}" for name in ("align", "image", "face", "cost", "faces") if name in found
+    ]
     parts += [f"bias {np.mean(recent):.2f}"] if recent else []
     return "  ".join(parts + ([f"skipped {skipped}"] if skipped else []))

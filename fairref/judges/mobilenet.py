@@ -45,6 +45,7 @@ SMALL = (
     (5, 576, 96, True, "hardswish", 1),
 )
 BLOCKS = {"large": LARGE, "small": SMALL}
+PIXELS = ("imagenet", "plain")
 STEM_CHANNELS = 16
 HEAD_CHANNELS = {"large": 1280, "small": 1024}  # of the hidden layer of the head
 LAST_EXPANSION = 6  # the last 1x1 convolution widens the last block's output by this
@@ -61,10 +62,13 @@ class MobileNetConfig:
     num_logits: int = 1000  # outputs of the last layer
     input_size: int = 224  # side in pixels to which a Classifier resizes its pictures
     dropout: float = 0.2  # between the two layers of the head, in train mode only
+    pixels: str = "imagenet"  # what a Classifier shows: "imagenet" mean and std, or "plain", [-1, 1]
 
     def __post_init__(self):
         if self.kind not in BLOCKS:
             raise UserError(f'MobileNet option "kind" is {self.kind!r}; choose one of {", ".join(BLOCKS)}.')
+        if self.pixels not in PIXELS:
+            raise UserError(f'MobileNet option "pixels" is {self.pixels!r}; choose one of {", ".join(PIXELS)}.')
         if not self.width > 0 or self.num_logits < 1 or self.input_size < 1 or not 0 <= self.dropout < 1:
             raise UserError(
                 f"MobileNet options are {asdict(self)}; width, num_logits and input_size must be positive"
@@ -176,26 +180,45 @@ class MobileNetV3(nn.Module):
 class Classifier(nn.Module):
     """h of METHOD.md: pictures x (B, 3, H, W) in [-1, 1] -> {attribute: logits (B, K)}, differentiable.
 
-    `attributes` maps a name to its class names; the network's M = sum of all K logits lie in that order.
-    Made in train mode like any module; `bundle.load_classifier` gives it in eval mode.
+    `attributes` maps a name to its class names, `logits` to the places of their logits among the network's M;
+    without it they lie side by side in that order and are all there are.
+    Made in train mode like any module; `judge_files.load_classifier` gives it in eval mode.
     """
 
-    def __init__(self, network: MobileNetV3, attributes: dict[str, tuple[str, ...]]):
+    def __init__(
+        self,
+        network: MobileNetV3,
+        attributes: dict[str, tuple[str, ...]],
+        logits: dict[str, tuple[int, ...]] | None = None,
+    ):
         super().__init__()
         self.network = network
         self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
-        total = sum(len(classes) for classes in self.attributes.values())
-        if total != network.config.num_logits:
-            raise UserError(
-                f"A classifier's attributes have {total} classes in all but its network has"
-                f" {network.config.num_logits} logits; the two must be equal."
-            )
+        self.logits = {name: tuple(places) for name, places in logits.items()} if logits else None
+        self._check(network.config.num_logits)
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        if network.config.pixels == "plain":
+            mean, std = torch.full((3,), 0.5), torch.full((3,), 0.5)
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
+    def _check(self, M):
+        total = sum(len(classes) for classes in self.attributes.values())
+        if self.logits is None and total != M:
+            raise UserError(
+                f"A classifier's attributes have {total} classes in all but its network has {M} logits; the two"
+                " must be equal, or its config say which logits are meant."
+            )
+        for name, classes in self.attributes.items() if self.logits is not None else ():
+            places = self.logits.get(name, ())
+            if len(places) != len(classes) or not all(type(i) is int and 0 <= i < M for i in places):
+                raise UserError(
+                    f"A classifier's logits of {name!r} are {list(places)}; expected {len(classes)} places"
+                    f" from 0 to {M - 1}."
+                )
+
     def preprocess(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), ImageNet-normalised."""
+        """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), normalised as the network knows pixels."""
         size = (self.network.config.input_size,) * 2
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
@@ -203,5 +226,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         logits = self.network(self.preprocess(x))  # (B, M)
+        if self.logits is not None:
+            return {name: logits[:, list(self.logits[name])] for name in self.attributes}
         parts = logits.split([len(classes) for classes in self.attributes.values()], dim=1)
         return dict(zip(self.attributes, parts))  # each (B, K)

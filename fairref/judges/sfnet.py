@@ -87,11 +87,6 @@ def embed_faces(network: nn.Module, x: Tensor) -> Tensor:
     return F.normalize(network(x) + network(x.flip(3)), dim=1)
 
 
-def checkpoint_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors without the `module.` that data-parallel training puts before every name."""
-    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-
-
 def config_of(tensors: dict[str, Tensor], side: int = SIDE) -> SFNetConfig:
     """The shape that a checkpoint's tensors have. Raises UserError."""
     older = "layer1.0.conv.weight" in tensors

@@ -1,4 +1,4 @@
-"""Makes tests/golden/mtcnn.safetensors and weights/mtcnn/mtcnn.safetensors from facenet-pytorch.
+"""Makes tests/golden/mtcnn.safetensors and weights/mtcnn/model.safetensors from facenet-pytorch.
 
 Run it where facenet-pytorch, scikit-image and matplotlib are installed; nothing of fairref is used.
 For each photograph of `photographs`: boxes (M, 4), probability (M,) and landmarks (M, 5, 2), most probable first.
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 FILE = Path(__file__).with_name("mtcnn.safetensors")
-WEIGHTS = Path(__file__).parents[2] / "weights" / "mtcnn" / "mtcnn.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "weights" / "mtcnn" / "model.safetensors"
 
 
 def turned(image, degrees):
