@@ -35,7 +35,7 @@ ROWS = (
     ("fairref.run",),
     ("fairref.verify",),
     ("fairref.checks",),
-    ("fairref.evaluate", "fairref.study", "fairref.train_classifier"),
+    ("fairref.evaluate", "fairref.study", "fairref.train_classifier", "fairref.face_features"),
     ("fairref.generate",),
     ("fairref.emoji",),
     ("fairref.finetune",),
