@@ -25,6 +25,7 @@ Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safet
 used where they stand beside it, and else the shapes are SD-1.5's.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fairref import cli
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
 from fairref.judge_files import (
@@ -318,3 +320,14 @@ def _check_classes(classifiers, attributes, path):
                 raise UserError(
                     f"{path}: classes of {name!r} are {classes}; expected {known} as in the {key} classifier."
                 )
+
+
+def main(argv=None) -> int:
+    """python -m fairref.bundle check WEIGHTS."""
+    from fairref import inventory  # it stands on this file
+
+    return inventory.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -178,14 +178,15 @@ def load_embedder(folder: str | Path) -> SFNet:
     return _loaded(SFNet(config), tensors, source)
 
 
-def load_face_features(path: str | Path, width: int) -> Tensor:
-    """D_F (R, D): the unit embeddings of external real faces, D = `width` of the embedder. Raises UserError."""
+def load_face_features(path: str | Path, width: int | None = None) -> Tensor:
+    """D_F (R, D): the unit embeddings of external real faces, D = `width` of the embedder (None: any). Raises UserError."""
     tensors = read(path)
     found = tensors.get(FACE_FEATURES)
-    if set(tensors) != {FACE_FEATURES} or found.dim() != 2 or found.shape[1] != width or not len(found):
+    fits = found is not None and found.dim() == 2 and len(found) and width in (None, found.shape[1])
+    if set(tensors) != {FACE_FEATURES} or not fits:
         shape = "none" if found is None else list(found.shape)
         raise UserError(
-            f"{path}: {FACE_FEATURES} is {shape}; expected one tensor of (faces, {width}), as python -m"
+            f"{path}: {FACE_FEATURES} is {shape}; expected one tensor of (faces, {width or 'D'}), as python -m"
             " fairref.face_features writes it with this embedder."
         )
     return found

@@ -39,6 +39,7 @@ ROWS = (
     ("fairref.generate",),
     ("fairref.emoji",),
     ("fairref.finetune",),
+    ("fairref.inventory",),
     ("fairref.bundle",),
     ("fairref.judge_files",),  # a judge's folder or file -> a ready judge
     ("fairref.fairness",),
@@ -61,6 +62,7 @@ RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 # Imports inside functions that go up, each with its reason.
 UPWARD = {
     ("fairref", "fairref.bundle"): "load_bundle is offered by `import fairref`, which must not import torch",
+    ("fairref.bundle", "fairref.inventory"): "only where it is started as python -m fairref.bundle",
     ("fairref.bundle", "fairref.emoji.templates"): "only a bundle of the small world has that judge",
 }
 # DESIGN.md: who knows what. Each file of the room must not import, anywhere, what is named.
