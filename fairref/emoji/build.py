@@ -24,19 +24,19 @@ from fairref.judge_files import save_classifier
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 200,
+    "iterations": 300,
     "group": 2,
     "lr": 3e-3,
-    "lr_end": 0.1,
+    "lr_end": 0.2,
     "warmup": 5,
-    "ema": 0.96,
+    "ema": 0.97,
     "steps_min": 6,
     "steps_max": 7,
     "guidance": 2.5,
     "eval_steps": 12,
     "checkpoint_every": 20,
     "clip": 0.02,
-    "lambda_img": 1.0,
+    "lambda_img": 0.5,
     "named_every": 3,
 }
 SCHEDULER = {
