@@ -10,24 +10,25 @@ finetuning has seen, and the nearest-template judge, through which no gradient c
 import json
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairref import cli
 from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.fairness.attributes import Attribute, parse_target
-from fairref.fairness.metrics import bias, class_counts, mean_cosine, noise_floor
+from fairref.fairness.metrics import BLEND, bias, blends, class_counts, mean_cosine, noise_floor
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.checkpoints import write_json
 from fairref.finetune.distributed import Processes
+from fairref.finetune.objective import Setup, classify, faces_of
 from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import first_noise
-from fairref.finetune.trainer import Setup
 from fairref.generate import GROUP, draw, grid, save_png
 from fairref.progress import Progress
 from fairref.prompts import PARTS, Occupations, occupation_prompt, read_occupations
@@ -62,8 +63,10 @@ class Seen:
     """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
 
     counts: dict[str, np.ndarray]  # judge -> (K,) images of each class
-    none: int  # images far from every template, or a blend of genders
-    features: Tensor | None  # (n, D) CLIP image features, unit norm
+    none: int = 0  # images far from every template, or a blend of genders
+    faceless: int = 0  # images without a face, which the classifier leaves out where faces count
+    blended: int = 0  # images whose largest class probability is low
+    features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
 
 
 def pictures(how: How, text_encoder: nn.Module, prompt: str, n: int) -> Tensor:
@@ -78,18 +81,22 @@ def pictures(how: How, text_encoder: nn.Module, prompt: str, n: int) -> Tensor:
 
 
 def judge(how: How, x: Tensor) -> Seen:
-    """Both judges and CLIP on pictures of one prompt."""
-    name, K = how.attribute.name, len(how.attribute.classes)
-    counts, none, features = {}, 0, None
+    """Both judges, CLIP and DINO on pictures of one prompt."""
+    bundle, name, K = how.bundle, how.attribute.name, len(how.attribute.classes)
+    counts, none, features = {}, 0, {}
     with torch.no_grad():
-        counts["classifier"] = class_counts(how.bundle.classifiers["evaluate"](x)[name].argmax(1), K)
-        if how.bundle.templates is not None:
-            found = how.bundle.templates(x)
+        faces = faces_of(bundle, x)
+        logits = classify(bundle.classifiers["evaluate"], name, x, faces)
+        counts["classifier"] = class_counts(logits.argmax(1), K)
+        if bundle.templates is not None:
+            found = bundle.templates(x)
             counts["templates"] = class_counts(found[name][found[f"{name}_known"]], K)
             none = int(found["none"].sum())
-        if how.bundle.clip is not None:
-            features = how.bundle.clip.encode_image(x)
-    return Seen(counts, none, features)
+        if bundle.clip is not None:
+            features["clip"] = bundle.clip.encode_image(x)
+        if bundle.dino is not None:
+            features["dino"] = F.normalize(bundle.dino(x), dim=1)
+    return Seen(counts, none, len(x) - len(logits), blends(logits), features)
 
 
 def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label: str) -> list[Seen]:
@@ -104,18 +111,23 @@ def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label
     if processes.world == 1:
         return seen
     judges = [j for j in JUDGES if j == "classifier" or how.bundle.templates is not None]
-    numbers = torch.zeros(len(mine), K * len(judges) + 1, dtype=torch.float64)
+    numbers = torch.zeros(len(mine), K * len(judges) + 3, dtype=torch.float64)
     for row, s in zip(numbers, seen):
-        row[:] = torch.tensor([*np.concatenate([s.counts[j] for j in judges]), s.none])
+        row[:] = torch.tensor([*np.concatenate([s.counts[j] for j in judges]), s.none, s.faceless, s.blended])
     numbers = processes.gather(numbers, len(prompts)).long().numpy()
-    features = [None] * len(prompts)
-    if how.bundle.clip is not None:
-        D = how.bundle.clip.config.projection_dim
-        here = torch.stack([s.features.float() for s in seen]) if seen else torch.zeros(0, n, D)
-        features = processes.gather(here, len(prompts))
+    widths = {} if how.bundle.clip is None else {"clip": how.bundle.clip.config.projection_dim}
+    widths |= {} if how.bundle.dino is None else {"dino": how.bundle.dino.config.width}
+    features = {}
+    for name, D in widths.items():
+        here = torch.stack([s.features[name].float() for s in seen]) if seen else torch.zeros(0, n, D)
+        features[name] = processes.gather(here, len(prompts))  # (P, n, D)
     return [
-        Seen({j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)}, int(row[-1]), f)
-        for row, f in zip(numbers, features)
+        Seen(
+            {j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)},
+            *map(int, row[-3:]),
+            {name: rows[p] for name, rows in features.items()},
+        )
+        for p, row in enumerate(numbers)
     ]
 
 
@@ -141,6 +153,8 @@ def bias_report(seen: list[Seen], names: list[str], classes: tuple[str, ...], n:
         }
     if "templates" in report["judges"]:
         report["none"] = sum(s.none for s in seen) / (n * len(seen))
+    report["faceless"] = sum(s.faceless for s in seen) / (n * len(seen))
+    report["blended"] = sum(s.blended for s in seen) / max(n * len(seen) - sum(s.faceless for s in seen), 1)
     return report
 
 
@@ -149,20 +163,23 @@ def clip_t(how: How, seen: list[Seen], prompts: list[str]) -> dict | None:
     if how.bundle.clip is None or len(prompts) < 2:
         return None
     with torch.no_grad():
-        ids = how.bundle.clip_tokenizer(prompts).to(seen[0].features.device)
+        ids = how.bundle.clip_tokenizer(prompts).to(seen[0].features["clip"].device)
         texts = how.bundle.clip.encode_text(ids)  # (P, D)
     # all are of unit norm, so the mean cosine with a text is the product with the mean feature
-    cosines = torch.stack([s.features.mean(0) for s in seen]) @ texts.T  # (P, P)
+    cosines = torch.stack([s.features["clip"].mean(0) for s in seen]) @ texts.T  # (P, P)
     P = len(prompts)
     matched = cosines.diagonal().mean()
     return {"matched": float(matched), "shuffled": float((cosines.sum() - cosines.trace()) / (P * (P - 1)))}
 
 
-def clip_i(seen: list[Seen], originals: list[Seen]) -> float | None:
-    """CLIP-I: mean cosine of images with the original model's from the same noise."""
-    if seen[0].features is None:
-        return None
-    return float(np.mean([mean_cosine(s.features, o.features) for s, o in zip(seen, originals)]))
+def likeness(seen: list[Seen], originals: list[Seen]) -> dict[str, float]:
+    """CLIP-I and DINO: mean cosine of images with the original model's from the same noise."""
+    pairs = [(s.features, o.features) for s, o in zip(seen, originals)]
+    return {
+        name: float(np.mean([mean_cosine(s[feature], o[feature]) for s, o in pairs]))
+        for name, feature in (("clip_i", "clip"), ("dino", "dino"))
+        if feature in pairs[0][0]
+    }
 
 
 def obedience(
@@ -227,12 +244,16 @@ def lines(report: dict) -> list[str]:
     ]
     if report.get("none") is not None:
         text.append(f"none for the template judge: {report['none']:.1%}")
+    if report["faceless"]:
+        text.append(f"without a face: {report['faceless']:.1%}")
+    text.append(f"largest class probability below {BLEND}: {report['blended']:.1%}")
     if report["clip_t"]:
         text.append(
             f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}"
         )
-    if report.get("clip_i") is not None:
-        text.append(f"CLIP-I with the original images: {report['clip_i']:.4f}")
+    for key, what in (("clip_i", "CLIP-I"), ("dino", "DINO")):
+        if key in report:
+            text.append(f"{what} with the original images: {report[key]:.4f}")
     if "named" in report:
         shares = [f"{report['named'][j]:.1%} ({j})" for j in JUDGES if j in report["named"]]
         text.append(f"named classes drawn as asked: {', '.join(shares)}")
@@ -254,7 +275,7 @@ def before_after(setup: Setup, adapters: dict[str, Path], world: Occupations, fo
             named = NAMED_IMAGES if part == "test" else 0
             report, seen = evaluate(how, text_encoder, world, part, n, label, named)
             originals.setdefault(part, seen)
-            report["clip_i"] = None if label == "before" else clip_i(seen, originals[part])
+            report |= {} if label == "before" else likeness(seen, originals[part])
             results.setdefault(label, {})[part] = report
             if setup.processes.first:
                 print("\n  ".join([f"{label}:", *lines(report)]))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_bundle import OCCUPATIONS, write_tiny_bundle
 
 from fairref import evaluate
@@ -15,15 +16,16 @@ from fairref.evaluate import (
     How,
     Seen,
     bias_report,
-    clip_i,
     clip_t,
     judge,
+    likeness,
     lines,
     look_at,
     obedience,
     pictures,
 )
 from fairref.fairness.attributes import parse_target
+from fairref.fairness.faces import Found
 from fairref.prompts import Occupations, occupation_prompt, read_occupations
 
 PROMPTS = [occupation_prompt(name) for name in OCCUPATIONS["train"]]
@@ -36,7 +38,7 @@ def how(tmp_path_factory):
 
 
 def seen_of(*counts, none=0):
-    return [Seen({"classifier": np.array(c), "templates": np.array(c[::-1])}, none, None) for c in counts]
+    return [Seen({"classifier": np.array(c), "templates": np.array(c[::-1])}, none) for c in counts]
 
 
 def test_bias_report():
@@ -84,7 +86,13 @@ def test_judges_count_classes_and_leave_out_none(how):
             "none": torch.tensor([True, False, False, False, True, False]),
         }
 
-    bundle = SimpleNamespace(classifiers=how.bundle.classifiers, clip=how.bundle.clip, templates=templates)
+    bundle = SimpleNamespace(
+        classifiers=how.bundle.classifiers,
+        clip=how.bundle.clip,
+        templates=templates,
+        detector=None,
+        dino=None,
+    )
     seen = judge(SimpleNamespace(bundle=bundle, attribute=how.attribute), x)
     assert seen.counts["classifier"].tolist() == wanted
     assert seen.counts["templates"].tolist() == [1, 3] and seen.none == 2
@@ -108,7 +116,7 @@ def test_clip_t_matched_and_shuffled(how):
     texts = how.bundle.clip.encode_text(how.bundle.clip_tokenizer(PROMPTS))
     matched, shuffled = [], []
     for p, s in enumerate(seen):
-        for image in s.features:
+        for image in s.features["clip"]:
             matched.append(float(image @ texts[p]))
             shuffled += [float(image @ texts[k]) for k in range(len(PROMPTS)) if k != p]
     assert found == {
@@ -116,8 +124,37 @@ def test_clip_t_matched_and_shuffled(how):
         "shuffled": pytest.approx(np.mean(shuffled), rel=1e-4),
     }
     assert found["matched"] != pytest.approx(found["shuffled"], rel=1e-4)
-    assert clip_i(seen, seen) == pytest.approx(1)
-    assert clip_i(seen, seen[::-1]) < 0.9999
+    assert likeness(seen, seen) == {"clip_i": pytest.approx(1)}
+    assert likeness(seen, seen[::-1])["clip_i"] < 0.9999
+
+
+def test_with_a_detector_the_classifier_sees_the_faces(tmp_path):
+    """And pictures without one are left out and counted; DINO stands beside CLIP."""
+    bundle = load_bundle(write_tiny_bundle(tmp_path, faces=True))
+    seen = []
+
+    def detector(x):
+        seen.append(x)
+        box = Found(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), torch.zeros(1, 5, 2))
+        return [box if i % 3 else Found(torch.zeros(0, 4), torch.zeros(0, 5, 2)) for i in range(len(x))]
+
+    how = How(replace(bundle, detector=detector), parse_target("gender", bundle.attributes), 2, 2.0)
+    x = pictures(how, bundle.text_encoder, PROMPTS[0], 7)
+    found = judge(how, x)
+    assert seen[0].dtype == torch.uint8 and found.faceless == 3
+    cut = F.interpolate(x[[1, 2, 4, 5]][:, :, :24, :24], (32, 32), mode="bilinear", antialias=True)
+    logits = bundle.classifiers["evaluate"](cut)["gender"]
+    wanted = torch.bincount(logits.argmax(1), minlength=2)
+    assert found.counts["classifier"].tolist() == wanted.tolist()
+    assert found.blended == int((logits.softmax(1).amax(1) < 0.8).sum())
+    dino = bundle.dino(x)
+    torch.testing.assert_close(found.features["dino"], dino / dino.norm(dim=1, keepdim=True))
+
+    report = bias_report([found, found], ["a", "b"], how.attribute.classes, 7)
+    assert report["faceless"] == pytest.approx(3 / 7) and report["blended"] == found.blended / 4
+    assert set(likeness([found], [found])) == {"clip_i", "dino"}
+    text = lines({**report, "attribute": "gender", "occupations": "test", "clip_t": None, "dino": 0.5})
+    assert "without a face: 42.9%" in text and "DINO with the original images: 0.5000" in text
 
 
 def test_obedience(how, monkeypatch):
@@ -126,10 +163,7 @@ def test_obedience(how, monkeypatch):
 
     def drawn(how, text_encoder, prompts, n, label):
         asked.extend(prompts)
-        return [
-            Seen({"classifier": np.array([4, 0] if "woman" in prompt else [2, 2])}, 0, None)
-            for prompt in prompts
-        ]
+        return [Seen({"classifier": np.array([4, 0] if "woman" in prompt else [2, 2])}) for prompt in prompts]
 
     monkeypatch.setattr(evaluate, "look_at", drawn)
     world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairref.fairness.metrics import bias, blend_share, class_counts, mean_cosine, noise_floor
+from fairref.fairness.metrics import bias, blends, class_counts, mean_cosine, noise_floor
 
 
 def literal_bias(freq):
@@ -78,6 +78,6 @@ def test_mean_cosine_with_one_and_with_many():
     assert mean_cosine(a, -a) == pytest.approx(-1)
 
 
-def test_blend_share_counts_images_below_four_fifths():
+def test_blends_are_images_below_four_fifths():
     p = torch.tensor([[0.79, 0.21], [0.81, 0.19], [0.1, 0.9], [0.5, 0.5]])
-    assert blend_share(p.log()) == 0.5
+    assert blends(p.log()) == 2

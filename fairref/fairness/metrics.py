@@ -54,6 +54,6 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a, b, dim=1).mean().item()
 
 
-def blend_share(logits: Tensor) -> float:
-    """The share of images (n, K) whose largest class probability is below 0.8 -> float."""
-    return (logits.softmax(1).amax(1) < BLEND).float().mean().item()
+def blends(logits: Tensor) -> int:
+    """How many images (n, K) have no class of probability 0.8 or more."""
+    return int((logits.softmax(1).amax(1) < BLEND).sum())

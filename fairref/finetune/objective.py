@@ -24,6 +24,7 @@ from fairref.fairness.faces import (
 from fairref.finetune.distributed import Processes
 from fairref.finetune.recipes import Recipe
 from fairref.finetune.rollout import decode, embed, rollout
+from fairref.judges.mobilenet import Classifier
 from fairref.judges.sfnet import embed_faces
 
 SURE = 0.9  # probability of the original's class from which its own face may be the reference of L_face
@@ -60,6 +61,11 @@ class Setup:
         """What L_img compares pictures by: CLIP, and DINO where the bundle has it."""
         return [f for f in (self.bundle.clip.encode_image, self.bundle.dino) if f is not None]
 
+    def classify(self, x: Tensor, faces: Faces | None) -> Tensor:
+        """Logits of the attribute by the classifier for finetuning: `classify`."""
+        classifier = self.bundle.classifiers["finetune"]
+        return classify(classifier, self.attribute.name, x, faces, self.recipe.micro_batch)
+
     @property
     def judges_faces(self) -> bool:
         """Whether there is an L_face."""
@@ -89,16 +95,16 @@ def look(setup: Setup, table, z_T: Tensor, path: list, prompt: str, adapted: Ten
     bundle, recipe = setup.bundle, setup.recipe
     with torch.no_grad():
         z_0 = path[-1].z
-        x = in_parts(setup, lambda part: decode(bundle, part), z_0)
+        x = in_parts(lambda part: decode(bundle, part), z_0, recipe.micro_batch)
         frozen = embed(bundle, bundle.text_encoder, [prompt, ""])
         if torch.equal(frozen, adapted):  # an adapter at its start: the two models draw the same
             o = x
         else:
             c, c_empty = frozen.split(1)
             z_o = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)[-1].z
-            o = in_parts(setup, lambda part: decode(bundle, part), z_o)
-        faces, o_faces = faces_of(setup, x), faces_of(setup, o)
-        o_p, o_class = classify(setup, o, o_faces).softmax(1).max(1)
+            o = in_parts(lambda part: decode(bundle, part), z_o, recipe.micro_batch)
+        faces, o_faces = faces_of(bundle, x), faces_of(bundle, o)
+        o_p, o_class = setup.classify(o, o_faces).softmax(1).max(1)
         found = None if o_faces is None else o_faces.found
         o_embedding = spread(embeddings(setup, o, o_faces), found) if setup.judges_faces else None
         return Pictures(
@@ -128,7 +134,7 @@ def loss_of(setup: Setup, x: Tensor, p: Pictures, q: Tensor) -> tuple[Tensor, Te
     """The loss of images x = p.x with target rows q (m, K), summed, and the SUMS (METHOD.md §5)."""
     recipe, name, N = setup.recipe, setup.attribute.name, setup.recipe.batch
     found, o_found = (None if f is None else f.found for f in (p.faces, p.o_faces))
-    align, confident = losses.align_loss(classify(setup, x, p.faces), at(q, found), recipe.C, N)  # (M,)
+    align, confident = losses.align_loss(setup.classify(x, p.faces), at(q, found), recipe.C, N)  # (M,)
     confident = spread(confident, found)  # (m,)
     agrees = {name: losses.agreement(q.argmax(1), confident, p.o_class)}
 
@@ -156,23 +162,23 @@ def loss_of(setup: Setup, x: Tensor, p: Pictures, q: Tensor) -> tuple[Tensor, Te
     return loss, torch.stack([part.detach().double().to(x.device) for part in parts])
 
 
-def faces_of(setup: Setup, x: Tensor) -> Faces | None:
+def faces_of(bundle, x: Tensor) -> Faces | None:
     """The face that counts in each picture, None without a detector."""
-    return None if setup.bundle.detector is None else find(setup.bundle.detector, x)
+    return None if bundle.detector is None else find(bundle.detector, x)
 
 
-def classify(setup: Setup, x: Tensor, faces: Faces | None) -> Tensor:
-    """Logits of the attribute, in at least float32: of the faces (M, K), or of the whole pictures (n, K)."""
-    classifier = setup.bundle.classifiers["finetune"]
+def classify(classifier: Classifier, name: str, x: Tensor, faces: Faces | None, most: int = 0) -> Tensor:
+    """Logits of an attribute, in at least float32: of the faces (M, K), or of the whole pictures (n, K)."""
     rows = x if faces is None else crops(x, faces, classifier.network.config.input_size)
-    logits = in_parts(setup, lambda part: classifier(part)[setup.attribute.name], rows)
+    logits = in_parts(lambda part: classifier(part)[name], rows, most)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def embeddings(setup: Setup, x: Tensor, faces: Faces) -> Tensor:
     """Unit embeddings (M, D) of the faces in x, in at least float32."""
     embedder = setup.bundle.embedder
-    e = in_parts(setup, lambda part: embed_faces(embedder, part), aligned(x, faces, embedder.config.side))
+    cut = aligned(x, faces, embedder.config.side)
+    e = in_parts(lambda part: embed_faces(embedder, part), cut, setup.recipe.micro_batch)
     return e.to(torch.promote_types(e.dtype, torch.float32))
 
 
@@ -190,9 +196,8 @@ def spread(values: Tensor, found: Tensor | None) -> Tensor:
     return rows
 
 
-def in_parts(setup: Setup, function: Callable, rows: Tensor) -> Tensor:
-    """function(rows), at most micro_batch rows at once."""
-    size = setup.recipe.micro_batch
-    if not 0 < size < len(rows):
-        return function(rows)
-    return torch.cat([function(part) for part in rows.split(size)])
+def in_parts(function: Callable, rows: Tensor, most: int) -> Tensor:
+    """function(rows), at most `most` rows at once; 0: all."""
+    return (
+        torch.cat([function(part) for part in rows.split(most)]) if 0 < most < len(rows) else function(rows)
+    )

@@ -21,7 +21,6 @@ from fairref.finetune.objective import (
     SUMS,
     Pictures,
     Setup,
-    classify,
     look,
     picture_gradient,
     spread,
@@ -114,7 +113,7 @@ def all_logits(setup: Setup, pictures: Pictures) -> tuple[Tensor, Tensor]:
     N, faces = setup.recipe.batch, pictures.faces
     found = torch.ones(len(pictures.x), device=pictures.x.device) if faces is None else faces.found
     with torch.no_grad():
-        logits = spread(classify(setup, pictures.x, faces), None if faces is None else found)
+        logits = spread(setup.classify(pictures.x, faces), None if faces is None else found)
     return setup.processes.gather(logits, N), setup.processes.gather(found.float(), N) > 0
 
 
