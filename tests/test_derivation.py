@@ -46,6 +46,7 @@ class ToyUNet(nn.Module):
         assert not torch.is_tensor(t) or t.ndim == 0 or t.shape == z.shape[:1]
         t = torch.as_tensor(t).to(z).reshape(-1, 1, 1, 1) / 1000
         told = torch.einsum("od,btd->bo", self.read, (c * c.roll(1, dims=1)).tanh())[:, :, None, None]
+        told = told.repeat_interleave(len(z) // len(c), 0)
         hidden = torch.tanh(nn.functional.conv2d(z, self.conv, padding=1) * (1 + told) + t + told)
         eps = torch.einsum("oc,bchw->bohw", self.out, hidden)
         self.calls.append((z.shape[0], weakref.ref(hidden)))

@@ -27,7 +27,7 @@ class ToyUNet(nn.Module):
         self.calls.append((z.shape[0], z.dtype, c.dtype, t))
         moved = torch.einsum("oc,bchw->bohw", self.mix, z)
         told = torch.einsum("od,btd->bo", self.read, c.tanh())[:, :, None, None]
-        return torch.tanh(moved + told + t / 1000)
+        return torch.tanh(moved + told.repeat_interleave(len(z) // len(c), 0) + t / 1000)
 
 
 def embeddings(n=1, d=6):

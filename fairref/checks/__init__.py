@@ -59,6 +59,7 @@ class Network(nn.Module):
     def forward(self, z, t, c):
         t = torch.as_tensor(t).to(z).reshape(-1, 1, 1, 1) / 1000
         told = torch.einsum("od,btd->bo", self.read, (c * c.roll(1, dims=1)).tanh())[:, :, None, None]
+        told = told.repeat_interleave(len(z) // len(c), 0)
         hidden = torch.tanh(F.conv2d(z, self.mix, padding=1) * (1 + told) + t + told)
         return torch.einsum("oc,bchw->bohw", self.out, hidden)
 

@@ -191,7 +191,9 @@ def vjp(
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
     leaves = [c_leaf] if e_leaf is None else [e_leaf, c_leaf]
-    context = torch.cat([_rows(leaf, images) for leaf in leaves]).to(dtype)  # (branches B, T, d)
+    rows = [leaf if len(leaf) == 1 else leaf[images] for leaf in leaves]  # (1, T, d) or (B, T, d)
+    most = max(map(len, rows))
+    context = torch.cat([row.expand(most, -1, -1) for row in rows]).to(dtype)
     z_all = torch.cat([z_leaf] * len(leaves)).to(dtype)  # (branches B, 4, h, w)
     eps = unet(z_all, t.repeat(len(leaves)), context)  # (branches B, 4, h, w)
     cotangent = guidance * v if e_leaf is None else torch.cat([(1 - guidance) * v, guidance * v])
@@ -265,11 +267,6 @@ def _zeros(c: Tensor | None) -> Tensor | None:
 def _leaf(c: Tensor) -> Tensor:
     """c as a graph leaf of at least float32: the sum over images and steps then happens in float32 too."""
     return c.detach().to(torch.promote_types(c.dtype, torch.float32)).requires_grad_(True)
-
-
-def _rows(c: Tensor, images: list[int]) -> Tensor:
-    """(B, T, d): row b is the embedding of image images[b]."""
-    return c.expand(len(images), -1, -1) if c.shape[0] == 1 else c[images]
 
 
 def _half_scale(v: Tensor) -> float:

@@ -52,11 +52,11 @@ def sample(
 def predict(unet: nn.Module, z: Tensor, t: int, c: Tensor, c_empty: Tensor | None, guidance: float) -> Tensor:
     """The guided noise prediction (N, 4, h, w) in the dtype of z. The branches [empty, prompt] are one U-Net
     call; at guidance 1 the empty one has no weight and is left out."""
-    N = z.shape[0]
     dtype = network_dtype(unet, z)
     if guidance == 1:
-        return unet(z.to(dtype), t, c.expand(N, -1, -1).to(dtype)).to(z.dtype)
-    both = torch.cat([c_empty.expand(N, -1, -1), c.expand(N, -1, -1)]).to(dtype)  # (2N, T, d)
+        return unet(z.to(dtype), t, c.to(dtype)).to(z.dtype)
+    rows = max(len(c), len(c_empty))  # 1: the U-Net reads each text once for all images
+    both = torch.cat([c_empty.expand(rows, -1, -1), c.expand(rows, -1, -1)]).to(dtype)  # (2, T, d) or (2N, T, d)
     eps = unet(torch.cat([z, z]).to(dtype), t, both).to(z.dtype)  # (2N, 4, h, w)
     return guide(*eps.chunk(2), guidance)
 

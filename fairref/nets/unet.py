@@ -185,7 +185,9 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-    """x (B, n, C) attends to context (B, m, D): softmax(Q K^T / sqrt(C/heads)) V, then a linear layer."""
+    """x (B, n, C) attends to context (R, m, D): softmax(Q K^T / sqrt(C/heads)) V, then a linear layer.
+
+    R divides B: the first B/R rows of x attend to the first of context, and so on."""
 
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -196,10 +198,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x, context):
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, n, C) -> (B, heads, n, C/heads)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        grouped = x.reshape(len(context), -1, x.shape[2])  # (B, n, C) -> (R, B/R n, C)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (R, n, C) -> (R, heads, n, C/heads)
+                   for y in (self.to_q(grouped), self.to_k(context), self.to_v(context)))
         h = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, heads, n, C/heads) -> (B, n, C)
+        return self.to_out[0](h.transpose(1, 2).reshape(x.shape))  # (R, heads, B/R n, C/heads) -> (B, n, C)
 
 
 class GEGLU(nn.Module):
@@ -226,7 +229,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels x (B, hw, C) attend to each other, to the text c (B, T, D), and go through an MLP."""
+    """Pixels x (B, hw, C) attend to each other, to the text c (R, T, D), and go through an MLP."""
 
     def __init__(self, width, c_text, heads):
         super().__init__()
@@ -245,7 +248,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Feature map x (B, C, h, w) and text c (B, T, D) -> (B, C, h, w)."""
+    """Feature map x (B, C, h, w) and text c (R, T, D) -> (B, C, h, w)."""
 
     def __init__(self, width, c_text, heads, groups, linear):
         super().__init__()
@@ -339,7 +342,9 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(c_0, config.out_channels, 3, padding=1)
 
     def forward(self, z, t, c):
-        """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (B, T, D) -> eps (B, 4, h, w)."""
+        """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (R, T, D) -> eps (B, 4, h, w).
+
+        R divides B: each text serves B/R consecutive latents, and is read once for them."""
         t = torch.as_tensor(t, device=z.device).expand(len(z))  # (B,)
         features = time_features(t, self.config.block_out_channels[0])  # (B, C_0)
         time = self.time_embedding(features.to(z.dtype))  # (B, 4 C_0)
