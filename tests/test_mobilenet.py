@@ -142,6 +142,7 @@ def test_a_folder_gives_back_the_classifier(tmp_path, dtype, tolerance):
         "width": 0.25,
         "input_size": 32,
         "dropout": 0.2,
+        "pixels": "imagenet",
         "attributes": {name: list(classes) for name, classes in ATTRIBUTES.items()},
     }
 
