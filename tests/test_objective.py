@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import binom
-from test_trainer import MOVED
+from test_trainer import moved
 from tiny_bundle import FACE_SIDE, RESOLUTION, write_tiny_bundle
 
 from fairref.bundle import load_bundle
@@ -17,7 +17,7 @@ from fairref.fairness.faces import TEMPLATE, Faces, Found, aligned, crops, squar
 from fairref.finetune import objective
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
-from fairref.finetune.trainer import iteration_gradient, new_state, prompt_of, steps_of
+from fairref.finetune.trainer import iteration_gradient, prompt_of, steps_of
 from fairref.prompts import occupation_prompt, read_occupations
 
 LIMIT = 0.6  # of "sure", so that some originals are and some are not
@@ -57,13 +57,9 @@ def make_setup(bundle, **recipe):
     return Setup(bundle, resolve("gender", bundle.recipe, recipe), target, prompts)
 
 
-def moved(setup):
-    text_encoder, state = new_state(setup)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in state.adapter.named_parameters():
-            if "lora_up" in name:
-                p.copy_(MOVED * torch.randn(p.shape, generator=generator))
+def adapted(setup):
+    """An adapted text encoder away from its start, and its parameters."""
+    text_encoder, state = moved(setup)
     return text_encoder, list(state.adapter.parameters())
 
 
@@ -153,7 +149,7 @@ def literal_loss(setup, x, o):
 @pytest.mark.parametrize("reference", ["original", "nearest"])
 def test_an_iteration_with_faces_is_the_method_case_by_case(bundle, reference):
     setup = make_setup(bundle, lambda_img=40.0, lambda_face=3.0, face_reference=reference)
-    text_encoder, parameters = moved(setup)
+    text_encoder, parameters = adapted(setup)
     seen = set()
     for i in range(5):
         gradient, metrics = iteration_gradient(setup, text_encoder, parameters, i)
@@ -177,7 +173,7 @@ def test_an_iteration_with_faces_is_the_method_case_by_case(bundle, reference):
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_change_nothing_with_faces(bundle, micro_batch):
     setup = make_setup(bundle)
-    text_encoder, parameters = moved(setup)
+    text_encoder, parameters = adapted(setup)
     whole, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
     parts, of_parts = iteration_gradient(
         replace(setup, recipe=replace(setup.recipe, micro_batch=micro_batch)), text_encoder, parameters, 0
@@ -193,7 +189,7 @@ def test_micro_batches_change_nothing_with_faces(bundle, micro_batch):
 def test_where_nobody_has_a_face_only_the_image_loss_is_left(bundle):
     blind = replace(bundle, detector=lambda x: [Found(torch.zeros(0, 4), torch.zeros(0, 5, 2))] * len(x))
     setup = make_setup(blind)
-    text_encoder, parameters = moved(setup)
+    text_encoder, parameters = adapted(setup)
     gradient, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
     assert (metrics["faces"], metrics["align"], metrics["face"], metrics["confident"]) == (0, 0, 0, 0)
     assert "bias" not in metrics and metrics["counts"] == [0, 0]
@@ -203,7 +199,7 @@ def test_where_nobody_has_a_face_only_the_image_loss_is_left(bundle):
 
 def test_without_a_confident_target_the_image_may_change(bundle):
     setup = make_setup(bundle, C=1.0)
-    text_encoder, parameters = moved(setup)
+    text_encoder, parameters = adapted(setup)
     _, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
     x, o = pictures(setup, text_encoder, 0)
     assert metrics["align"] == metrics["face"] == metrics["confident"] == 0 < metrics["faces"]
@@ -212,7 +208,7 @@ def test_without_a_confident_target_the_image_may_change(bundle):
 
 def test_a_detector_alone_brings_no_face_loss(bundle):
     setup = make_setup(replace(bundle, embedder=None, face_features=None))
-    text_encoder, parameters = moved(setup)
+    text_encoder, parameters = adapted(setup)
     _, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
     assert "face" not in metrics and metrics["faces"] > 0
     none = make_setup(bundle, lambda_face=0.0)
