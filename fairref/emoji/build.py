@@ -24,12 +24,12 @@ from fairref.judge_files import save_classifier
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 280,
+    "iterations": 300,
     "group": 2,
     "lr": 3e-3,
     "lr_end": 0.2,
-    "warmup": 20,
-    "ema": 0.98,
+    "warmup": 5,
+    "ema": 0.97,
     "steps_min": 6,
     "steps_max": 7,
     "guidance": 2.5,
