@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom, multinomial
+from scipy.special import bdtr, bdtrc
+from scipy.stats import multinomial
 
 EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not enumerated
 TOLERANCE = 0.01  # largest standard error that drawing stops at
@@ -166,7 +167,7 @@ def two_classes(logits, size, target):
     """
     N = size.sum()
     rank = np.arange(1, N + 1)
-    by_rank = np.stack([binom.sf(rank - 1, N, target[0]), binom.cdf(rank - 1, N, target[0])], 1)  # (N, 2)
+    by_rank = np.stack([bdtrc(rank - 1, N, target[0]), bdtr(rank - 1, N, target[0])], 1)  # (N, 2) binomial tails
     _, tied = np.unique(logits[:, 1] - logits[:, 0], return_inverse=True)  # ascending: most of class 0 first
     tied_of_rank = np.repeat(np.arange(tied.max() + 1), np.bincount(tied, size).astype(int))  # (N,)
     return mean_by(tied_of_rank, by_rank)[tied]
