@@ -74,7 +74,7 @@ MUTANTS = [
     (solver, "ancestral_table", "beta * (1 - then) / (1 - now)", "beta * (1 - now) / (1 - then)"),
     (solver, "ancestral_table", "sigma[-1] = 0", "pass"),
     (sampler, "guide", "s * (eps_prompt - eps_empty)", "s * (eps_empty - eps_prompt)"),
-    (transport, "two_classes", "binom.sf(rank - 1", "binom.sf(rank"),
+    (transport, "two_classes", "bdtrc(rank - 1", "bdtrc(rank"),
     (transport, "two_classes", "logits[:, 1] - logits[:, 0]", "logits[:, 0] - logits[:, 1]"),
     (
         transport,
