@@ -125,16 +125,9 @@ def picture_gradient(setup: Setup, pictures: Pictures, q: Tensor) -> tuple[Tenso
         loss, values = loss_of(setup, x, part, q[rows])
         (dx,) = torch.autograd.grad(loss, x)
         z_0 = part.z_0.requires_grad_(True)
-        (dz,) = torch.autograd.grad(decode(setup.bundle, z_0), z_0, dx)
-        g[rows] = shortened(dz, setup.recipe.clip_image / setup.recipe.batch) if setup.recipe.clip_image else dz
+        (g[rows],) = torch.autograd.grad(decode(setup.bundle, z_0), z_0, dx)
         sums += values
     return g, sums
-
-
-def shortened(rows: Tensor, most: float) -> Tensor:
-    """Rows (n, ...), each brought to a norm of at most `most`."""
-    norm = rows.flatten(1).norm(dim=1).clamp(min=most)  # (n,)
-    return rows * (most / norm).view(-1, *(1,) * (rows.dim() - 1))
 
 
 def loss_of(setup: Setup, x: Tensor, p: Pictures, q: Tensor) -> tuple[Tensor, Tensor]:

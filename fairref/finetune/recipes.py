@@ -57,11 +57,6 @@ class Recipe:
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     weight_decay: float = setting(1e-2, "AdamW's weight decay")
     clip: float = setting(100.0, "largest norm of the gradient; a longer one is shortened to it")
-    clip_image: float = setting(
-        0.0,
-        "largest norm of one image's dL/dz_0, times N; a longer one is shortened to it, so that an image at the"
-        " boundary of two classes doesn't outweigh all others; 0: none",
-    )
     ema: float = setting(
         0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i"
     )
