@@ -43,7 +43,7 @@ def curves(
         axes.invert_xaxis()
     axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
     axes.grid(alpha=0.25)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(series))  # beside the curves, not over them
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -167,7 +167,8 @@ def two_classes(logits, size, target):
     """
     N = size.sum()
     rank = np.arange(1, N + 1)
-    by_rank = np.stack([bdtrc(rank - 1, N, target[0]), bdtr(rank - 1, N, target[0])], 1)  # (N, 2) binomial tails
+    tails = bdtrc(rank - 1, N, target[0]), bdtr(rank - 1, N, target[0])  # P(n_0 >= rank), P(n_0 < rank)
+    by_rank = np.stack(tails, 1)  # (N, 2)
     _, tied = np.unique(logits[:, 1] - logits[:, 0], return_inverse=True)  # ascending: most of class 0 first
     tied_of_rank = np.repeat(np.arange(tied.max() + 1), np.bincount(tied, size).astype(int))  # (N,)
     return mean_by(tied_of_rank, by_rank)[tied]

@@ -72,11 +72,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for N, K in CASES[: options.cases]:
+    for N, K in CASES:
         rows.append(measure(N, K, options.repeats))
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
