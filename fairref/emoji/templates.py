@@ -3,13 +3,14 @@
 A template is a sprite (colour T premultiplied by its coverage a). The background b is not known: for each look
 it is fitted to the picture, affine in its two axes, on the pixels that no person of that look covers. The error
 of a template is |picture - T - (1 - a) b|, smallest over shifts, sizes and hair colours, relative to what a
-background without anybody leaves of the picture: 0 is a perfect person, 1 is no better than nobody.
+background without anybody leaves of the picture: 0 is a perfect person, 1 is no better than nobody. The upper
+corners, where things lie, do not count.
 
 A picture must also take sides. With P the best template and P' the same person in the other gender, both on b,
 share = <picture - P', P - P'> / |P - P'|^2 is 1 for the person and 1/2 for an even blend; what both miss cancels.
 
 Shapes: B pictures, R = 32 pixels a side, L looks, M templates of one look = G genders x K tones x hair x sizes,
-D shifts.
+D shifts. It knows people at the size of a portrait; one far away, or in a style, is mostly nobody to it.
 """
 
 import json
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairref.emoji.pictures import HAIR, RESOLUTION, Scene, draw_layer
+from fairref.emoji.pictures import CORNER, HAIR, RESOLUTION, WHITE, Person, draw_people, sprites
 from fairref.emoji.sheet import GENDERS, LOOKS, TONES
 from fairref.errors import UserError
 
@@ -33,24 +34,30 @@ SHARE = 0.7  # of the gender found; below, the picture is a blend
 class Templates(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] -> who is seen, each (B,).
 
-    look, gender, skin_tone: indices; error, share: as above. Boolean: none, nobody or a blend; gender_known, all
-    but those; skin_tone_known, also where two genders blend.
+    look, gender, skin_tone, age: indices; error, share: as above; place (B, 2), scale: as in pictures.Person.
+    Boolean: none, nobody or a blend; gender_known, all but those; skin_tone_known, also where two genders blend;
+    age_known, the same, where the look shows enough hair.
     """
 
     def __init__(self, threshold: float):
         super().__init__()
         self.threshold = threshold
         layers = _layers()  # (L, M, 4, R, R)
-        T, a = layers[:, :, :3], layers[:, :, 3:]
+        counts = torch.ones(SIZE, SIZE)
+        corner = round(CORNER * SIZE)
+        counts[:corner, :corner] = counts[:corner, -corner:] = 0
+        T, a = layers[:, :, :3] * counts, layers[:, :, 3:] * counts
         rows = torch.cat([p.flatten(2) for p in (-2 * T, 2 * a, -2 * a * T, a.square())], 2)
         covered = F.max_pool2d(a.amax((1, 2))[:, None], 2 * MARGIN + 1, 1, MARGIN)[:, 0] > 0.02  # (L, R, R)
         axis = torch.linspace(-1, 1, SIZE)
         one, x, y = torch.ones(SIZE, SIZE), axis.expand(SIZE, SIZE), axis[:, None].expand(SIZE, SIZE)
         plane = torch.stack([one, x, y]).flatten(1).T  # (R R, 3)
-        free = [~c.flatten() for c in (*covered, torch.zeros_like(covered[0]))]
+        free = [(~c & (counts > 0)).flatten() for c in (*covered, torch.zeros_like(covered[0]))]
         fits = [plane @ torch.linalg.pinv(plane * f[:, None]) * f for f in free]  # each: pixels -> background
         for name, tensor in (
             ("layers", layers),
+            ("counts", counts),  # (R, R) zero where things lie
+            ("aged", sprites().aged),  # (L,)
             ("rows", rows),  # (L, M, 8 R R)
             ("constant", T.square().sum((2, 3, 4))),  # (L, M)
             ("fit", torch.stack(fits[:-1])),  # (L, R R, R R)
@@ -78,29 +85,35 @@ class Templates(nn.Module):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _judge(self, x: Tensor) -> dict[str, Tensor]:
-        square, template, share = (
+        square, template, share, shift = (
             torch.stack(v, 1) for v in zip(*(self._closest(x, look) for look in range(len(LOOKS))))
         )  # each (B, L)
         square, look = square.min(1)
-        template, share = (v.gather(1, look[:, None])[:, 0] for v in (template, share))
-        nobody = (x - (x.flatten(2) @ self.fit_all.T).view_as(x)).square().sum((1, 2, 3))
+        template, share, shift = (v.gather(1, look[:, None])[:, 0] for v in (template, share, shift))
+        nobody = (x - (x.flatten(2) @ self.fit_all.T).view_as(x)).mul(self.counts).square().sum((1, 2, 3))
         error = (square.clamp(min=0) / nobody.clamp(min=1e-6)).sqrt()
         somebody = error <= self.threshold  # not so for a picture that is not finite
         known = somebody & (share >= SHARE)
-        person = template // (self.layers.shape[1] // (len(GENDERS) * len(TONES)))
+        hair, scale = template // len(SCALES) % (len(HAIR) + 1), template % len(SCALES)
+        person = template // (len(SCALES) * (len(HAIR) + 1))
+        span = 2 * REACH + 1
         return {
             "look": look,
             "gender": person // len(TONES),
             "skin_tone": person % len(TONES),
+            "age": (hair == len(HAIR)).long(),
             "error": error,
             "share": share,
+            "place": torch.stack([shift % span - REACH, shift // span - REACH], 1) * 2 / SIZE,
+            "scale": x.new_tensor(SCALES)[scale],
             "gender_known": known,
             "skin_tone_known": somebody,
+            "age_known": somebody & self.aged[look],
             "none": ~known,
         }
 
-    def _closest(self, x: Tensor, look: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared error, index and share of the gender, each (B,), of the look's closest template."""
+    def _closest(self, x: Tensor, look: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Squared error, index, share of the gender and shift, each (B,), of the look's closest template."""
         B, M = len(x), self.rows.shape[1]
         background = (x.flatten(2) @ self.fit[look].T).view_as(x)  # (B, 3, R, R)
         y = x - background
@@ -110,7 +123,7 @@ class Templates(nn.Module):
         span = range(2 * REACH + 1)
         shifted = [padded[:, :, i : i + SIZE, j : j + SIZE] for i in span for j in span]
         shifted = torch.stack(shifted, 1)  # (B, D, 8, R, R)
-        square = shifted[:, :, :3].square().sum((2, 3, 4))  # (B, D)
+        square = shifted[:, :, :3].square().mul(self.counts).sum((2, 3, 4))  # (B, D)
         error = square[:, :, None] + shifted.flatten(2) @ self.rows[look].T + self.constant[look]  # (B, D, M)
         least, index = error.flatten(1).min(1)
         shift, best = index // M, index % M
@@ -121,33 +134,26 @@ class Templates(nn.Module):
         shown, other = (
             layers[m, :3] - layers[m, 3:] * background for m in (best, (best + M // len(GENDERS)) % M)
         )  # P - b, P' - b
-        apart = shown - other
+        apart = (shown - other) * self.counts
         share = ((y - other) * apart).sum((1, 2, 3)) / apart.square().sum((1, 2, 3))
-        return least, best, share
+        return least, best, share, shift
 
 
 def _layers() -> Tensor:
     """(L, M, 4, R, R): colour in [-1, 1] times coverage, and coverage."""
-    shape = (len(LOOKS), len(GENDERS), len(TONES), len(HAIR), len(SCALES))
+    colours = torch.tensor((*HAIR, WHITE)) / 255
+    shape = (len(LOOKS), len(GENDERS), len(TONES), len(colours), len(SCALES))
     look, gender, tone, hair, scale = (
         i.flatten() for i in torch.meshgrid(*map(torch.arange, shape), indexing="ij")
     )
     n = len(look)
-    scene = Scene(
-        look,
-        gender,
-        tone,
-        hair=(torch.tensor(HAIR) / 255)[hair],
-        hue=torch.zeros(n),
-        light=torch.ones(n),
-        place=torch.zeros(n, 2),
-        scale=torch.tensor(SCALES)[scale],
-        background=torch.zeros(n, 2, 3),
-        angle=torch.zeros(n),
+    zero, one = torch.zeros(n), torch.ones(n)
+    person = Person(
+        look, gender, tone, zero, colours[hair], zero, one, torch.zeros(n, 2), torch.tensor(SCALES)[scale]
     )
     layer = torch.cat(
         [
-            F.interpolate(draw_layer(scene[part], RESOLUTION), (SIZE, SIZE), mode="area")
+            F.interpolate(draw_people(person[part], RESOLUTION), (SIZE, SIZE), mode="area")
             for part in torch.arange(n).split(128)
         ]
     )  # (n, 4, R, R), colour in [0, 1]
