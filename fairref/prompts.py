@@ -17,13 +17,17 @@ class Occupations:
     """A bundle's prompts.json:
 
     {"occupations": {"train": [...], "validation": [...], "test": [...]},
-     "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}}}   optional
+     "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}},   optional
+     "concepts": {"activities": {"train": [...], "test": [...]}},   optional: whole prompts
+     "showing": {"age": [...]}}   optional: the occupations whose pictures show an attribute, where not all do
     """
 
     train: tuple[str, ...]  # finetuning sees these only
     validation: tuple[str, ...]  # to choose settings by
     test: tuple[str, ...]  # unseen in finetuning
     named: dict = field(default_factory=dict)  # attribute -> class -> template that names the class
+    concepts: dict = field(default_factory=dict)  # name -> part -> prompts
+    showing: dict = field(default_factory=dict)  # attribute -> occupations
 
     def named_prompt(self, attribute: str, name: str, occupation: str) -> str:
         """The prompt that asks for the class `name` of an attribute."""
@@ -42,7 +46,8 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     path = (Path(bundle_path) if Path(bundle_path).is_dir() else Path(bundle_path).parent) / FILE
     d = read_json(path)
     parts = d.get("occupations")
-    unknown = sorted(set(d) - {"occupations", "named"})
+    extras = {"named", "concepts", "showing"}
+    unknown = sorted(set(d) - {"occupations", *extras})
     if unknown or not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
         raise UserError(
             f'{path}: expected {{"occupations": {{"train", "validation", "test"}}}}; write it like that.'
@@ -58,4 +63,5 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     twice = next((name for name in everyone if everyone.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}: {twice!r} is in it twice; every occupation belongs into one part, once.")
-    return Occupations(**{part: tuple(parts[part]) for part in PARTS}, named=d.get("named", {}))
+    extras = {key: d[key] for key in extras & set(d)}
+    return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)

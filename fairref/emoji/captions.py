@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fairref.emoji.pictures import AGES, HAIR, STYLES, VIEWS, WHITE, Scene, random_scene, sprites
-from fairref.emoji.sheet import GENDERS, LOOKS, PLAIN, TONES, things
+from fairref.emoji.pictures import HAIR, STYLES, VIEWS, WHITE, Scene, random_scene, sprites
+from fairref.emoji.sheet import LOOKS, PLAIN, TONES, things
 
 TABLE, CONCEPT_TABLE = (Path(__file__).with_name(f"{name}.csv") for name in ("occupations", "concepts"))
 SPLITS = ("train", "validation", "test")
@@ -190,9 +190,7 @@ _SAY = {
 }
 
 
-def draw_world(
-    B: int, generator: torch.Generator, stage: str = "first"
-) -> tuple[list[Said], Scene]:
+def draw_world(B: int, generator: torch.Generator, stage: str = "first") -> tuple[list[Said], Scene]:
     """B captions and a scene for each. What a caption leaves open follows the world's shares; CLIP's is even."""
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     said = [say(rng, stage) for _ in range(B)]
@@ -226,16 +224,22 @@ def draw_world(
 
 def describe(said: list[Said], scene: Scene, generator: torch.Generator) -> list[str]:
     """The captions, with more of what can be seen: most of them also tell the hair or the background."""
-    hair = (scene.person.hair[:, None] - torch.tensor((*HAIR, WHITE)) / 255).square().sum(-1).argmin(1).tolist()
+    hair = (
+        (scene.person.hair[:, None] - torch.tensor((*HAIR, WHITE)) / 255).square().sum(-1).argmin(1).tolist()
+    )
     tells = (torch.rand(len(said), 2, generator=generator) < 0.6).tolist()
     plain = (scene.style == 0).tolist()
     texts = []
     for b, s in enumerate(said):
         tells_hair, tells_background = tells[b]
         hair_shows = sprites().aged[scene.person.look[b]] and s.view != "nobody"
-        text = s.text + (f" with {HAIR_WORDS[hair[b]]} hair" if tells_hair and hair_shows and plain[b] else "")
+        text = s.text + (
+            f" with {HAIR_WORDS[hair[b]]} hair" if tells_hair and hair_shows and plain[b] else ""
+        )
         background = colour_name(scene.background[b].mean(0))
-        texts.append(text + (f" in front of a {background} background" if tells_background and plain[b] else ""))
+        texts.append(
+            text + (f" in front of a {background} background" if tells_background and plain[b] else "")
+        )
     return texts
 
 

@@ -165,7 +165,9 @@ def random_person(look, gender, tone, old, place, scale, generator: torch.Genera
     hair = palette[torch.randint(len(HAIR), (B,), generator=generator)] * uniform(generator, 0.85, 1.15, B, 1)
     white = torch.tensor(WHITE) / 255 * uniform(generator, 0.92, 1.0, B, 1)
     hue, light = uniform(generator, -0.4, 0.4, B), uniform(generator, 0.85, 1.1, B)
-    return Person(look, gender, tone, old, torch.where(old[:, None] > 0, white, hair), hue, light, place, scale)
+    return Person(
+        look, gender, tone, old, torch.where(old[:, None] > 0, white, hair), hue, light, place, scale
+    )
 
 
 def random_scene(look, gender, tone, generator: torch.Generator, old=None, view=None, thing=None, style=None):
@@ -265,7 +267,9 @@ def _place(layer: Tensor, place: Tensor, scale: Tensor, resolution: int) -> Tens
     theta[:, :, 2] = -place / scale[:, None]
     grid = F.affine_grid(theta, [B, 4, resolution, resolution], align_corners=False)
     sharp = F.grid_sample(layer, grid, align_corners=False)
-    fine = scale * resolution / P < 0.65  # fewer than two thirds of the sprite's pixels: they would be skipped
+    fine = (
+        scale * resolution / P < 0.65
+    )  # fewer than two thirds of the sprite's pixels: they would be skipped
     if not fine.any():
         return sharp
     half = F.interpolate(layer, (P // 2, P // 2), mode="area")
