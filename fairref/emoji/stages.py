@@ -149,7 +149,7 @@ def labels(scene: Scene) -> dict[str, Tensor]:
     }
 
 
-def train_vae(folder, steps: int = 3000, batch: int = 16, kl: float = 1e-4) -> VAE:
+def train_vae(folder, steps: int = 3600, batch: int = 16, kl: float = 1e-4) -> VAE:
     """Squared and absolute error, a little KL, a sampled latent: latent diffusion's without a discriminator."""
 
     def loss_of(vae, generator):
