@@ -1,6 +1,11 @@
-"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, in disjoint parts."""
+"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, and four lists for any model.
 
+The lists are the CSV files beside this one, written for this project; each has disjoint parts.
+"""
+
+import csv
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from fairref.errors import UserError
@@ -10,6 +15,36 @@ FILE = "prompts.json"
 PARTS = ("train", "validation", "test")
 TEMPLATE = "a photo of the face of a {occupation}, a person"
 NAMED_TEMPLATE = "a photo of the face of a {name} {occupation}, a person"
+
+CONCEPTS = ("occupations", "sports", "style_context", "descriptors")
+NAMES = {  # concept -> what makes a prompt of a name; the other lists hold whole prompts
+    "occupations": TEMPLATE.replace("{occupation}", "{name}"),
+    "sports": "a person playing {name}",
+}
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Whole prompts, in disjoint parts; only occupations have some for validation."""
+
+    name: str  # one of CONCEPTS
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+@cache
+def concept(name: str) -> Concept:
+    """The prompts of one of CONCEPTS. Raises UserError."""
+    if name not in CONCEPTS:
+        raise UserError(f"There is no concept {name!r}; give one of {', '.join(CONCEPTS)}.")
+    with Path(__file__).with_name(f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    prompts = [NAMES[name].format(name=row["name"]) if name in NAMES else row["prompt"] for row in rows]
+    return Concept(
+        name,
+        **{part: tuple(p for p, row in zip(prompts, rows) if row["split"] == part) for part in PARTS},
+    )
 
 
 @dataclass(frozen=True)
