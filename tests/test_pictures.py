@@ -264,7 +264,9 @@ def test_faces_are_where_the_skin_is():
     cheek = light[torch.arange(len(scene)), at[:, 2, 1], at[:, 0, 0]]
     seen = person.look != LOOKS.index("scientist")  # who wears goggles
     darker = (eyes < cheek - 0.1)[:, seen & (person.tone < 2)]
-    assert darker.float().mean() > 0.9, [LOOKS[i] for i in person.look[seen & (person.tone < 2)][~darker.all(0)]]
+    assert darker.float().mean() > 0.9, [
+        LOOKS[i] for i in person.look[seen & (person.tone < 2)][~darker.all(0)]
+    ]
 
 
 def test_views():
@@ -314,7 +316,7 @@ def test_occupations():
     for split in ("train", "test"):  # validation has fewer names than there are looks
         assert {job.look for job in jobs if job.split == split} == set(LOOKS) - {PLAIN}
     assert set(Counter(job.look for job in jobs).values()) <= set(range(11, 17))
-    for look in LOOKS:  # or the look would give the gender away
+    for look in LOOKS[:-1]:  # or the look would give the gender away
         assert 0.4 < np.mean([job.share_women > 0.5 for job in jobs if job.look == look]) < 0.6, look
 
 
