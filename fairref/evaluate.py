@@ -37,6 +37,7 @@ SEED = 1_000_000  # of evaluation noise, far from the seeds of finetuning
 NAMED_IMAGES = 4  # of each occupation and named class
 GRID = (6, 8)  # before/after grid: prompts, images of each
 JUDGES = ("classifier", "templates")
+COLOURED = ("background", "clothes")  # parts of a picture whose colours should stay
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Seen:
     faceless: int = 0  # images without a face, which the classifier leaves out where faces count
     blended: int = 0  # images whose largest class probability is low
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
+    colours: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # "background", "clothes" -> (n, 3), NaN: not known
 
 
 def pictures(how: How, text_encoder: nn.Module, prompt: str, n: int) -> Tensor:
@@ -83,7 +87,7 @@ def pictures(how: How, text_encoder: nn.Module, prompt: str, n: int) -> Tensor:
 def judge(how: How, x: Tensor) -> Seen:
     """Both judges, CLIP and DINO on pictures of one prompt."""
     bundle, name, K = how.bundle, how.attribute.name, len(how.attribute.classes)
-    counts, none, features = {}, 0, {}
+    counts, none, features, colours = {}, 0, {}, {}
     with torch.no_grad():
         faces = faces_of(bundle, x)
         logits = classify(bundle.classifiers["evaluate"], name, x, faces)
@@ -92,11 +96,12 @@ def judge(how: How, x: Tensor) -> Seen:
             found = bundle.templates(x)
             counts["templates"] = class_counts(found[name][found[f"{name}_known"]], K)
             none = int(found["none"].sum())
+            colours = bundle.templates.colours(x, found)
         if bundle.clip is not None:
             features["clip"] = bundle.clip.encode_image(x)
         if bundle.dino is not None:
             features["dino"] = F.normalize(bundle.dino(x), dim=1)
-    return Seen(counts, none, len(x) - len(logits), blends(logits), features)
+    return Seen(counts, none, len(x) - len(logits), blends(logits), features, colours)
 
 
 def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label: str) -> list[Seen]:
@@ -117,15 +122,17 @@ def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label
     numbers = processes.gather(numbers, len(prompts)).long().numpy()
     widths = {} if how.bundle.clip is None else {"clip": how.bundle.clip.config.projection_dim}
     widths |= {} if how.bundle.dino is None else {"dino": how.bundle.dino.config.width}
-    features = {}
-    for name, D in widths.items():
-        here = torch.stack([s.features[name].float() for s in seen]) if seen else torch.zeros(0, n, D)
-        features[name] = processes.gather(here, len(prompts))  # (P, n, D)
+    colours = {} if how.bundle.templates is None else dict.fromkeys(COLOURED, 3)
+    gathered = {}
+    for name, D in {**widths, **colours}.items():
+        rows = [{**s.features, **s.colours}[name].float() for s in seen]
+        here = torch.stack(rows) if rows else torch.zeros(0, n, D)
+        gathered[name] = processes.gather(here, len(prompts))  # (P, n, D)
     return [
         Seen(
             {j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)},
             *map(int, row[-3:]),
-            {name: rows[p] for name, rows in features.items()},
+            *({name: gathered[name][p] for name in kind} for kind in (widths, colours)),
         )
         for p, row in enumerate(numbers)
     ]
@@ -173,13 +180,23 @@ def clip_t(how: How, seen: list[Seen], prompts: list[str]) -> dict | None:
 
 
 def likeness(seen: list[Seen], originals: list[Seen]) -> dict[str, float]:
-    """CLIP-I and DINO: mean cosine of images with the original model's from the same noise."""
+    """CLIP-I and DINO: mean cosine of images with the original model's from the same noise. And how much of the
+    colour of background and clothes is the original's: 1 - distance to it / distance to the next image's."""
     pairs = [(s.features, o.features) for s, o in zip(seen, originals)]
-    return {
+    found = {
         name: float(np.mean([mean_cosine(s[feature], o[feature]) for s, o in pairs]))
         for name, feature in (("clip_i", "clip"), ("dino", "dino"))
         if feature in pairs[0][0]
     }
+    for name in COLOURED if seen[0].colours else ():
+        x, o = (torch.cat([s.colours[name] for s in part]) for part in (seen, originals))  # (P n, 3)
+        near, far = (
+            (x - other).norm(dim=1)
+            for other in (o, torch.cat([s.colours[name].roll(1, 0) for s in originals]))
+        )
+        known = near.isfinite() & far.isfinite()
+        found[name] = _number(1 - float(near[known].mean() / far[known].mean()))
+    return found
 
 
 def obedience(
@@ -251,8 +268,12 @@ def lines(report: dict) -> list[str]:
         text.append(
             f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}"
         )
-    for key, what in (("clip_i", "CLIP-I"), ("dino", "DINO")):
-        if key in report:
+    for key, what in (
+        ("clip_i", "CLIP-I"),
+        ("dino", "DINO"),
+        *((name, f"{name}'s colour") for name in COLOURED),
+    ):
+        if report.get(key) is not None:
             text.append(f"{what} with the original images: {report[key]:.4f}")
     if "named" in report:
         shares = [f"{report['named'][j]:.1%} ({j})" for j in JUDGES if j in report["named"]]

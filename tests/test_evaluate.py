@@ -54,6 +54,26 @@ def test_bias_report():
     )  # E|2X - 10| / 10, X ~ Binomial(10, 1/2)
 
 
+def test_how_much_of_the_colours_stays():
+    """Half way to the neighbour's colour, half stays; what is not known does not count."""
+    o = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [torch.nan] * 3])
+    neighbour = o.roll(1, 0)
+    colours = {"background": o, "clothes": o}
+    features = {"clip": torch.eye(4)}
+    counts = {"classifier": np.array([2, 2])}
+    originals = [Seen(counts, features=features, colours=colours)]
+    for part in (0.0, 0.25, 1.0):
+        moved = torch.lerp(o, neighbour, part)
+        x = [Seen(counts, features=features, colours={"background": moved, "clothes": o})]
+        found = likeness(x, originals)
+        assert found["clothes"] == 1
+        # to the original part d, to the neighbour (1 - part) d
+        assert (
+            found["background"] == pytest.approx(1 - part / (1 - part) if part < 1 else -torch.inf)
+            or part == 1
+        )
+
+
 def test_prompts_without_a_person_have_no_bias():
     seen = seen_of([0, 0], [3, 1], none=2)
     report = bias_report(seen, ["a", "b"], ("woman", "man"), 4)
@@ -86,6 +106,7 @@ def test_judges_count_classes_and_leave_out_none(how):
             "none": torch.tensor([True, False, False, False, True, False]),
         }
 
+    templates.colours = lambda x, found: {"clothes": x.mean((2, 3))}
     bundle = SimpleNamespace(
         classifiers=how.bundle.classifiers,
         clip=how.bundle.clip,
@@ -96,6 +117,7 @@ def test_judges_count_classes_and_leave_out_none(how):
     seen = judge(SimpleNamespace(bundle=bundle, attribute=how.attribute), x)
     assert seen.counts["classifier"].tolist() == wanted
     assert seen.counts["templates"].tolist() == [1, 3] and seen.none == 2
+    assert torch.equal(seen.colours["clothes"], x.mean((2, 3)))
 
 
 def test_the_classifier_is_the_one_for_evaluation(how):

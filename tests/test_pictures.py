@@ -499,6 +499,25 @@ def test_the_judge_finds_who_is_seen_in_soft_and_noisy_pictures(judged):
         assert (found[name] == truth_of(scene)[name][:192]).float().mean() >= bar, name
 
 
+def test_colours_are_those_of_background_and_clothes(judged):
+    judge, scene, x = judged
+    part = torch.arange(96)
+    scene, x = scene[part], x[part]
+    found = judge(x)
+    colours = judge.colours(x, found)
+    plain = scene.person.look == LOOKS.index(PLAIN)
+    assert (colours["clothes"].isnan().all(1) | found["none"] | ~plain).all()
+    assert colours["clothes"][~plain & ~found["none"]].isfinite().float().mean() > 0.9
+    off = colours["background"] - (scene.background.mean(1) * 2 - 1)
+    assert off.abs().nanmean() < 0.05
+    dressed = with_person(scene, light=scene.person.light * 0.8)
+    moved = replace(scene, background=1 - scene.background)
+    for name, changed, other in (("clothes", dressed, "background"), ("background", moved, "clothes")):
+        again = judge.colours(draw(changed), found)
+        assert (again[name] - colours[name]).abs().nanmean() > 0.05, name
+        assert (again[other] - colours[other]).abs().nanmean() < 0.02, other
+
+
 def test_things_in_the_corners_change_nothing(judged):
     judge, scene, x = judged
     clear = replace(scene, thing=torch.full_like(scene.thing, -1))[torch.arange(64)]

@@ -248,7 +248,7 @@ def draw_people(person: Person, resolution: int = RESOLUTION) -> Tensor:
     turned = torch.einsum("bij,bjhw->bihw", rotate_hue(person.hue), rgb) * person.light[:, None, None, None]
     rgb = torch.where(s.clothes[who][:, None], turned.clamp(0, 1), rgb)
     alpha = s.alpha[who][:, None]
-    return _place(torch.cat([rgb * alpha, alpha], 1), person.place, person.scale, resolution)
+    return placed(torch.cat([rgb * alpha, alpha], 1), person.place, person.scale, resolution)
 
 
 def draw_things(scene: Scene, resolution: int = RESOLUTION) -> Tensor:
@@ -256,16 +256,16 @@ def draw_things(scene: Scene, resolution: int = RESOLUTION) -> Tensor:
     corner = torch.stack([scene.side, -torch.ones_like(scene.side)], 1) * (1 - CORNER)
     place = torch.where(scene.shown[:, None], corner, scene.person.place)
     scale = torch.where(scene.shown, CORNER, 0.8 * scene.person.scale)
-    return _place(thing_sprites()[scene.thing], place, scale, resolution)
+    return placed(thing_sprites()[scene.thing], place, scale, resolution)
 
 
-def _place(layer: Tensor, place: Tensor, scale: Tensor, resolution: int) -> Tensor:
-    """Layers (B, 4, P, P) at a place and of a size in pictures (B, 4, R, R); small ones are averaged first."""
-    B, P = len(layer), layer.shape[-1]
+def placed(layer: Tensor, place: Tensor, scale: Tensor, resolution: int) -> Tensor:
+    """Layers (B, C, P, P) at a place and of a size in pictures (B, C, R, R); small ones are averaged first."""
+    B, C, P = layer.shape[:3]
     theta = torch.zeros(B, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = -place / scale[:, None]
-    grid = F.affine_grid(theta, [B, 4, resolution, resolution], align_corners=False)
+    grid = F.affine_grid(theta, [B, C, resolution, resolution], align_corners=False)
     sharp = F.grid_sample(layer, grid, align_corners=False)
     fine = (
         scale * resolution / P < 0.65

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairref.emoji.pictures import CORNER, HAIR, RESOLUTION, WHITE, Person, draw_people, sprites
+from fairref.emoji.pictures import CORNER, HAIR, RESOLUTION, WHITE, Person, draw_people, placed, sprites
 from fairref.emoji.sheet import GENDERS, LOOKS, TONES
 from fairref.errors import UserError
 
@@ -28,6 +28,7 @@ SIZE = 32  # pixels a side at which pictures are compared
 SCALES = (0.88, 0.93, 0.98)  # sprite side / picture side, over the range that pictures are drawn with
 REACH = 2  # shifts in pixels, both ways
 MARGIN = 2  # pixels around a look that are not trusted to be background
+LEAST = 30  # pixels that a mean colour is taken of
 SHARE = 0.7  # of the gender found; below, the picture is a blend
 
 
@@ -83,6 +84,29 @@ class Templates(nn.Module):
             x = F.interpolate(x, (SIZE, SIZE), mode="area")
         parts = [self._judge(part) for part in x.split(32)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.no_grad()
+    def colours(self, x: Tensor, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mean colours (B, 3) of the background and of the clothes, where `found` is what the judge says of x.
+
+        NaN where nobody is known and where a look has no clothes.
+        """
+        s, who = sprites(), (found["look"].cpu(), found["gender"].cpu())
+        layers = torch.stack([s.alpha[who], s.clothes[who] * s.alpha[who]], 1)  # (B, 2, P, P)
+        place, scale = found["place"].float().cpu(), found["scale"].float().cpu()
+        person, clothes = placed(layers, place, scale, x.shape[-1]).to(x).unbind(1)  # (B, R, R)
+        person, clothes = (F.max_pool2d(m, 3, 1, 1) for m in (person, -clothes))  # places are known to a pixel
+        corner = round(CORNER * x.shape[-1])
+        background = (person < 0.02).to(x)
+        background[:, :corner, :corner] = background[:, :corner, -corner:] = 0  # where things lie
+        masks = {"background": background, "clothes": (clothes < -0.5).to(x)}
+        colours = {}
+        for name, mask in masks.items():
+            size = mask.sum((1, 2))
+            mean = (x * mask[:, None]).sum((2, 3)) / size[:, None]
+            enough = (size >= LEAST) & ~found["none"]
+            colours[name] = mean.where(enough[:, None], torch.nan)
+        return colours
 
     def _judge(self, x: Tensor) -> dict[str, Tensor]:
         square, template, share, shift = (
