@@ -33,7 +33,7 @@ from fairref.nets.vae import VAE, VAEConfig
 from fairref.progress import Progress
 from fairref.tokenizer import Tokenizer
 
-VOCABULARY = 2400  # nearly every word of the captions is one token
+VOCABULARY = 2000  # nearly every word of the captions is one token
 TOKENS = 77
 ATTRIBUTES = {"gender": GENDERS, "skin_tone": TONES, "age": AGES}
 VIEW_SHARE = (0.7, 0.12, 0.12, 0.06)  # of balanced scenes, in the order of VIEWS
@@ -117,7 +117,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         jobs = [job.name for job in occupations()]
         texts += jobs + [name.replace("_", " ") for name in things()]
         texts += [prompt_of(concept, jobs[0]) for kind in KINDS for concept in concepts(kind)]
-        train_bpe(texts, VOCABULARY, folder / "tokenizer")
+        made = train_bpe(texts, VOCABULARY, folder / "tokenizer")
+        assert made == VOCABULARY, f"the captions make {made} tokens: TEXT_CONFIG's ids would be wrong"
     return Tokenizer(*files)
 
 
