@@ -9,7 +9,7 @@ from fairref.run import Options, run
 
 def main(argv=None):
     parser = cli.Parser(
-        prog="train.py", description="Finetune LoRA on the text encoder with the adjusted gradient."
+        prog="train.py", description="Finetune an adapter for fairness with the adjusted gradient."
     )
     parser.add_argument(
         "--attr",

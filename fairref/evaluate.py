@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairref import cli
-from fairref.bundle import load_bundle
+from fairref.bundle import Bundle, load_bundle
 from fairref.errors import UserError
 from fairref.fairness.attributes import Attribute, parse_target
 from fairref.fairness.metrics import BLEND, bias, blends, class_counts, mean_cosine, noise_floor
@@ -43,7 +43,7 @@ JUDGES = ("classifier", "templates")
 class How:
     """What stays the same in an evaluation."""
 
-    bundle: object  # fairref.bundle.Bundle
+    bundle: Bundle  # whose judges look; the model that draws may be an adapted one
     attribute: Attribute
     steps: int  # S
     guidance: float  # s
@@ -69,14 +69,14 @@ class Seen:
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
 
 
-def pictures(how: How, text_encoder: nn.Module, prompt: str, n: int) -> Tensor:
+def pictures(how: How, model: Bundle, prompt: str, n: int) -> Tensor:
     """(n, 3, H, W) of one prompt; the noise follows from (seed, prompt, image)."""
     stream = zlib.crc32(prompt.encode())
     parts = []
     with torch.no_grad():
         for part in torch.arange(n).split(GROUP):
             z_T = first_noise(how.bundle, how.seed, stream, part.tolist())
-            parts.append(draw(how.bundle, text_encoder, (prompt, ""), z_T, how.steps, how.guidance, how.end))
+            parts.append(draw(model, (prompt, ""), z_T, how.steps, how.guidance, how.end))
     return torch.cat(parts)
 
 
@@ -99,14 +99,14 @@ def judge(how: How, x: Tensor) -> Seen:
     return Seen(counts, none, len(x) - len(logits), blends(logits), features)
 
 
-def look_at(how: How, text_encoder: nn.Module, prompts: list[str], n: int, label: str) -> list[Seen]:
+def look_at(how: How, model: Bundle, prompts: list[str], n: int, label: str) -> list[Seen]:
     """n images of each of P prompts, judged; every process gets all P results."""
     K, processes = len(how.attribute.classes), how.processes
     mine = processes.part(len(prompts))
     seen = []
     with Progress(len(mine), label, processes.first) as progress:
         for p in mine:
-            seen.append(judge(how, pictures(how, text_encoder, prompts[p], n)))
+            seen.append(judge(how, pictures(how, model, prompts[p], n)))
             progress.step(prompts[p][-40:])
     if processes.world == 1:
         return seen
@@ -183,7 +183,7 @@ def likeness(seen: list[Seen], originals: list[Seen]) -> dict[str, float]:
 
 
 def obedience(
-    how: How, text_encoder: nn.Module, occupations: list[str], world: Occupations, n: int, label: str
+    how: How, model: Bundle, occupations: list[str], world: Occupations, n: int, label: str
 ) -> dict:
     """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
     classes = how.attribute.classes
@@ -192,14 +192,14 @@ def obedience(
         for occupation in occupations
         for k, name in enumerate(classes)
     ]
-    seen = look_at(how, text_encoder, [prompt for prompt, _ in asked], n, label)
+    seen = look_at(how, model, [prompt for prompt, _ in asked], n, label)
     right = {j: sum(int(s.counts[j][k]) for s, (_, k) in zip(seen, asked)) for j in seen[0].counts}
     return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
 
 
 def evaluate(
     how: How,
-    text_encoder: nn.Module,
+    model: Bundle,
     world: Occupations,
     part: str,
     n: int,
@@ -212,7 +212,7 @@ def evaluate(
     """
     names = list(getattr(world, part))
     prompts = [occupation_prompt(name) for name in names]
-    seen = look_at(how, text_encoder, prompts, n, f"{label}, {part} occupations")
+    seen = look_at(how, model, prompts, n, f"{label}, {part} occupations")
     report = {
         "attribute": how.attribute.name,
         "classes": list(how.attribute.classes),
@@ -224,7 +224,7 @@ def evaluate(
         "clip_t": clip_t(how, seen, prompts),
     }
     if named_images:
-        report["named"] = obedience(how, text_encoder, names, world, named_images, f"{label}, named classes")
+        report["named"] = obedience(how, model, names, world, named_images, f"{label}, named classes")
     return report, seen
 
 
@@ -267,13 +267,13 @@ def before_after(setup: Setup, adapters: dict[str, Path], world: Occupations, fo
     how = How(
         bundle, setup.attribute, recipe.eval_steps, recipe.guidance, recipe.end, processes=setup.processes
     )
-    models = {"before": bundle.text_encoder}
-    models |= {f"after ({name})": load_adapter(bundle.text_encoder, file) for name, file in adapters.items()}
+    models = {"before": bundle}
+    models |= {f"after ({name})": load_adapter(bundle, file) for name, file in adapters.items()}
     results, originals = {}, {}
     for part, n in (("test", recipe.eval_images), ("train", recipe.eval_images_train)):
-        for label, text_encoder in models.items() if n else ():
+        for label, model in models.items() if n else ():
             named = NAMED_IMAGES if part == "test" else 0
-            report, seen = evaluate(how, text_encoder, world, part, n, label, named)
+            report, seen = evaluate(how, model, world, part, n, label, named)
             originals.setdefault(part, seen)
             report |= {} if label == "before" else likeness(seen, originals[part])
             results.setdefault(label, {})[part] = report
@@ -290,7 +290,7 @@ def _before_after_grid(how, models, world, path):
     P, n = GRID
     models = dict(list(models.items())[:2])
     prompts = [occupation_prompt(name) for name in world.test[:P]]
-    rows = [pictures(how, text_encoder, prompt, n) for prompt in prompts for text_encoder in models.values()]
+    rows = [pictures(how, model, prompt, n) for prompt in prompts for model in models.values()]
     text = {"prompts": "\n".join(prompts), "rows": " and ".join(models) + " of each prompt, same noise"}
     save_png(grid(torch.cat(rows), n), path, {**text, "seed": str(how.seed)})
 
@@ -333,12 +333,10 @@ def main(argv=None):
     given = {key: value for key, value in given.items() if value is not None}
     recipe = resolve(attribute.name, bundle.recipe, given, str(bundle.path))
     world = read_occupations(bundle.path)
-    text_encoder = (
-        load_adapter(bundle.text_encoder, options.adapter) if options.adapter else bundle.text_encoder
-    )
+    model = load_adapter(bundle, options.adapter) if options.adapter else bundle
     how = How(bundle, attribute, recipe.eval_steps, recipe.guidance, recipe.end, options.seed)
     report, _ = evaluate(
-        how, text_encoder, world, options.occupations, recipe.eval_images, named_images=options.named_images
+        how, model, world, options.occupations, recipe.eval_images, named_images=options.named_images
     )
     report = {"weights": options.weights, "adapter": options.adapter, **report}
     if options.out:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairref import cli
 from fairref.bundle import load_bundle
@@ -43,14 +43,12 @@ class Settings:
     dtype: str = "float32"
 
 
-def draw(
-    bundle, text_encoder: nn.Module, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None
-):
-    """Pictures (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T.
+def draw(bundle, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T, by a bundle, adapted or not.
 
     no_grad is the caller's. `on_step` is called after each U-Net evaluation.
     """
-    c, c_empty = embed(bundle, text_encoder, list(texts)).split(1)
+    c, c_empty = embed(bundle, *texts).split(1)
     table = solver_table(bundle.schedule, steps, end)
     for step in sample(bundle.unet, table, z_T, c, c_empty, guidance):
         if on_step and step.eps is not None:
@@ -90,12 +88,12 @@ def generate(settings: Settings) -> list[Path]:
     guidance = recipe.guidance if settings.guidance is None else settings.guidance
     if not math.isfinite(guidance):
         raise UserError(f"--guidance is {guidance}; expected a number.")
-    text_encoder = (
-        load_adapter(bundle.text_encoder, settings.adapter) if settings.adapter else bundle.text_encoder
-    )
+    if settings.adapter:
+        bundle = load_adapter(bundle, settings.adapter)
     texts = (settings.prompt, settings.negative_prompt)
-    for text, cut in zip(texts, bundle.tokenizer.cut(list(texts))):
-        if cut:
+    prefix = 0 if bundle.prefix is None else len(bundle.prefix)
+    for text, soft in zip(texts, (prefix, 0)):
+        if cut := bundle.tokenizer.cut([text], soft)[0]:
             print(f"warning: the prompt is too long, its end is not used: {cut!r}", file=sys.stderr)
 
     folder = _folder(settings)
@@ -105,9 +103,7 @@ def generate(settings: Settings) -> list[Path]:
     with Progress(steps * len(groups), "drawing") as progress, torch.no_grad():
         for group in groups:
             z_T = first_noise(bundle, settings.seed, 0, group.tolist())
-            pictures.append(
-                draw(bundle, text_encoder, texts, z_T, steps, guidance, recipe.end, progress.step)
-            )
+            pictures.append(draw(bundle, texts, z_T, steps, guidance, recipe.end, progress.step))
     x = torch.cat(pictures)
     return _write(folder, x, settings, resolved)
 

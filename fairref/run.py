@@ -80,12 +80,13 @@ def _run(options, processes, device):
         print(f"the run is in {folder}")
         if not options.resume:
             checkpoints.write_json(folder / checkpoints.SETTINGS, settings)
-    metadata = {
+    info = {
         "weights": bundle.manifest.get("name", str(weights)),
+        "component": recipe.component,
         "attribute": attribute.name,
-        "target": ",".join(map(str, attribute.target)),
+        "target": attribute.target,
     }
-    files = train(setup, folder, metadata)
+    files = train(setup, folder, info)
     if recipe.evaluate != "none":
         adapters = files if recipe.evaluate == "both" else {recipe.evaluate: files[recipe.evaluate]}
         before_after(setup, adapters, world, folder)

@@ -65,17 +65,17 @@ def test_prompts_without_a_person_have_no_bias():
 
 
 def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(how, monkeypatch):
-    text_encoder = how.bundle.text_encoder
-    whole = pictures(how, text_encoder, PROMPTS[0], 5)
-    assert torch.equal(whole, pictures(how, text_encoder, PROMPTS[0], 5))
+    model = how.bundle
+    whole = pictures(how, model, PROMPTS[0], 5)
+    assert torch.equal(whole, pictures(how, model, PROMPTS[0], 5))
     monkeypatch.setattr(evaluate, "GROUP", 2)
-    torch.testing.assert_close(pictures(how, text_encoder, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
-    other = pictures(replace(how, seed=1), text_encoder, PROMPTS[0], 5)
+    torch.testing.assert_close(pictures(how, model, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
+    other = pictures(replace(how, seed=1), model, PROMPTS[0], 5)
     assert (other - whole).abs().max() > 0.1
 
 
 def test_judges_count_classes_and_leave_out_none(how):
-    x = pictures(how, how.bundle.text_encoder, PROMPTS[0], 6)
+    x = pictures(how, how.bundle, PROMPTS[0], 6)
     logits = how.bundle.classifiers["evaluate"](x)["gender"]
     wanted = [int((logits[:, 0] > logits[:, 1]).sum()), int((logits[:, 0] <= logits[:, 1]).sum())]
 
@@ -99,7 +99,7 @@ def test_judges_count_classes_and_leave_out_none(how):
 
 
 def test_the_classifier_is_the_one_for_evaluation(how):
-    x = pictures(how, how.bundle.text_encoder, PROMPTS[0], 20)
+    x = pictures(how, how.bundle, PROMPTS[0], 20)
     found = judge(how, x).counts["classifier"].tolist()
     swapped = {"evaluate": how.bundle.classifiers["finetune"], "finetune": how.bundle.classifiers["evaluate"]}
     assert (
@@ -111,7 +111,7 @@ def test_the_classifier_is_the_one_for_evaluation(how):
 
 
 def test_clip_t_matched_and_shuffled(how):
-    seen = look_at(how, how.bundle.text_encoder, PROMPTS, 3, "")
+    seen = look_at(how, how.bundle, PROMPTS, 3, "")
     found = clip_t(how, seen, PROMPTS)
     texts = how.bundle.clip.encode_text(how.bundle.clip_tokenizer(PROMPTS))
     matched, shuffled = [], []
@@ -139,7 +139,7 @@ def test_with_a_detector_the_classifier_sees_the_faces(tmp_path):
         return [box if i % 3 else Found(torch.zeros(0, 4), torch.zeros(0, 5, 2)) for i in range(len(x))]
 
     how = How(replace(bundle, detector=detector), parse_target("gender", bundle.attributes), 2, 2.0)
-    x = pictures(how, bundle.text_encoder, PROMPTS[0], 7)
+    x = pictures(how, bundle, PROMPTS[0], 7)
     found = judge(how, x)
     assert seen[0].dtype == torch.uint8 and found.faceless == 3
     cut = F.interpolate(x[[1, 2, 4, 5]][:, :, :24, :24], (32, 32), mode="bilinear", antialias=True)
@@ -161,7 +161,7 @@ def test_obedience(how, monkeypatch):
     """A model that draws three of four as asked, on average over both classes."""
     asked = []
 
-    def drawn(how, text_encoder, prompts, n, label):
+    def drawn(how, model, prompts, n, label):
         asked.extend(prompts)
         return [Seen({"classifier": np.array([4, 0] if "woman" in prompt else [2, 2])}) for prompt in prompts]
 

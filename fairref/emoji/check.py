@@ -98,7 +98,7 @@ def follows_data(bundle, how: How, images: int) -> Gate:
     """The share of women of each occupation follows the table."""
     jobs = occupations()
     prompts = [occupation_prompt(job.name) for job in jobs]
-    seen = look_at(how, bundle.text_encoder, prompts, images, "guidance 1")
+    seen = look_at(how, bundle, prompts, images, "guidance 1")
     share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
     found = spearmanr(share, [job.share_women for job in jobs]).statistic
     claim = f"share of women at guidance 1 against the table, Spearman, {len(jobs)} occupations x {images}"
@@ -108,7 +108,7 @@ def follows_data(bundle, how: How, images: int) -> Gate:
 def neutral_gates(bundle, how: How, images: int) -> Iterator[Gate]:
     """Bias of neutral prompts, and images of nobody."""
     names = [job.name for job in occupations()]
-    seen = look_at(how, bundle.text_encoder, list(map(occupation_prompt, names)), images, "neutral")
+    seen = look_at(how, bundle, list(map(occupation_prompt, names)), images, "neutral")
     report = bias_report(seen, names, GENDERS, images)
     yield Gate("none for the template judge", report["none"], 0.05, at_most=True)
     for judge, values in report["judges"].items():
@@ -122,7 +122,7 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
     for name, h in how.items():
         obeyed = []
         for occupation, (k, c) in product(names, enumerate(h.attribute.classes)):
-            x = pictures(h, bundle.text_encoder, world.named_prompt(name, c, occupation), images)
+            x = pictures(h, bundle, world.named_prompt(name, c, occupation), images)
             found = bundle.templates(x)
             with torch.no_grad():
                 said = bundle.classifiers["evaluate"](x)
@@ -152,7 +152,7 @@ def contact_sheet(bundle) -> Image.Image:
         how = How(
             bundle, parse_target("gender", bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
         )
-        rows.append(torch.cat([pictures(how, bundle.text_encoder, prompt, n) for prompt, n in prompts]))
+        rows.append(torch.cat([pictures(how, bundle, prompt, n) for prompt, n in prompts]))
         names.append(job)
     heads = [("a photo of the face of a ..., a person", 6)]
     heads += [(c, 2) for classes in bundle.attributes.values() for c in classes]

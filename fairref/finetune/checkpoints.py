@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fairref.errors import UserError
-from fairref.weights_io import read, read_json
+from fairref.weights_io import read, read_info, read_json, write
 
 CHECKPOINT, SETTINGS, METRICS = "checkpoint.safetensors", "settings.json", "metrics.jsonl"
 
@@ -37,7 +35,7 @@ class State:
 
 
 def save(folder: Path, state: State) -> None:
-    """Writes the checkpoint under a temporary name and renames it."""
+    """Writes the checkpoint. Raises UserError."""
     tensors = {}
     for name, parameter in state.parameters().items():
         tensors[f"adapter.{name}"], tensors[f"ema.{name}"] = parameter.detach(), state.ema[name]
@@ -45,10 +43,7 @@ def save(folder: Path, state: State) -> None:
             tensors[f"{key}.{name}"] = state.optimizer.state.get(parameter, {}).get(
                 key, torch.zeros_like(parameter)
             )
-    temporary = folder / f"{CHECKPOINT}.part"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata={"iteration": str(state.iteration), "updates": str(state.updates)})
-    os.replace(temporary, folder / CHECKPOINT)
+    write(folder / CHECKPOINT, tensors, {"iteration": state.iteration, "updates": state.updates})
 
 
 @torch.no_grad()
@@ -57,9 +52,7 @@ def restore(folder: Path, state: State) -> None:
     path = folder / CHECKPOINT
     if not path.is_file():
         return
-    tensors = read(path)
-    with safe_open(path, "pt") as opened:
-        metadata = opened.metadata() or {}
+    tensors, info = read(path), read_info(path)
     parameters = state.parameters()
     wanted = {
         f"{kind}.{name}": p
@@ -67,11 +60,9 @@ def restore(folder: Path, state: State) -> None:
         for name, p in parameters.items()
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != {name: p.shape for name, p in wanted.items()} or not {"iteration", "updates"} <= set(
-        metadata
-    ):
+    if shapes != {name: p.shape for name, p in wanted.items()} or not {"iteration", "updates"} <= set(info):
         raise UserError(f"{path}: doesn't belong to the settings beside it; start a new run.")
-    state.iteration, state.updates = int(metadata["iteration"]), int(metadata["updates"])
+    state.iteration, state.updates = info["iteration"], info["updates"]
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"adapter.{name}"])
         state.ema[name] = tensors[f"ema.{name}"].to(parameter)

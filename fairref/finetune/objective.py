@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairref.bundle import Bundle
+from fairref.diffusion.gradient import pull
 from fairref.errors import UserError
 from fairref.fairness import losses
 from fairref.fairness.attributes import Attribute
@@ -35,7 +37,7 @@ SUMS = ("loss", "align", "image", "face", "confident", "faces")  # what `picture
 class Setup:
     """What stays the same in a run."""
 
-    bundle: object  # fairref.bundle.Bundle with clip and classifiers["finetune"]
+    bundle: Bundle  # the frozen model, with clip and classifiers["finetune"]
     recipe: Recipe
     attribute: Attribute  # what is made fair, and its target
     prompts: tuple[str, ...]  # P of finetuning, all neutral
@@ -90,14 +92,14 @@ class Pictures:
         return Pictures(*(None if v is None else v[rows] for v in vars(self).values()))
 
 
-def look(setup: Setup, table, z_T: Tensor, path: list, prompt: str, adapted: Tensor) -> Pictures:
-    """The pictures at the end of the path, and the frozen model's; `adapted` (2, T, d) is [c, c_empty]."""
+def look(setup: Setup, model: Bundle, table, z_T: Tensor, path: list, prompt: str, both: Tensor) -> Pictures:
+    """The pictures at the end of the adapted model's path, and the frozen model's; `both` is its [c, c_empty]."""
     bundle, recipe = setup.bundle, setup.recipe
     with torch.no_grad():
         z_0 = path[-1].z
         x = in_parts(lambda part: decode(bundle, part), z_0, recipe.micro_batch)
-        frozen = embed(bundle, bundle.text_encoder, [prompt, ""])
-        if torch.equal(frozen, adapted):  # an adapter at its start: the two models draw the same
+        frozen = embed(bundle, prompt)
+        if model.unet is bundle.unet and torch.equal(frozen, both):  # both models draw the same
             o = x
         else:
             c, c_empty = frozen.split(1)
@@ -125,7 +127,7 @@ def picture_gradient(setup: Setup, pictures: Pictures, q: Tensor) -> tuple[Tenso
         loss, values = loss_of(setup, x, part, q[rows])
         (dx,) = torch.autograd.grad(loss, x)
         z_0 = part.z_0.requires_grad_(True)
-        (g[rows],) = torch.autograd.grad(decode(setup.bundle, z_0), z_0, dx)
+        (g[rows],) = pull(decode(setup.bundle, z_0), [z_0], dx)
         sums += values
     return g, sums
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fairref.errors import UserError
 
 CHOICES = {
+    "component": ("prefix", "text_encoder", "unet", "both"),
     "end": ("zero", "sigma_min"),
     "standardise": ("paper", "solver", "none"),
     "face_reference": ("original", "nearest"),
@@ -48,7 +49,12 @@ class Recipe:
         "whom L_face makes a face like where target and original surely agree: original, or nearest of the external"
         " faces as everywhere else",
     )
+    component: str = setting(
+        "text_encoder",
+        "what is trained: prefix (soft tokens before the prompt), or LoRA on text_encoder, unet or both",
+    )
     rank: int = setting(50, "rank of the LoRA matrices")
+    tokens: int = setting(5, "soft tokens of the prefix")
     lr: float = setting(5e-5, "AdamW's learning rate")
     lr_end: float = setting(1.0, "share of lr at the last iteration, reached along a cosine; 1 is constant")
     warmup: int = setting(0, "iterations over which lr rises linearly")
@@ -94,6 +100,7 @@ class Recipe:
             "batch",
             "group",
             "rank",
+            "tokens",
             "steps_min",
             "eval_steps",
             "eval_images",

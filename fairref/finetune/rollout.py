@@ -1,7 +1,7 @@
 """From a text to the pictures of a bundle, in three pieces: embed, run the sampler, decode."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairref.diffusion.sampler import Step, noise, sample
 from fairref.diffusion.solver import SolverTable
@@ -21,10 +21,20 @@ def first_noise(bundle, seed: int, iteration: int, indices) -> Tensor:
     return z_T.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
 
-def embed(bundle, text_encoder: nn.Module, texts: list[str]) -> Tensor:
-    """c (B, T, d) of B texts by the bundle's own or an adapted text encoder."""
-    ids = bundle.tokenizer(texts)
-    return text_encoder(ids.to(next(text_encoder.parameters()).device))
+def embed(bundle, prompt: str, negative: str = "") -> Tensor:
+    """[c, c_empty] (2, T, d) of a prompt and the empty or negative one.
+
+    A soft prompt (P, D) stands between BOS and the prompt's first word, and not in c_empty; what no longer fits
+    into T tokens is dropped before the last one, which is EOS in every text.
+    """
+    encoder, P = bundle.text_encoder, 0 if bundle.prefix is None else len(bundle.prefix)
+    ids = bundle.tokenizer([prompt, negative])
+    words = encoder.embed(ids.to(next(encoder.parameters()).device))  # (2, T, D)
+    if P:
+        bos, kept, _, eos = words[0].split([1, words.shape[1] - P - 2, P, 1])
+        first = torch.cat([bos, bundle.prefix.to(words.dtype), kept, eos])  # (T, D)
+        words = torch.stack([first, words[1]])
+    return encoder(embeddings=words)
 
 
 def rollout(

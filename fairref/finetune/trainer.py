@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fairref.diffusion.gradient import adjusted_gradient, step_weights, subsample
+from fairref.bundle import Bundle
+from fairref.diffusion.gradient import adjusted_gradient, pull, step_weights, subsample
 from fairref.diffusion.solver import solver_table
 from fairref.fairness.metrics import bias, class_counts
 from fairref.fairness.transport import expected_ot
@@ -74,23 +75,20 @@ def learning_rate(recipe: Recipe, iteration: int) -> float:
     return float(recipe.lr * rise * (recipe.lr_end + (1 - recipe.lr_end) * cosine))
 
 
-def iteration_gradient(
-    setup: Setup, text_encoder: nn.Module, parameters: list, i: int
-) -> tuple[list[Tensor], dict]:
+def iteration_gradient(setup: Setup, model: Bundle, parameters: list, i: int) -> tuple[list[Tensor], dict]:
     """dL/dparameters of iteration i, summed over processes, and its metrics.
 
-    `text_encoder` is the adapted one; grad mode must be on. Without finite logits the gradient is NaN.
+    `model` is the adapted bundle; grad mode must be on. Without finite logits the gradient is NaN.
     """
     bundle, recipe, processes = setup.bundle, setup.recipe, setup.processes
     prompt, target, named = task_of(setup, i)
     S = steps_of(recipe, i)
     table = solver_table(bundle.schedule, S, recipe.end)
     z_T = first_noise(bundle, recipe.seed, i, processes.part(recipe.batch))  # (n, 4, h, w)
-    both = embed(bundle, text_encoder, [prompt, ""])  # (2, T, d), with graph
-    c, c_empty = both.detach().split(1)  # (1, T, d) each
+    both = embed(model, prompt)  # (2, T, d), with graph
 
-    path = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)
-    pictures = look(setup, table, z_T, path, prompt, torch.cat([c, c_empty]))
+    path = rollout(model, table, z_T, *both.split(1), recipe.guidance)
+    pictures = look(setup, model, table, z_T, path, prompt, both)
     logits, found = all_logits(setup, pictures)
     if not torch.isfinite(logits).all():
         return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": prompt, "S": S}
@@ -98,14 +96,30 @@ def iteration_gradient(
     rows = processes.part(recipe.batch)
     g, sums = picture_gradient(setup, pictures, ot.q[rows.start : rows.stop])  # (n, 4, h, w)
 
-    w = step_weights(bundle.schedule, table, recipe.standardise)
-    if 0 < recipe.grad_steps < S:
-        w = subsample(w, recipe.grad_steps, np.random.default_rng((recipe.seed, GRAD_STEPS, i)).random())
-    micro_batch = recipe.micro_batch or None
-    dc, dc_empty = adjusted_gradient(bundle.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
-    gradient = torch.autograd.grad(both, parameters, torch.cat([dc, dc_empty]).to(both.dtype))
+    gradient = sampling_gradient(recipe, model, parameters, table, path, g, both, i)
     *gradient, sums = processes.total([*gradient, sums])
     return gradient, {"prompt": prompt, "S": S, **_metrics(setup, ot.cost, logits[found], sums, named)}
+
+
+def sampling_gradient(
+    recipe: Recipe, model: Bundle, parameters: list, table, path: list, g: Tensor, both: Tensor, i: int
+) -> list[Tensor]:
+    """dL/dparameters of this process's images: g = dL/dz_0 goes back along the path, `both` = [c, c_empty] has its graph."""
+    c, c_empty = both.detach().split(1)  # (1, T, d) each
+    w = step_weights(model.schedule, table, recipe.standardise)
+    if 0 < recipe.grad_steps < table.S:
+        w = subsample(w, recipe.grad_steps, np.random.default_rng((recipe.seed, GRAD_STEPS, i)).random())
+    micro_batch = recipe.micro_batch or None
+    parts = adjusted_gradient(model.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
+    in_text = (
+        pull(both, parameters, torch.cat(parts)) if both.requires_grad else map(torch.zeros_like, parameters)
+    )
+    gradient = [
+        x if p.grad is None else x + p.grad for x, p in zip(in_text, parameters)
+    ]  # .grad: in the U-Net
+    for p in parameters:
+        p.grad = None
+    return gradient
 
 
 def all_logits(setup: Setup, pictures: Pictures) -> tuple[Tensor, Tensor]:
@@ -129,11 +143,11 @@ def _metrics(setup, cost, logits, sums, named):
     return {**sums, "cost": cost, "counts": counts.tolist(), **shares}
 
 
-def new_state(setup: Setup) -> tuple[nn.Module, State]:
-    """The adapted text encoder and the state before the first iteration."""
+def new_state(setup: Setup) -> tuple[Bundle, State]:
+    """The adapted bundle and the state before the first iteration."""
     recipe = setup.recipe
     generator = torch.Generator().manual_seed(recipe.seed)
-    text_encoder, adapter = adapt(setup.bundle.text_encoder, recipe.rank, generator)
+    model, adapter = adapt(setup.bundle, recipe.component, recipe.rank, recipe.tokens, generator)
     optimizer = torch.optim.AdamW(
         adapter.parameters(),
         lr=recipe.lr,
@@ -142,7 +156,7 @@ def new_state(setup: Setup) -> tuple[nn.Module, State]:
         weight_decay=recipe.weight_decay,
     )
     ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    return text_encoder, State(adapter, ema, optimizer)
+    return model, State(adapter, ema, optimizer)
 
 
 def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float, bool]:
@@ -168,10 +182,10 @@ def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float,
     return float(norm), finite
 
 
-def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Path]:
+def train(setup: Setup, folder: Path, info: dict) -> dict[str, Path]:
     """The run in `folder`, from its checkpoint if it has one -> the adapters' files {"ema", "raw"}."""
     recipe, first = setup.recipe, setup.processes.first
-    text_encoder, state = new_state(setup)
+    model, state = new_state(setup)
     checkpoints.restore(folder, state)
     if first:
         checkpoints.cut_metrics(folder, state.iteration)
@@ -181,7 +195,7 @@ def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Pat
             began = time.monotonic()
             metrics = {"iteration": state.iteration, "lr": learning_rate(recipe, state.iteration)}
             with torch.enable_grad():
-                gradient, found = iteration_gradient(setup, text_encoder, parameters, state.iteration)
+                gradient, found = iteration_gradient(setup, model, parameters, state.iteration)
             norm, finite = update(recipe, state, gradient)
             skipped += not finite
             recent = [*recent, found["bias"]][-RUNNING:] if "bias" in found else recent
@@ -198,9 +212,9 @@ def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Pat
     files = {"ema": folder / FILE, "raw": folder / RAW_FILE}
     if first:
         checkpoints.save(folder, state)
-        metadata = {**metadata, "iterations": str(state.iteration)}
-        save_adapter(files["ema"], state.ema, {**metadata, "average": "ema"})
-        save_adapter(files["raw"], state.parameters(), {**metadata, "average": "raw"})
+        info = {**info, "iterations": state.iteration}
+        save_adapter(files["ema"], state.ema, {**info, "average": "ema"})
+        save_adapter(files["raw"], state.parameters(), {**info, "average": "raw"})
     setup.processes.wait()
     return files
 
