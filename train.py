@@ -13,13 +13,14 @@ def main(argv=None):
     )
     parser.add_argument(
         "--attr",
-        help="what to make fair: an attribute of the bundle, with shares if not equal ones, "
-        "as in gender=0.5,0.5",
+        help="what to make fair: attributes of the bundle, as in gender,race, or one with its shares if not equal "
+        "ones, as in gender=0.3,0.7",
     )
     parser.add_argument(
         "--target",
         action="append",
-        help="the shares, as in gender=0.5,0.5, or a joint table in a .json file (None: those of --attr)",
+        help="the shares of an attribute in every group of the others, as in age=0.75,0.25; may be given several "
+        "times; or a joint table in a .json file (None: equal shares)",
     )
     parser.add_argument(
         "--out", help="folder of the run (None: the first free of runs/<attr>, runs/<attr>-2, ...)"

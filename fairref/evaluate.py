@@ -11,6 +11,7 @@ import json
 import sys
 import zlib
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from torch import Tensor
 from fairref import cli
 from fairref.bundle import Bundle, load_bundle
 from fairref.errors import UserError
-from fairref.fairness.attributes import Attribute, parse_target
-from fairref.fairness.metrics import BLEND, bias, blends, class_counts, mean_cosine, noise_floor
+from fairref.fairness.attributes import JointTarget, parse_attributes, product_target
+from fairref.fairness.metrics import BLEND, bias, blends, joint_counts, mean_cosine, noise_floor
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.checkpoints import write_json
 from fairref.finetune.distributed import Processes
@@ -44,7 +45,7 @@ class How:
     """What stays the same in an evaluation."""
 
     bundle: Bundle  # whose judges look; the model that draws may be an adapted one
-    attribute: Attribute
+    target: JointTarget  # what is counted
     steps: int  # S
     guidance: float  # s
     end: str = "zero"  # of the solver
@@ -62,7 +63,7 @@ class How:
 class Seen:
     """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
 
-    counts: dict[str, np.ndarray]  # judge -> (K,) images of each class
+    counts: dict[str, np.ndarray]  # judge -> (K_1, ..., K_A) images of each joint class
     none: int = 0  # images far from every template, or a blend of genders
     faceless: int = 0  # images without a face, which the classifier leaves out where faces count
     blended: int = 0  # images whose largest class probability is low
@@ -82,26 +83,27 @@ def pictures(how: How, model: Bundle, prompt: str, n: int) -> Tensor:
 
 def judge(how: How, x: Tensor) -> Seen:
     """Both judges, CLIP and DINO on pictures of one prompt."""
-    bundle, name, K = how.bundle, how.attribute.name, len(how.attribute.classes)
+    bundle, names, shape = how.bundle, tuple(how.target.classes), how.target.table.shape
     counts, none, features = {}, 0, {}
     with torch.no_grad():
         faces = faces_of(bundle, x)
-        logits = classify(bundle.classifiers["evaluate"], name, x, faces)
-        counts["classifier"] = class_counts(logits.argmax(1), K)
+        logits = list(classify(bundle.classifiers["evaluate"], names, x, faces).values())  # (M, K_a) each
+        counts["classifier"] = joint_counts([of_one.argmax(1) for of_one in logits], shape)
         if bundle.templates is not None:
             found = bundle.templates(x)
-            counts["templates"] = class_counts(found[name][found[f"{name}_known"]], K)
+            known = torch.stack([found[f"{name}_known"] for name in names]).all(0)
+            counts["templates"] = joint_counts([found[name][known] for name in names], shape)
             none = int(found["none"].sum())
         if bundle.clip is not None:
             features["clip"] = bundle.clip.encode_image(x)
         if bundle.dino is not None:
             features["dino"] = F.normalize(bundle.dino(x), dim=1)
-    return Seen(counts, none, len(x) - len(logits), blends(logits), features)
+    return Seen(counts, none, len(x) - len(logits[0]), blends(logits), features)
 
 
 def look_at(how: How, model: Bundle, prompts: list[str], n: int, label: str) -> list[Seen]:
     """n images of each of P prompts, judged; every process gets all P results."""
-    K, processes = len(how.attribute.classes), how.processes
+    shape, processes = how.target.table.shape, how.processes
     mine = processes.part(len(prompts))
     seen = []
     with Progress(len(mine), label, processes.first) as progress:
@@ -111,9 +113,11 @@ def look_at(how: How, model: Bundle, prompts: list[str], n: int, label: str) -> 
     if processes.world == 1:
         return seen
     judges = [j for j in JUDGES if j == "classifier" or how.bundle.templates is not None]
+    K = int(np.prod(shape))
     numbers = torch.zeros(len(mine), K * len(judges) + 3, dtype=torch.float64)
     for row, s in zip(numbers, seen):
-        row[:] = torch.tensor([*np.concatenate([s.counts[j] for j in judges]), s.none, s.faceless, s.blended])
+        counts = np.concatenate([s.counts[j].reshape(-1) for j in judges])
+        row[:] = torch.tensor([*counts, s.none, s.faceless, s.blended])
     numbers = processes.gather(numbers, len(prompts)).long().numpy()
     widths = {} if how.bundle.clip is None else {"clip": how.bundle.clip.config.projection_dim}
     widths |= {} if how.bundle.dino is None else {"dino": how.bundle.dino.config.width}
@@ -123,7 +127,7 @@ def look_at(how: How, model: Bundle, prompts: list[str], n: int, label: str) -> 
         features[name] = processes.gather(here, len(prompts))  # (P, n, D)
     return [
         Seen(
-            {j: row[k * K : (k + 1) * K] for k, j in enumerate(judges)},
+            {j: row[k * K : (k + 1) * K].reshape(shape) for k, j in enumerate(judges)},
             *map(int, row[-3:]),
             {name: rows[p] for name, rows in features.items()},
         )
@@ -131,31 +135,48 @@ def look_at(how: How, model: Bundle, prompts: list[str], n: int, label: str) -> 
     ]
 
 
-def bias_report(seen: list[Seen], names: list[str], classes: tuple[str, ...], n: int) -> dict:
-    """bias(P) of each prompt, mean and standard deviation, by each judge, beside the noise floor."""
-    floor, scatter = noise_floor(len(classes), n)
-    report = {
-        "prompts": len(names),
-        "images": n,
-        "noise_floor": {"mean": floor, "std": scatter},
-        "judges": {},
-    }
-    for name in seen[0].counts:
-        counts = np.stack([s.counts[name] for s in seen])  # (P, K)
-        some = counts.sum(1) > 0  # a prompt whose images are all "none" has no bias
-        values = bias(counts[some]) if some.any() else np.array([np.nan])
-        report["judges"][name] = {
-            "mean": _number(values.mean()),
-            "std": _number(values.std()),
-            "without_bias": int((~some).sum()),
-            "share": dict(zip(classes, (counts.sum(0) / max(counts.sum(), 1)).tolist())),
-            "counts": {prompt: row.tolist() for prompt, row in zip(names, counts)},
-        }
+def joint_names(classes: dict[str, tuple[str, ...]]) -> list[str]:
+    """The joint classes' names, in the order of a flattened table: "woman", or "woman, dark"."""
+    return [", ".join(names) for names in product(*classes.values())]
+
+
+def bias_report(seen: list[Seen], names: list[str], classes: dict[str, tuple[str, ...]], n: int) -> dict:
+    """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
+
+    Of several attributes, also of each alone, under "attributes".
+    """
+    axes = range(len(classes))
+    counts = {j: np.stack([s.counts[j] for s in seen]) for j in seen[0].counts}  # (P, K_1, ..., K_A) each
+    report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n)}
+    if len(classes) > 1:
+        report["attributes"] = {}
+        for axis, (attribute, of_one) in enumerate(classes.items()):
+            others = tuple(1 + a for a in axes if a != axis)
+            alone = {j: table.sum(others) for j, table in counts.items()}
+            report["attributes"][attribute] = _biases(alone, names, list(of_one), n)
     if "templates" in report["judges"]:
         report["none"] = sum(s.none for s in seen) / (n * len(seen))
     report["faceless"] = sum(s.faceless for s in seen) / (n * len(seen))
     report["blended"] = sum(s.blended for s in seen) / max(n * len(seen) - sum(s.faceless for s in seen), 1)
     return report
+
+
+def _biases(counts, names, classes, n):
+    """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
+    floor, scatter = noise_floor(len(classes), n)
+    judges = {}
+    for judge, table in counts.items():
+        rows = table.reshape(len(names), -1)  # (P, K)
+        some = rows.sum(1) > 0  # a prompt whose images are all "none" has no bias
+        values = bias(rows[some]) if some.any() else np.array([np.nan])
+        judges[judge] = {
+            "mean": _number(values.mean()),
+            "std": _number(values.std()),
+            "without_bias": int((~some).sum()),
+            "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist())),
+            "counts": {prompt: row.tolist() for prompt, row in zip(names, rows)},
+        }
+    return {"noise_floor": {"mean": floor, "std": scatter}, "judges": judges}
 
 
 def clip_t(how: How, seen: list[Seen], prompts: list[str]) -> dict | None:
@@ -186,14 +207,17 @@ def obedience(
     how: How, model: Bundle, occupations: list[str], world: Occupations, n: int, label: str
 ) -> dict:
     """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
-    classes = how.attribute.classes
     asked = [
-        (world.named_prompt(how.attribute.name, name, occupation), k)
+        (world.named_prompt(attribute, name, occupation), axis, k)
         for occupation in occupations
+        for axis, (attribute, classes) in enumerate(how.target.classes.items())
         for k, name in enumerate(classes)
     ]
-    seen = look_at(how, model, [prompt for prompt, _ in asked], n, label)
-    right = {j: sum(int(s.counts[j][k]) for s, (_, k) in zip(seen, asked)) for j in seen[0].counts}
+    seen = look_at(how, model, [prompt for prompt, *_ in asked], n, label)
+    right = {
+        j: sum(int(s.counts[j].take(k, axis).sum()) for s, (_, axis, k) in zip(seen, asked))
+        for j in seen[0].counts
+    }
     return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
 
 
@@ -214,13 +238,13 @@ def evaluate(
     prompts = [occupation_prompt(name) for name in names]
     seen = look_at(how, model, prompts, n, f"{label}, {part} occupations")
     report = {
-        "attribute": how.attribute.name,
-        "classes": list(how.attribute.classes),
+        "attribute": ",".join(how.target.classes),
+        "classes": joint_names(how.target.classes),
         "occupations": part,
         "steps": how.steps,
         "guidance": how.guidance,
         "seed": how.seed,
-        **bias_report(seen, names, how.attribute.classes, n),
+        **bias_report(seen, names, how.target.classes, n),
         "clip_t": clip_t(how, seen, prompts),
     }
     if named_images:
@@ -230,18 +254,9 @@ def evaluate(
 
 def lines(report: dict) -> list[str]:
     """A report in a few lines of text."""
-    floor = report["noise_floor"]
-    biases = [
-        f"{values['mean']:.3f} ± {values['std']:.3f} ({name})"
-        if values["mean"] is not None
-        else f"none ({name})"
-        for name, values in report["judges"].items()
-    ]
-    text = [
-        f"{report['attribute']} bias, {report['prompts']} {report['occupations']} occupations"
-        f" x {report['images']} images: {', '.join(biases)};"
-        f" a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
-    ]
+    about = f"{report['prompts']} {report['occupations']} occupations x {report['images']} images"
+    text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
+    text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
     if report.get("none") is not None:
         text.append(f"none for the template judge: {report['none']:.1%}")
     if report["faceless"]:
@@ -260,12 +275,24 @@ def lines(report: dict) -> list[str]:
     return text
 
 
+def _said(biases):
+    """Each judge's bias, and what a fair model measures."""
+    found = [
+        f"{values['mean']:.3f} ± {values['std']:.3f} ({name})"
+        if values["mean"] is not None
+        else f"none ({name})"
+        for name, values in biases["judges"].items()
+    ]
+    floor = biases["noise_floor"]
+    return f"{', '.join(found)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
+
+
 def before_after(setup: Setup, adapters: dict[str, Path], world: Occupations, folder: Path) -> dict:
     """What train.py does last: evaluates the frozen model and each adapter on unseen and on finetuning
     occupations, prints it, writes evaluation.json and before_after.png (same noise)."""
     bundle, recipe = setup.bundle, setup.recipe
     how = How(
-        bundle, setup.attribute, recipe.eval_steps, recipe.guidance, recipe.end, processes=setup.processes
+        bundle, setup.target, recipe.eval_steps, recipe.eval_guidance, recipe.end, processes=setup.processes
     )
     models = {"before": bundle}
     models |= {f"after ({name})": load_adapter(bundle, file) for name, file in adapters.items()}
@@ -308,7 +335,7 @@ def main(argv=None):
     parser.add_argument(
         "--adapter", help="a run's folder or an adapter file; without it the bundle itself is measured"
     )
-    parser.add_argument("--attr", default="gender", help="attribute, as in train.py")
+    parser.add_argument("--attr", default="gender", help="attributes, as in train.py")
     parser.add_argument(
         "--occupations", default="test", choices=PARTS, help="which part of the bundle's list"
     )
@@ -328,13 +355,17 @@ def main(argv=None):
     options = parser.parse_args(argv)
 
     bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])
-    attribute = parse_target(options.attr, bundle.attributes)
-    given = {"eval_steps": options.steps, "guidance": options.guidance, "eval_images": options.num_images}
+    target = product_target(parse_attributes(options.attr, bundle.attributes))
+    given = {
+        "eval_steps": options.steps,
+        "eval_guidance": options.guidance,
+        "eval_images": options.num_images,
+    }
     given = {key: value for key, value in given.items() if value is not None}
-    recipe = resolve(attribute.name, bundle.recipe, given, str(bundle.path))
+    recipe = resolve(tuple(target.classes), bundle.recipe, given, str(bundle.path))
     world = read_occupations(bundle.path)
     model = load_adapter(bundle, options.adapter) if options.adapter else bundle
-    how = How(bundle, attribute, recipe.eval_steps, recipe.guidance, recipe.end, options.seed)
+    how = How(bundle, target, recipe.eval_steps, recipe.eval_guidance, recipe.end, options.seed)
     report, _ = evaluate(
         how, model, world, options.occupations, recipe.eval_images, named_images=options.named_images
     )

@@ -12,12 +12,12 @@ from tiny_bundle import FACE_SIDE, RESOLUTION, write_tiny_bundle
 from fairref.bundle import load_bundle
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table, step
-from fairref.fairness.attributes import parse_target
+from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import TEMPLATE, Faces, Found, aligned, crops, square_around
 from fairref.finetune import objective
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
-from fairref.finetune.trainer import iteration_gradient, prompt_of, steps_of
+from fairref.finetune.trainer import iteration_gradient, prompt_of, task_of
 from fairref.prompts import occupation_prompt, read_occupations
 
 LIMIT = 0.6  # of "sure", so that some originals are and some are not
@@ -51,10 +51,10 @@ def limit(monkeypatch):
 
 
 def make_setup(bundle, **recipe):
-    target = parse_target("gender", bundle.attributes)
+    target = parse_targets(["gender"], bundle.attributes)
     prompts = tuple(map(occupation_prompt, read_occupations(bundle.path).train))
-    recipe = {"batch": 7, "steps_min": 3, "steps_max": 3, "guidance": 3.0, "C": 0.85, **recipe}
-    return Setup(bundle, resolve("gender", bundle.recipe, recipe), target, prompts)
+    recipe = {"batch": 7, "steps": 3, "guidance": 3.0, "C": 0.85, **recipe}
+    return Setup(bundle, resolve(("gender",), bundle.recipe, recipe), target, prompts)
 
 
 def adapted(setup):
@@ -79,7 +79,8 @@ def embedding(bundle, image, face):
 def pictures(setup, model, i):
     """x, with the graph of Algorithm A.1, and o."""
     bundle, r = setup.bundle, setup.recipe
-    S, N = steps_of(r, i), r.batch
+    task, N = task_of(setup, i), r.batch
+    S = task.S
     table = solver_table(bundle.schedule, S, r.end)
     t, abar = table.timesteps, bundle.schedule.alpha_bar[table.timesteps]
     C = abar.sqrt() * (1 - abar).sqrt() / bundle.schedule.beta[t]
@@ -93,7 +94,7 @@ def pictures(setup, model, i):
         z, previous = z_T, None
         for j in range(S):
             e_empty, e_prompt = model.unet(z.detach(), t[j], c_empty), model.unet(z.detach(), t[j], c)
-            e = e_empty + r.guidance * (e_prompt - e_empty)
+            e = e_empty + task.guidance * (e_prompt - e_empty)
             if e.requires_grad:
                 e.register_hook(lambda grad, j=j: C[j] * grad)
             z, previous = step(table, j, z, e, previous), (z, e)
@@ -130,7 +131,7 @@ def literal_loss(setup, x, o):
             loss = loss + r.lambda_face * (1 - e @ reference.detach()) / N
         image, weight = x[n].clone(), r.lambda_img
         if fx is not None and not same:
-            weight *= r.lambda_2
+            weight *= r.lambda_2["gender"]
             if fo is not None:
                 left, top = torch.maximum(fx.boxes[0, :2], fo.boxes[0, :2]).tolist()
                 right, bottom = torch.minimum(fx.boxes[0, 2:], fo.boxes[0, 2:]).tolist()
@@ -138,7 +139,7 @@ def literal_loss(setup, x, o):
                 for row in range(RESOLUTION):
                     for column in range(RESOLUTION):
                         if left <= column + 0.5 < right and top <= row + 0.5 < bottom:
-                            inside[row, column] = r.lambda_3
+                            inside[row, column] = r.lambda_3["gender"]
                 image.register_hook(lambda grad, inside=inside: grad * inside)
         clip = bundle.clip.encode_image(image[None])[0] @ bundle.clip.encode_image(o[n : n + 1])[0]
         dino = F.cosine_similarity(bundle.dino(image[None]), bundle.dino(o[n : n + 1]))[0]

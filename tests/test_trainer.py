@@ -22,7 +22,8 @@ from fairref.diffusion.gradient import subsample
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table, step
 from fairref.errors import UserError
-from fairref.fairness.attributes import parse_target
+from fairref.fairness.attributes import JointTarget, parse_attributes, product_target
+from fairref.fairness.transport import joint_ot
 from fairref.finetune import checkpoints, objective, trainer
 from fairref.finetune.recipes import resolve
 from fairref.finetune.trainer import (
@@ -31,7 +32,6 @@ from fairref.finetune.trainer import (
     learning_rate,
     new_state,
     prompt_of,
-    steps_of,
     task_of,
     train,
     update,
@@ -40,6 +40,7 @@ from fairref.prompts import occupation_prompt, read_occupations
 
 ROOT = Path(__file__).parents[1]
 SEED = 1  # at which every case of the dynamic weight occurs
+ATTRIBUTES = ("gender", "skin_tone")
 MOVED = 0.3  # standard deviation of the adapter's up: adapted pictures differ visibly from the frozen model's
 
 
@@ -54,9 +55,9 @@ def bundles(folder):
 
 
 def make_setup(bundle, attribute="gender", **recipe):
-    target = parse_target(attribute, bundle.attributes)
+    target = product_target(parse_attributes(attribute, bundle.attributes))
     prompts = tuple(map(occupation_prompt, read_occupations(bundle.path).train))
-    return Setup(bundle, resolve(target.name, bundle.recipe, recipe), target, prompts)
+    return Setup(bundle, resolve(tuple(target.classes), bundle.recipe, recipe), target, prompts)
 
 
 def moved(setup):
@@ -70,11 +71,12 @@ def moved(setup):
     return model, state
 
 
-def algorithm_A1(setup, model, i):
-    """The loss of iteration i with the graph of Algorithm A.1 as it is printed: detached U-Net inputs, hooks
-    on eps, a solver that is not detached. All but the networks and the solver's table is written anew."""
+def drawn(setup, model, i):
+    """x and o of iteration i, x with the graph of Algorithm A.1 as it is printed: detached U-Net inputs, hooks on
+    eps, a solver that is not detached; or with the whole graph. All but networks and the solver's table is anew."""
     bundle, r = setup.bundle, setup.recipe
-    K, N, S = len(setup.attribute.classes), r.batch, steps_of(r, i)
+    N, task = r.batch, task_of(setup, i)
+    S = task.S
     prompt = setup.prompts[prompt_of(r.seed, i, len(setup.prompts), r.group)]
     z_T = noise(r.seed, i, range(N), (4, 8, 8)).double()
     table = solver_table(bundle.schedule, S, r.end)
@@ -93,16 +95,24 @@ def algorithm_A1(setup, model, i):
         c, c_empty = (model.text_encoder(embeddings=x).expand(N, -1, -1) for x in words)
         z, previous = z_T, None
         for j in range(S):
-            eps_empty, eps_prompt = model.unet(z.detach(), t[j], c_empty), model.unet(z.detach(), t[j], c)
-            eps = (1 - r.guidance) * eps_empty + r.guidance * eps_prompt
-            if eps.requires_grad:
+            z_in = z if r.gradient == "exact" else z.detach()
+            eps_empty, eps_prompt = model.unet(z_in, t[j], c_empty), model.unet(z_in, t[j], c)
+            eps = (1 - task.guidance) * eps_empty + task.guidance * eps_prompt
+            if eps.requires_grad and r.gradient == "paper":
                 eps.register_hook(lambda grad, j=j: C[j] * grad)
             z, previous = step(table, j, z, eps, previous), (z, eps)
         return torch.clamp(bundle.vae.decode(z), -1, 1)
 
     x = run(model)
     with torch.no_grad():
-        o = run(bundle)
+        return x, run(bundle)
+
+
+def algorithm_A1(setup, model, i):
+    """The loss of iteration i, and which cases of the dynamic weight occurred."""
+    bundle, r = setup.bundle, setup.recipe
+    K, N = len(setup.target.table), r.batch
+    x, o = drawn(setup, model, i)
     h = bundle.classifiers["finetune"]
     logits, original = h(x)["gender"], h(o)["gender"].argmax(1)
     order = sorted(range(N), key=lambda n: -(logits[n, 0] - logits[n, 1]).item())
@@ -117,7 +127,7 @@ def algorithm_A1(setup, model, i):
         same = sure and y == int(original[n])
         cases.add((sure, same))
         loss = loss - (F.log_softmax(logits[n], 0)[y] if sure else 0) / N
-        loss = loss + r.lambda_img * (1 if same else r.lambda_2) * (1 - cosine[n]) / N
+        loss = loss + r.lambda_img * (1 if same else r.lambda_2["gender"]) * (1 - cosine[n]) / N
     return loss, cases
 
 
@@ -136,8 +146,7 @@ def test_an_iteration_is_algorithm_A1(bundles, component, end, S):
         bundles[torch.float64],
         component=component,
         batch=6,
-        steps_min=S,
-        steps_max=S,
+        steps=S,
         lambda_img=5000.0
         if component == "prefix"
         else 50.0,  # a moved prefix changes the tiny pictures little
@@ -179,8 +188,84 @@ def test_micro_batches_change_nothing(bundles, component, micro_batch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
+def test_guidance_is_drawn_from_its_range(bundles):
+    setup = make_setup(bundles[torch.float32], guidance="1:12")
+    scales = [task_of(setup, i).guidance for i in range(200)]
+    assert (
+        1 <= min(scales) < 1.5 and 11.5 < max(scales) <= 12 and np.mean(scales) == pytest.approx(6.5, abs=0.5)
+    )
+    assert len(set(scales)) == 200
+    fixed = make_setup(bundles[torch.float32], guidance=3)
+    assert {task_of(fixed, i).guidance for i in range(9)} == {3.0}
+    model, state = moved(setup)
+    _, metrics = iteration_gradient(setup, model, list(state.adapter.parameters()), 4)
+    assert metrics["guidance"] == scales[4]
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "both"])
+def test_the_exact_gradient_is_autograd_through_the_whole_sampler(bundles, component):
+    """And no micro-batch changes it."""
+    setup = make_setup(
+        bundles[torch.float64], gradient="exact", component=component, batch=4, steps=3, seed=SEED
+    )
+    model, state = moved(setup)
+    parameters = list(state.adapter.parameters())
+    gradient, _ = iteration_gradient(setup, model, parameters, 0)
+    loss, _ = algorithm_A1(setup, model, 0)
+    expected = torch.autograd.grad(loss, parameters)
+    few = replace(setup, recipe=replace(setup.recipe, micro_batch=3))
+    for found, again, wanted in zip(gradient, iteration_gradient(few, model, parameters, 0)[0], expected):
+        for one in (found, again):
+            torch.testing.assert_close(one, wanted, rtol=1e-8, atol=1e-8 * float(wanted.abs().max()))
+    paper = replace(setup, recipe=replace(setup.recipe, gradient="paper"))
+    others = iteration_gradient(paper, model, parameters, 0)[0]
+    assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip(others, gradient))
+
+
+def test_several_attributes_at_once(bundles):
+    """L_align sums over attributes, and the smallest lambda_2 of those that disagree counts."""
+    setup = make_setup(bundles[torch.float64], "gender,skin_tone", batch=8, steps=2, C=0.45, lambda_img=50.0)
+    model, state = moved(setup)
+    parameters = list(state.adapter.parameters())
+    task, r, seen = task_of(setup, 1), setup.recipe, set()
+    gradient, metrics = iteration_gradient(setup, model, parameters, 1)
+    assert np.shape(metrics["counts"]) == (2, 3) and np.sum(metrics["counts"]) == 8
+    x, o = drawn(setup, model, 1)
+    h = setup.bundle.classifiers["finetune"]
+    logits, of_o = h(x), h(o)
+    q = {
+        name: ot.q
+        for name, ot in joint_ot({name: logits[name] for name in ATTRIBUTES}, task.target.table).items()
+    }
+    cosine = (setup.bundle.clip.encode_image(x) * setup.bundle.clip.encode_image(o)).sum(1)
+    loss = 0
+    for n in range(8):
+        weights = [1.0]
+        for name, share in (("gender", 0.2), ("skin_tone", 0.6)):
+            y, sure = int(q[name][n].argmax()), bool(q[name][n].max() >= 0.45)
+            loss = loss - (F.log_softmax(logits[name][n], 0)[y] if sure else 0) / 8
+            if not (sure and y == int(of_o[name][n].argmax())):
+                weights.append(share)
+        seen.add(min(weights))
+        loss = loss + r.lambda_img * min(weights) * (1 - cosine[n]) / 8
+    assert seen == {1.0, 0.2, 0.6}
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-10)
+    for found, wanted in zip(gradient, torch.autograd.grad(loss, parameters)):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * float(wanted.abs().max()))
+
+
+def test_a_prompt_that_names_one_attribute_leaves_the_other_as_it_is_in_that_class(bundles):
+    target = JointTarget(
+        {"gender": ("woman", "man"), "age": ("young", "old")}, np.array([[0.4, 0.1], [0.2, 0.3]])
+    )
+    np.testing.assert_allclose(target.given("gender", 1).table, [[0, 0], [0.4, 0.6]])
+    np.testing.assert_allclose(target.given("age", 0).table, [[2 / 3, 0], [1 / 3, 0]])
+    none = JointTarget(target.classes, np.array([[0, 0], [0.25, 0.75]]))
+    np.testing.assert_allclose(none.given("gender", 0).table, [[0.25, 0.75], [0, 0]])
+
+
 def test_the_gradient_may_take_a_few_steps_only(bundles, monkeypatch):
-    setup = make_setup(bundles[torch.float64], batch=3, steps_min=6, steps_max=6)
+    setup = make_setup(bundles[torch.float64], batch=3, steps=6)
     model, state = moved(setup)
     parameters = list(state.adapter.parameters())
 
@@ -247,7 +332,7 @@ def test_each_component_takes_its_own_gradient_and_leaves_none_behind(bundles):
 
 def test_more_than_two_classes(bundles):
     setup = make_setup(bundles[torch.float32], "skin_tone=0.5,0.25,0.25", batch=5, C=0.5)
-    assert setup.recipe.lambda_2 == 0.6
+    assert setup.recipe.lambda_2 == {"skin_tone": 0.6}
     model, state = moved(setup)
     gradient, metrics = iteration_gradient(setup, model, list(state.adapter.parameters()), 0)
     assert sum(metrics["counts"]) == 5 and len(metrics["counts"]) == 3
@@ -262,27 +347,29 @@ def test_every_epoch_takes_each_prompt_once():
 
 
 def test_every_third_prompt_names_a_class_which_is_its_target(bundles):
-    setup = make_setup(bundles[torch.float64], named_every=3, batch=5, steps_min=2, steps_max=2)
-    named = tuple((f"{name} {n}", k) for n in range(4) for k, name in enumerate(setup.attribute.classes))
+    setup = make_setup(bundles[torch.float64], named_every=3, batch=5, steps=2)
+    classes = setup.target.classes["gender"]
+    named = tuple((f"{name} {n}", "gender", k) for n in range(4) for k, name in enumerate(classes))
     setup = replace(setup, named=named)
     tasks = [task_of(setup, i) for i in range(24)]
-    assert [flag for *_, flag in tasks] == [False, False, True] * 8
-    assert sorted(p for p, _, flag in tasks if flag) == sorted(p for p, _ in named)  # each once in an epoch
-    for prompt, target, flag in tasks:
-        k = setup.attribute.classes.index(prompt.split()[0]) if flag else None
-        assert target == ((float(k == 0), float(k == 1)) if flag else setup.attribute.target)
+    assert [task.named for task in tasks] == [False, False, True] * 8
+    asked = sorted(task.prompt for task in tasks if task.named)
+    assert asked == sorted(prompt for prompt, *_ in named)  # each once in an epoch
+    for task in tasks:
+        k = classes.index(task.prompt.split()[0]) if task.named else None
+        assert task.target.table.tolist() == ([k == 0, k == 1] if task.named else [0.5, 0.5])
     plain = replace(setup, recipe=replace(setup.recipe, named_every=0))
-    neutral = [p for p, _, flag in tasks if not flag]
-    assert neutral == [task_of(plain, i)[0] for i in range(16)]
-    assert [task_of(replace(setup, named=()), i)[0] for i in range(16)] == neutral
+    neutral = [task.prompt for task in tasks if not task.named]
+    assert neutral == [task_of(plain, i).prompt for i in range(16)]
+    assert [task_of(replace(setup, named=()), i).prompt for i in range(16)] == neutral
 
 
 def test_the_loss_of_a_named_prompt_is_the_cross_entropy_of_its_class(bundles):
     """Of one image, whose two classes' probabilities exp(-L_align) sum to 1."""
-    setup = make_setup(bundles[torch.float64], named_every=1, batch=1, steps_min=2, steps_max=2)
+    setup = make_setup(bundles[torch.float64], named_every=1, batch=1, C=0.5, steps=2)
     found = []
     for k in range(2):
-        one = replace(setup, named=(("a person", k),))
+        one = replace(setup, named=(("a person", "gender", k),))
         model, state = new_state(one)
         found.append(iteration_gradient(one, model, list(state.adapter.parameters()), 0)[1])
     assert all(metrics["confident"] == 1 and "bias" not in metrics for metrics in found)
@@ -305,10 +392,11 @@ def test_groups_of_prompts_stay_together(count, group):
 
 
 def test_step_counts_cover_their_range_and_follow_from_the_seed(bundles):
-    recipe = make_setup(bundles[torch.float32], steps_min=3, steps_max=5).recipe
-    counts = [steps_of(recipe, i) for i in range(100)]
+    setup = make_setup(bundles[torch.float32], steps="3:5")
+    counts = [task_of(setup, i).S for i in range(100)]
     assert set(counts) == {3, 4, 5}
-    assert counts != [steps_of(replace(recipe, seed=1), i) for i in range(100)]
+    other = replace(setup, recipe=replace(setup.recipe, seed=1))
+    assert counts != [task_of(other, i).S for i in range(100)]
 
 
 def test_learning_rate(bundles):

@@ -17,7 +17,7 @@ from fairref.emoji.captions import occupations
 from fairref.emoji.pictures import draw
 from fairref.emoji.sheet import GENDERS, LOOKS, TONES
 from fairref.evaluate import How, bias_report, look_at, pictures
-from fairref.fairness.attributes import parse_target
+from fairref.fairness.attributes import parse_targets
 from fairref.finetune.checkpoints import write_json
 from fairref.finetune.recipes import resolve
 from fairref.generate import grid
@@ -82,10 +82,14 @@ def sampling_gates(
     Images of each occupation: of neutral prompts, of prompts that name a class (every `named_every`-th
     occupation), and at guidance 1.
     """
-    recipe = resolve("gender", bundle.recipe, {})
+    recipe = resolve(("gender",), bundle.recipe, {})
     how = {
         name: How(
-            bundle, parse_target(name, bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
+            bundle,
+            parse_targets([name], bundle.attributes),
+            recipe.eval_steps,
+            recipe.eval_guidance,
+            recipe.end,
         )
         for name in bundle.attributes
     }
@@ -109,7 +113,7 @@ def neutral_gates(bundle, how: How, images: int) -> Iterator[Gate]:
     """Bias of neutral prompts, and images of nobody."""
     names = [job.name for job in occupations()]
     seen = look_at(how, bundle, list(map(occupation_prompt, names)), images, "neutral")
-    report = bias_report(seen, names, GENDERS, images)
+    report = bias_report(seen, names, how.target.classes, images)
     yield Gate("none for the template judge", report["none"], 0.05, at_most=True)
     for judge, values in report["judges"].items():
         yield Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)
@@ -121,7 +125,7 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
     agree = {name: [] for name in how}
     for name, h in how.items():
         obeyed = []
-        for occupation, (k, c) in product(names, enumerate(h.attribute.classes)):
+        for occupation, (k, c) in product(names, enumerate(h.target.classes[name])):
             x = pictures(h, bundle, world.named_prompt(name, c, occupation), images)
             found = bundle.templates(x)
             with torch.no_grad():
@@ -141,7 +145,7 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
 def contact_sheet(bundle) -> Image.Image:
     """A row for each look's first test occupation: six pictures as it comes, two for each named class."""
     world, margin = read_occupations(bundle.path), 150
-    recipe = resolve("gender", bundle.recipe, {})
+    recipe = resolve(("gender",), bundle.recipe, {})
     rows, names = [], []
     for look in LOOKS:
         job = next(job.name for job in occupations() if job.look == look and job.split == "test")
@@ -150,7 +154,11 @@ def contact_sheet(bundle) -> Image.Image:
             (world.named_prompt(a, c, job), 2) for a, classes in bundle.attributes.items() for c in classes
         ]
         how = How(
-            bundle, parse_target("gender", bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
+            bundle,
+            parse_targets(["gender"], bundle.attributes),
+            recipe.eval_steps,
+            recipe.eval_guidance,
+            recipe.end,
         )
         rows.append(torch.cat([pictures(how, bundle, prompt, n) for prompt, n in prompts]))
         names.append(job)

@@ -10,9 +10,10 @@ FLOOR_DRAWS = 100_000
 BLEND = 0.8  # an image whose largest class probability is below blends classes
 
 
-def class_counts(classes: Tensor, K: int) -> np.ndarray:
-    """How often each class 0..K-1 occurs in `classes` (n,) -> array (K,)."""
-    return np.bincount(np.asarray(torch.as_tensor(classes, dtype=torch.long).cpu()), minlength=K)
+def joint_counts(classes: list, shape: tuple[int, ...]) -> np.ndarray:
+    """How often each joint class occurs: classes (n,) long of each of A attributes -> array (K_1, ..., K_A)."""
+    index = np.ravel_multi_index([np.asarray(of_one.cpu()) for of_one in classes], shape)
+    return np.bincount(index, minlength=int(np.prod(shape))).reshape(shape)
 
 
 def bias(counts: np.ndarray) -> np.ndarray:
@@ -54,6 +55,6 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a, b, dim=1).mean().item()
 
 
-def blends(logits: Tensor) -> int:
-    """How many images (n, K) have no class of probability 0.8 or more."""
-    return int((logits.softmax(1).amax(1) < BLEND).sum())
+def blends(logits: list[Tensor]) -> int:
+    """How many images have, in one of the attributes (n, K_a), no class of probability 0.8 or more."""
+    return int(torch.stack([of_one.softmax(1).amax(1) < BLEND for of_one in logits]).any(0).sum())

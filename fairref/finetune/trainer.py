@@ -1,6 +1,7 @@
 """Finetuning: one iteration as in DESIGN.md's "way of the data", and the loop around it.
 
-N images of one prompt over all processes, n of them here, K classes, S sampling steps, T tokens, d width.
+N images of one prompt over all processes, n of them here, K_a classes of an attribute, S sampling steps, T tokens,
+d width.
 """
 
 import time
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fairref.bundle import Bundle
-from fairref.diffusion.gradient import adjusted_gradient, pull, step_weights, subsample
-from fairref.diffusion.solver import solver_table
-from fairref.fairness.metrics import bias, class_counts
-from fairref.fairness.transport import expected_ot
+from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, pull, step_weights, subsample
+from fairref.diffusion.solver import SolverTable, solver_table
+from fairref.fairness.metrics import bias, joint_counts
+from fairref.fairness.transport import joint_ot
 from fairref.finetune import checkpoints
 from fairref.finetune.adapters import FILE, adapt, save_adapter
 from fairref.finetune.checkpoints import State
@@ -22,6 +23,7 @@ from fairref.finetune.objective import (
     SUMS,
     Pictures,
     Setup,
+    Task,
     look,
     picture_gradient,
     spread,
@@ -31,24 +33,25 @@ from fairref.finetune.rollout import embed, first_noise, rollout
 from fairref.progress import Progress
 
 RAW_FILE = "adapter_raw.safetensors"
-# what a draw is for: the order of prompts, S, the steps of the gradient, the order of prompts that name a class
-ORDER, STEPS, GRAD_STEPS, NAMED = 1, 2, 3, 4
+# what a draw is for: the order of prompts, S, the steps of the gradient, the order of prompts that name a class, s
+ORDER, STEPS, GRAD_STEPS, NAMED, GUIDANCE = 1, 2, 3, 4, 5
 RUNNING = 20  # iterations that the shown bias is a mean of
 
 
-def task_of(setup: Setup, iteration: int) -> tuple[str, tuple[float, ...], bool]:
-    """Prompt and target shares of an iteration, and whether the prompt names a class.
+def task_of(setup: Setup, iteration: int) -> Task:
+    """What an iteration draws.
 
-    Every `named_every`-th iteration takes a prompt that does; its target is that class alone.
+    Every `named_every`-th iteration takes a prompt that names a class, and its target has that class alone.
     """
-    recipe, K = setup.recipe, len(setup.attribute.classes)
+    recipe = setup.recipe
+    steps, scale = (np.random.default_rng((recipe.seed, stream, iteration)) for stream in (STEPS, GUIDANCE))
+    S, guidance = int(steps.integers(*recipe.steps, endpoint=True)), float(scale.uniform(*recipe.guidance))
     rounds, place = divmod(iteration, recipe.named_every) if recipe.named_every and setup.named else (0, None)
     if place is not None and place == recipe.named_every - 1:
-        prompt, k = setup.named[prompt_of(recipe.seed, rounds, len(setup.named), 1, NAMED)]
-        return prompt, tuple(float(j == k) for j in range(K)), True
-    count = len(setup.prompts)
-    prompt = setup.prompts[prompt_of(recipe.seed, iteration - rounds, count, recipe.group)]
-    return prompt, setup.attribute.target, False
+        prompt, name, k = setup.named[prompt_of(recipe.seed, rounds, len(setup.named), 1, NAMED)]
+        return Task(prompt, setup.target.given(name, k), True, S, guidance)
+    prompt = setup.prompts[prompt_of(recipe.seed, iteration - rounds, len(setup.prompts), recipe.group)]
+    return Task(prompt, setup.target, False, S, guidance)
 
 
 def prompt_of(seed: int, iteration: int, count: int, group: int = 1, stream: int = ORDER) -> int:
@@ -60,12 +63,6 @@ def prompt_of(seed: int, iteration: int, count: int, group: int = 1, stream: int
     groups = torch.arange(count).split(group)
     order = np.random.default_rng((seed, stream, epoch)).permutation(len(groups))
     return int(torch.cat([groups[i] for i in order])[place])
-
-
-def steps_of(recipe: Recipe, iteration: int) -> int:
-    """S of the iteration, uniform between the recipe's two ends."""
-    rng = np.random.default_rng((recipe.seed, STEPS, iteration))
-    return int(rng.integers(recipe.steps_min, recipe.steps_max, endpoint=True))
 
 
 def learning_rate(recipe: Recipe, iteration: int) -> float:
@@ -81,39 +78,57 @@ def iteration_gradient(setup: Setup, model: Bundle, parameters: list, i: int) ->
     `model` is the adapted bundle; grad mode must be on. Without finite logits the gradient is NaN.
     """
     bundle, recipe, processes = setup.bundle, setup.recipe, setup.processes
-    prompt, target, named = task_of(setup, i)
-    S = steps_of(recipe, i)
-    table = solver_table(bundle.schedule, S, recipe.end)
+    task = task_of(setup, i)
+    table = solver_table(bundle.schedule, task.S, recipe.end)
     z_T = first_noise(bundle, recipe.seed, i, processes.part(recipe.batch))  # (n, 4, h, w)
-    both = embed(model, prompt)  # (2, T, d), with graph
+    both = embed(model, task.prompt)  # (2, T, d), with graph
+    about = {"prompt": task.prompt, "S": task.S, "guidance": task.guidance}
 
-    path = rollout(model, table, z_T, *both.split(1), recipe.guidance)
-    pictures = look(setup, model, table, z_T, path, prompt, both)
+    path = rollout(model, table, z_T, *both.split(1), task.guidance)
+    pictures = look(setup, model, table, path, task, both)
     logits, found = all_logits(setup, pictures)
-    if not torch.isfinite(logits).all():
-        return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": prompt, "S": S}
-    ot = expected_ot(logits, target, found)
+    if not all(torch.isfinite(of_one).all() for of_one in logits.values()):
+        return [torch.full_like(p, torch.nan) for p in parameters], about
+    ot = joint_ot(logits, task.target.table, found)
     rows = processes.part(recipe.batch)
-    g, sums = picture_gradient(setup, pictures, ot.q[rows.start : rows.stop])  # (n, 4, h, w)
+    q = {name: of_one.q[rows.start : rows.stop] for name, of_one in ot.items()}
+    g, sums = picture_gradient(setup, pictures, q)  # (n, 4, h, w)
 
-    gradient = sampling_gradient(recipe, model, parameters, table, path, g, both, i)
+    gradient = sampling_gradient(recipe, model, parameters, table, path, g, both, task.guidance, i)
     *gradient, sums = processes.total([*gradient, sums])
-    return gradient, {"prompt": prompt, "S": S, **_metrics(setup, ot.cost, logits[found], sums, named)}
+    classes = [of_one[found].argmax(1) for of_one in logits.values()]
+    cost = next(iter(ot.values())).cost
+    return gradient, {**about, **_sums(setup, sums), "cost": cost, **_shares(setup, classes, task.named)}
 
 
 def sampling_gradient(
-    recipe: Recipe, model: Bundle, parameters: list, table, path: list, g: Tensor, both: Tensor, i: int
+    recipe: Recipe,
+    model: Bundle,
+    parameters: list,
+    table: SolverTable,
+    path: list,
+    g: Tensor,
+    both: Tensor,
+    guidance: float,
+    i: int,
 ) -> list[Tensor]:
-    """dL/dparameters of this process's images: g = dL/dz_0 goes back along the path, `both` = [c, c_empty] has its graph."""
+    """dL/dparameters of this process's images: g = dL/dz_0 goes back along their path, `both` = [c, c_empty] has a graph."""
     c, c_empty = both.detach().split(1)  # (1, T, d) each
-    w = step_weights(model.schedule, table, recipe.standardise)
-    if 0 < recipe.grad_steps < table.S:
-        w = subsample(w, recipe.grad_steps, np.random.default_rng((recipe.seed, GRAD_STEPS, i)).random())
-    micro_batch = recipe.micro_batch or None
-    parts = adjusted_gradient(model.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
-    in_text = (
-        pull(both, parameters, torch.cat(parts)) if both.requires_grad else map(torch.zeros_like, parameters)
-    )
+    common = (c, c_empty, guidance)
+    if recipe.gradient == "exact":
+        parts = torch.zeros_like(both, dtype=torch.promote_types(both.dtype, torch.float32))
+        for rows in torch.arange(len(g)).split(
+            max(1, recipe.micro_batch // 2) if recipe.micro_batch else len(g)
+        ):
+            part = [step._replace(z=step.z[rows]) for step in path]
+            parts += torch.cat(exact_gradient(model.unet, table, part, g[rows], *common)[:2])
+    else:
+        w = step_weights(model.schedule, table, recipe.gradient)
+        if 0 < recipe.grad_steps < table.S:
+            w = subsample(w, recipe.grad_steps, np.random.default_rng((recipe.seed, GRAD_STEPS, i)).random())
+        most = recipe.micro_batch or None
+        parts = torch.cat(adjusted_gradient(model.unet, table, w, path, g, *common, most))
+    in_text = pull(both, parameters, parts) if both.requires_grad else map(torch.zeros_like, parameters)
     gradient = [
         x if p.grad is None else x + p.grad for x, p in zip(in_text, parameters)
     ]  # .grad: in the U-Net
@@ -122,25 +137,35 @@ def sampling_gradient(
     return gradient
 
 
-def all_logits(setup: Setup, pictures: Pictures) -> tuple[Tensor, Tensor]:
-    """What the classifier says of all N pictures, (N, K) and zero without a face, and which show one (N,)."""
+def all_logits(setup: Setup, pictures: Pictures) -> tuple[dict[str, Tensor], Tensor]:
+    """What the classifier says of all N pictures, (N, K_a) each and zero without a face, and which show one (N,)."""
     N, faces = setup.recipe.batch, pictures.faces
     found = torch.ones(len(pictures.x), device=pictures.x.device) if faces is None else faces.found
     with torch.no_grad():
-        logits = spread(setup.classify(pictures.x, faces), None if faces is None else found)
-    return setup.processes.gather(logits, N), setup.processes.gather(found.float(), N) > 0
+        here = setup.classify(pictures.x, faces)
+    rows = spread(torch.cat(list(here.values()), 1), None if faces is None else found)
+    sizes = [logits.shape[1] for logits in here.values()]
+    everywhere = setup.processes.gather(rows, N).split(sizes, 1)
+    return dict(zip(here, everywhere)), setup.processes.gather(found.float(), N) > 0
 
 
-def _metrics(setup, cost, logits, sums, named):
+def _sums(setup, sums):
+    """The SUMS over images for the metrics, without those that the bundle has no judge for."""
     sums = dict(zip(SUMS, sums.tolist()))
     sums["confident"] /= setup.recipe.batch
     sums["faces"] /= setup.recipe.batch
     for name, there in (("face", setup.judges_faces), ("faces", setup.bundle.detector is not None)):
         if not there:
             del sums[name]
-    counts = class_counts(logits.argmax(1), logits.shape[1])
-    shares = {} if named or not len(logits) else {"bias": float(bias(counts))}
-    return {**sums, "cost": cost, "counts": counts.tolist(), **shares}
+    return sums
+
+
+def _shares(setup, classes, named):
+    """Joint counts of the images' classes, (M,) of each attribute; and the bias, unless the prompt named a class."""
+    counts = joint_counts(classes, setup.target.table.shape)
+    if named or not counts.any():
+        return {"counts": counts.tolist()}
+    return {"counts": counts.tolist(), "bias": float(bias(counts.reshape(-1)))}
 
 
 def new_state(setup: Setup) -> tuple[Bundle, State]:
