@@ -23,6 +23,16 @@ def main(argv=None):
         "times; or a joint table in a .json file (None: equal shares)",
     )
     parser.add_argument(
+        "--prompts",
+        help="concepts that take turns, as in occupations,sports, of the bundle or of fairref/prompts; or a text file, "
+        "one prompt a line (None: occupations)",
+    )
+    parser.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help='the prompt of an occupation, as in "a photo of a {occupation}" (None: that of the method)',
+    )
+    parser.add_argument(
         "--out", help="folder of the run (None: the first free of runs/<attr>, runs/<attr>-2, ...)"
     )
     parser.add_argument(
@@ -34,7 +44,7 @@ def main(argv=None):
         parser.add_argument_group("recipe", "what is not given is the bundle's, or else SD-1.5's")
     )
     options = vars(parser.parse_args(argv))
-    names = ("attr", "target", "out", "resume", "weights", "device", "dtype")
+    names = ("attr", "target", "prompts", "prompt_template", "out", "resume", "weights", "device", "dtype")
     common = {key: options.pop(key) for key in names}
     run(Options(**common, recipe=options))
 

@@ -4,7 +4,7 @@ P prompts, n images of each, K classes. Two judges count classes: the evaluation
 finetuning has seen, and the nearest-template judge, through which no gradient can flow. Noise depends on
 (seed, prompt, image), so two models are measured on the same noise, whatever else is measured with it.
 
-    python -m fairref.evaluate --adapter runs/gender --occupations test --num-images 60
+    python -m fairref.evaluate --adapter runs/gender --part test --num-images 60
 """
 
 import json
@@ -27,12 +27,13 @@ from fairref.fairness.metrics import BLEND, bias, blends, joint_counts, mean_cos
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.checkpoints import write_json
 from fairref.finetune.distributed import Processes
+from fairref.finetune.mixture import OCCUPATIONS, Prompts, read_prompts
 from fairref.finetune.objective import Setup, classify, faces_of
 from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import first_noise
 from fairref.generate import GROUP, draw, grid, save_png
 from fairref.progress import Progress
-from fairref.prompts import PARTS, Occupations, occupation_prompt, read_occupations
+from fairref.prompts import PARTS
 
 SEED = 1_000_000  # of evaluation noise, far from the seeds of finetuning
 NAMED_IMAGES = 4  # of each occupation and named class
@@ -203,19 +204,12 @@ def likeness(seen: list[Seen], originals: list[Seen]) -> dict[str, float]:
     }
 
 
-def obedience(
-    how: How, model: Bundle, occupations: list[str], world: Occupations, n: int, label: str
-) -> dict:
+def obedience(how: How, model: Bundle, prompts: Prompts, part: str, n: int, label: str) -> dict:
     """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
-    asked = [
-        (world.named_prompt(attribute, name, occupation), axis, k)
-        for occupation in occupations
-        for axis, (attribute, classes) in enumerate(how.target.classes.items())
-        for k, name in enumerate(classes)
-    ]
+    asked, axes = prompts.named(part, how.target.classes), list(how.target.classes)
     seen = look_at(how, model, [prompt for prompt, *_ in asked], n, label)
     right = {
-        j: sum(int(s.counts[j].take(k, axis).sum()) for s, (_, axis, k) in zip(seen, asked))
+        j: sum(int(s.counts[j].take(k, axes.index(name)).sum()) for s, (_, name, k) in zip(seen, asked))
         for j in seen[0].counts
     }
     return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
@@ -224,37 +218,38 @@ def obedience(
 def evaluate(
     how: How,
     model: Bundle,
-    world: Occupations,
+    prompts: Prompts,
     part: str,
     n: int,
     label: str = "evaluating",
     named_images: int = NAMED_IMAGES,
 ) -> tuple[dict, list[Seen]]:
-    """The report on one part of the occupations, ready for JSON, and what it was made from.
+    """The report on one part of a concept's prompts, ready for JSON, and what it was made from.
 
-    Named classes are asked for where `named_images` > 0.
+    Named classes are asked for where `named_images` > 0 and the concept can name them.
     """
-    names = list(getattr(world, part))
-    prompts = [occupation_prompt(name) for name in names]
-    seen = look_at(how, model, prompts, n, f"{label}, {part} occupations")
+    texts = list(getattr(prompts, part))
+    label = f"{label}, {part} {prompts.name}"
+    seen = look_at(how, model, texts, n, label)
     report = {
         "attribute": ",".join(how.target.classes),
         "classes": joint_names(how.target.classes),
-        "occupations": part,
+        "concept": prompts.name,
+        "part": part,
         "steps": how.steps,
         "guidance": how.guidance,
         "seed": how.seed,
-        **bias_report(seen, names, how.target.classes, n),
-        "clip_t": clip_t(how, seen, prompts),
+        **bias_report(seen, list(map(prompts.short, texts)), how.target.classes, n),
+        "clip_t": clip_t(how, seen, texts),
     }
-    if named_images:
-        report["named"] = obedience(how, model, names, world, named_images, f"{label}, named classes")
+    if named_images and prompts.occupations:
+        report["named"] = obedience(how, model, prompts, part, named_images, f"{label}, named classes")
     return report, seen
 
 
 def lines(report: dict) -> list[str]:
     """A report in a few lines of text."""
-    about = f"{report['prompts']} {report['occupations']} occupations x {report['images']} images"
+    about = f"{report['prompts']} {report['part']} {report['concept']} x {report['images']} images"
     text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
     text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
     if report.get("none") is not None:
@@ -287,9 +282,9 @@ def _said(biases):
     return f"{', '.join(found)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
 
 
-def before_after(setup: Setup, adapters: dict[str, Path], world: Occupations, folder: Path) -> dict:
+def before_after(setup: Setup, adapters: dict[str, Path], concepts: list[Prompts], folder: Path) -> dict:
     """What train.py does last: evaluates the frozen model and each adapter on unseen and on finetuning
-    occupations, prints it, writes evaluation.json and before_after.png (same noise)."""
+    prompts, prints it, writes evaluation.json and before_after.png (same noise)."""
     bundle, recipe = setup.bundle, setup.recipe
     how = How(
         bundle, setup.target, recipe.eval_steps, recipe.eval_guidance, recipe.end, processes=setup.processes
@@ -297,26 +292,29 @@ def before_after(setup: Setup, adapters: dict[str, Path], world: Occupations, fo
     models = {"before": bundle}
     models |= {f"after ({name})": load_adapter(bundle, file) for name, file in adapters.items()}
     results, originals = {}, {}
-    for part, n in (("test", recipe.eval_images), ("train", recipe.eval_images_train)):
-        for label, model in models.items() if n else ():
+    for prompts, (part, n) in product(
+        concepts, (("test", recipe.eval_images), ("train", recipe.eval_images_train))
+    ):
+        key = part if len(concepts) == 1 else f"{prompts.name}, {part}"
+        for label, model in models.items() if n and getattr(prompts, part) else ():
             named = NAMED_IMAGES if part == "test" else 0
-            report, seen = evaluate(how, model, world, part, n, label, named)
-            originals.setdefault(part, seen)
-            report |= {} if label == "before" else likeness(seen, originals[part])
-            results.setdefault(label, {})[part] = report
+            report, seen = evaluate(how, model, prompts, part, n, label, named)
+            originals.setdefault(key, seen)
+            report |= {} if label == "before" else likeness(seen, originals[key])
+            results.setdefault(label, {})[key] = report
             if setup.processes.first:
                 print("\n  ".join([f"{label}:", *lines(report)]))
     if setup.processes.first:
         write_json(folder / "evaluation.json", results)
-        _before_after_grid(how, models, world, folder / "before_after.png")
+        texts = [prompt for prompts in concepts for prompt in (prompts.test or prompts.train)]
+        _before_after_grid(how, models, texts[:: max(1, len(texts) // GRID[0])], folder / "before_after.png")
     return results
 
 
-def _before_after_grid(how, models, world, path):
+def _before_after_grid(how, models, prompts, path):
     """One row of images for each prompt and model: the frozen model's row, below it the first adapter's."""
     P, n = GRID
-    models = dict(list(models.items())[:2])
-    prompts = [occupation_prompt(name) for name in world.test[:P]]
+    models, prompts = dict(list(models.items())[:2]), prompts[:P]
     rows = [pictures(how, model, prompt, n) for prompt in prompts for model in models.values()]
     text = {"prompts": "\n".join(prompts), "rows": " and ".join(models) + " of each prompt, same noise"}
     save_png(grid(torch.cat(rows), n), path, {**text, "seed": str(how.seed)})
@@ -337,10 +335,13 @@ def main(argv=None):
     )
     parser.add_argument("--attr", default="gender", help="attributes, as in train.py")
     parser.add_argument(
-        "--occupations", default="test", choices=PARTS, help="which part of the bundle's list"
+        "--prompts",
+        default=OCCUPATIONS,
+        help="concepts, as in sports,descriptors, each measured alone, or a text file (all of it is its part train)",
     )
+    parser.add_argument("--part", default="test", choices=PARTS, help="which of a concept's parts")
     parser.add_argument(
-        "--num-images", "-n", type=cli.whole(1), help="images of each occupation (None: the bundle's)"
+        "--num-images", "-n", type=cli.whole(1), help="images of each prompt (None: the bundle's)"
     )
     parser.add_argument(
         "--named-images",
@@ -363,19 +364,27 @@ def main(argv=None):
     }
     given = {key: value for key, value in given.items() if value is not None}
     recipe = resolve(tuple(target.classes), bundle.recipe, given, str(bundle.path))
-    world = read_occupations(bundle.path)
+    concepts = read_prompts(options.prompts, None, bundle, list(target.classes))
+    for prompts in concepts:
+        if not getattr(prompts, options.part):
+            raise UserError(
+                f"--part is {options.part}, of which {prompts.name} has no prompt; give another part."
+            )
     model = load_adapter(bundle, options.adapter) if options.adapter else bundle
     how = How(bundle, target, recipe.eval_steps, recipe.eval_guidance, recipe.end, options.seed)
-    report, _ = evaluate(
-        how, model, world, options.occupations, recipe.eval_images, named_images=options.named_images
-    )
+    reports, n = {}, recipe.eval_images
+    for prompts in concepts:
+        named = options.named_images
+        reports[prompts.name], _ = evaluate(how, model, prompts, options.part, n, named_images=named)
+    text = "\n".join(line for report in reports.values() for line in lines(report))
+    report = reports if len(reports) > 1 else next(iter(reports.values()))
     report = {"weights": options.weights, "adapter": options.adapter, **report}
     if options.out:
         write_json(Path(options.out), report)
-        print("\n".join(lines(report)))
+        print(text)
         print(f"written: {options.out}")
     else:
-        print("\n".join(lines(report)), file=sys.stderr)
+        print(text, file=sys.stderr)
         print(json.dumps(report, indent=2))
 
 

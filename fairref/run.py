@@ -13,9 +13,9 @@ from fairref.errors import UserError
 from fairref.evaluate import How, before_after
 from fairref.fairness.attributes import JointTarget, parse_attributes, parse_targets, product_target
 from fairref.finetune import checkpoints, distributed
+from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts
 from fairref.finetune.recipes import Recipe, resolve
 from fairref.finetune.trainer import Setup, train
-from fairref.prompts import occupation_prompt, read_occupations
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Options:
     attr: str | None = None  # "gender", "gender,race" or "gender=0.5,0.5"
     target: list[str] | None = None  # ["gender=0.5,0.5", "age=0.75,0.25"] or ["joint.json"]
     out: str | None = None  # folder of the run
+    prompts: str | None = None  # "occupations,sports", or a text file
+    prompt_template: str | None = None  # "a photo of a {occupation}"
     resume: str | None = None  # folder of a run that goes on
     weights: str | None = None
     dtype: str | None = None
@@ -53,15 +55,10 @@ def _run(options, processes, device):
     else:
         target = _target(options, bundle)
         recipe = resolve(tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path))
-    world = read_occupations(bundle.path)
-    prompts = tuple(map(occupation_prompt, world.train))
-    named = tuple(
-        (world.named_prompt(attribute, name, occupation), attribute, k)
-        for occupation in world.train
-        for attribute, classes in target.classes.items()
-        for k, name in enumerate(classes)
-    )
-    setup = Setup(bundle, recipe, target, prompts, processes, named)
+    wanted, template = _prompts(settings or options.__dict__)
+    concepts = read_prompts(wanted, template, bundle, list(target.classes))
+    named = tuple(asked for prompts in concepts for asked in prompts.named("train", target.classes))
+    setup = Setup(bundle, recipe, target, tuple(prompts.train for prompts in concepts), processes, named)
     _check_batch(target, recipe)
     if recipe.evaluate != "none":  # what it lacks is better said before the run
         How(bundle, target, recipe.eval_steps, recipe.eval_guidance)
@@ -70,6 +67,8 @@ def _run(options, processes, device):
         "weights": weights,
         "dtype": dtype,
         "target": {"classes": target.classes, "table": target.table.tolist()},
+        "prompts": wanted,
+        "prompt_template": template,
         "recipe": recipe.to_dict(),
         "processes": processes.world,
         "device": device.type,
@@ -89,9 +88,10 @@ def _run(options, processes, device):
     files = train(setup, folder, info)
     if recipe.evaluate != "none":
         adapters = files if recipe.evaluate == "both" else {recipe.evaluate: files[recipe.evaluate]}
-        before_after(setup, adapters, world, folder)
+        before_after(setup, adapters, concepts, folder)
     if processes.first:
-        print(f"draw with it: {_sample_command(occupation_prompt(world.test[0]), folder, weights)}")
+        prompt = (concepts[0].test or concepts[0].train)[0]
+        print(f"draw with it: {_sample_command(prompt, folder, weights)}")
     return folder
 
 
@@ -133,10 +133,17 @@ def _target(options, bundle):
     return target.ordered(names) if wanted else target
 
 
+def _prompts(settings):
+    """--prompts, a text file as its lines, which a resumed run finds in its settings; and --prompt-template."""
+    wanted = settings["prompts"] or OCCUPATIONS
+    if isinstance(wanted, str) and is_file(wanted):
+        wanted = read_lines(Path(wanted).expanduser())
+    return wanted, settings["prompt_template"]
+
+
 def _resumed(options):
-    given = [
-        key for key in ("attr", "target", "out", "weights", "dtype") if getattr(options, key) is not None
-    ]
+    fixed = ("attr", "target", "out", "prompts", "prompt_template", "weights", "dtype")
+    given = [key for key in fixed if getattr(options, key) is not None]
     given += list(options.recipe)
     if given:
         raise UserError(
@@ -144,7 +151,8 @@ def _resumed(options):
             " leave it out."
         )
     settings = checkpoints.read_settings(options.resume)
-    whole = {"weights", "dtype", "target", "recipe"} <= set(settings) and isinstance(settings["target"], dict)
+    needed = {"weights", "dtype", "target", "prompts", "prompt_template", "recipe"}
+    whole = needed <= set(settings) and isinstance(settings["target"], dict)
     if not whole or not set(settings["recipe"]) <= set(Recipe.__dataclass_fields__):
         raise UserError(
             f"{options.resume}/{checkpoints.SETTINGS}: not the settings of a run of this version;"

@@ -175,7 +175,7 @@ def test_evaluate(weights, run_folder, tmp_path, capsys):
         str(run_folder),
         "--num-images",
         "3",
-        "--occupations",
+        "--part",
         "validation",
     ]
     assert cli.run(evaluate.main, [*options, "--out", str(out)]) == 0

@@ -26,6 +26,7 @@ from fairref.evaluate import (
 )
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Found
+from fairref.finetune.mixture import Prompts
 from fairref.prompts import Occupations, occupation_prompt, read_occupations
 
 CLASSES = {"gender": ("woman", "man")}
@@ -62,7 +63,12 @@ def test_prompts_without_a_person_have_no_bias():
     assert report["none"] == pytest.approx(4 / 8)
     alone = bias_report(seen[:1], ["a"], CLASSES, 4)
     assert alone["judges"]["templates"]["mean"] is None
-    assert "none" in lines({**alone, "attribute": "gender", "occupations": "test", "clip_t": None})[0]
+    assert (
+        "none"
+        in lines({**alone, "attribute": "gender", "part": "test", "concept": "occupations", "clip_t": None})[
+            0
+        ]
+    )
 
 
 def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(how, monkeypatch):
@@ -154,7 +160,16 @@ def test_with_a_detector_the_classifier_sees_the_faces(tmp_path):
     report = bias_report([found, found], ["a", "b"], how.target.classes, 7)
     assert report["faceless"] == pytest.approx(3 / 7) and report["blended"] == found.blended / 4
     assert set(likeness([found], [found])) == {"clip_i", "dino"}
-    text = lines({**report, "attribute": "gender", "occupations": "test", "clip_t": None, "dino": 0.5})
+    text = lines(
+        {
+            **report,
+            "attribute": "gender",
+            "part": "test",
+            "concept": "occupations",
+            "clip_t": None,
+            "dino": 0.5,
+        }
+    )
     assert "without a face: 42.9%" in text and "DINO with the original images: 0.5000" in text
 
 
@@ -168,7 +183,9 @@ def test_obedience(how, monkeypatch):
 
     monkeypatch.setattr(evaluate, "look_at", drawn)
     world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
-    report = obedience(how, how.bundle, ["pilot", "nurse"], world, 4, "")
+    names = {occupation_prompt(name): name for name in ("pilot", "nurse")}
+    prompts = Prompts("occupations", (), (), (*names, "a person"), names, world)
+    report = obedience(how, how.bundle, prompts, "test", 4, "")
     assert report == {"images": 16, "classifier": 0.75}
     assert asked == [
         "a photo of the face of a woman pilot, a person",

@@ -52,7 +52,7 @@ def limit(monkeypatch):
 
 def make_setup(bundle, **recipe):
     target = parse_targets(["gender"], bundle.attributes)
-    prompts = tuple(map(occupation_prompt, read_occupations(bundle.path).train))
+    prompts = (tuple(map(occupation_prompt, read_occupations(bundle.path).train)),)
     recipe = {"batch": 7, "steps": 3, "guidance": 3.0, "C": 0.85, **recipe}
     return Setup(bundle, resolve(("gender",), bundle.recipe, recipe), target, prompts)
 
@@ -85,7 +85,7 @@ def pictures(setup, model, i):
     t, abar = table.timesteps, bundle.schedule.alpha_bar[table.timesteps]
     C = abar.sqrt() * (1 - abar).sqrt() / bundle.schedule.beta[t]
     C = C / torch.prod(C) ** (1 / S)
-    prompt = setup.prompts[prompt_of(r.seed, i, len(setup.prompts), r.group)]
+    prompt = setup.prompts[0][prompt_of(r.seed, i, len(setup.prompts[0]), r.group)]
     z_T = noise(r.seed, i, range(N), (4, RESOLUTION // 4, RESOLUTION // 4)).double()
 
     def run(model):

@@ -56,7 +56,7 @@ def bundles(folder):
 
 def make_setup(bundle, attribute="gender", **recipe):
     target = product_target(parse_attributes(attribute, bundle.attributes))
-    prompts = tuple(map(occupation_prompt, read_occupations(bundle.path).train))
+    prompts = (tuple(map(occupation_prompt, read_occupations(bundle.path).train)),)
     return Setup(bundle, resolve(tuple(target.classes), bundle.recipe, recipe), target, prompts)
 
 
@@ -77,7 +77,7 @@ def drawn(setup, model, i):
     bundle, r = setup.bundle, setup.recipe
     N, task = r.batch, task_of(setup, i)
     S = task.S
-    prompt = setup.prompts[prompt_of(r.seed, i, len(setup.prompts), r.group)]
+    prompt = setup.prompts[0][prompt_of(r.seed, i, len(setup.prompts[0]), r.group)]
     z_T = noise(r.seed, i, range(N), (4, 8, 8)).double()
     table = solver_table(bundle.schedule, S, r.end)
     t = table.timesteps

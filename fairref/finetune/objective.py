@@ -42,7 +42,7 @@ class Setup:
     bundle: Bundle  # the frozen model, with clip and classifiers["finetune"]
     recipe: Recipe
     target: JointTarget  # what is made fair, and the shares of it
-    prompts: tuple[str, ...]  # P of finetuning, all neutral
+    prompts: tuple[tuple[str, ...], ...]  # of finetuning, all neutral: those of each concept
     processes: Processes = Processes()
     named: tuple[tuple[str, str, int], ...] = ()  # prompts that name a class, its attribute, and its index
 

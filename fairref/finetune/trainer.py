@@ -39,7 +39,7 @@ RUNNING = 20  # iterations that the shown bias is a mean of
 
 
 def task_of(setup: Setup, iteration: int) -> Task:
-    """What an iteration draws.
+    """What an iteration draws. Concepts take turns, and each goes through its prompts in its own epochs.
 
     Every `named_every`-th iteration takes a prompt that names a class, and its target has that class alone.
     """
@@ -50,7 +50,9 @@ def task_of(setup: Setup, iteration: int) -> Task:
     if place is not None and place == recipe.named_every - 1:
         prompt, name, k = setup.named[prompt_of(recipe.seed, rounds, len(setup.named), 1, NAMED)]
         return Task(prompt, setup.target.given(name, k), True, S, guidance)
-    prompt = setup.prompts[prompt_of(recipe.seed, iteration - rounds, len(setup.prompts), recipe.group)]
+    turn, which = divmod(iteration - rounds, len(setup.prompts))
+    prompts = setup.prompts[which]
+    prompt = prompts[prompt_of(recipe.seed, turn, len(prompts), recipe.group)]
     return Task(prompt, setup.target, False, S, guidance)
 
 
