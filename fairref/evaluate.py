@@ -324,8 +324,7 @@ def _number(value):
     return float(value) if np.isfinite(value) else None
 
 
-def main(argv=None):
-    """The command line."""
+def _options(argv):
     parser = cli.Parser(
         prog="python -m fairref.evaluate", description="Measure the bias of a model's pictures."
     )
@@ -353,8 +352,12 @@ def main(argv=None):
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="of the noise")
     parser.add_argument("--out", help="JSON file; without it the JSON goes to stdout")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv=None):
+    """The command line."""
+    options = _options(argv)
     bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])
     target = product_target(parse_attributes(options.attr, bundle.attributes))
     given = {
