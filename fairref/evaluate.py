@@ -9,7 +9,6 @@ finetuning has seen, and the nearest-template judge, through which no gradient c
 
 import json
 import sys
-import zlib
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -30,8 +29,8 @@ from fairref.finetune.distributed import Processes
 from fairref.finetune.mixture import OCCUPATIONS, Prompts, read_prompts
 from fairref.finetune.objective import Setup, classify, faces_of
 from fairref.finetune.recipes import resolve
-from fairref.finetune.rollout import first_noise
-from fairref.generate import GROUP, draw, grid, save_png
+from fairref.finetune.rollout import fixed_pictures
+from fairref.images import grid, save_png
 from fairref.progress import Progress
 from fairref.prompts import PARTS
 
@@ -73,13 +72,7 @@ class Seen:
 
 def pictures(how: How, model: Bundle, prompt: str, n: int) -> Tensor:
     """(n, 3, H, W) of one prompt; the noise follows from (seed, prompt, image)."""
-    stream = zlib.crc32(prompt.encode())
-    parts = []
-    with torch.no_grad():
-        for part in torch.arange(n).split(GROUP):
-            z_T = first_noise(how.bundle, how.seed, stream, part.tolist())
-            parts.append(draw(model, (prompt, ""), z_T, how.steps, how.guidance, how.end))
-    return torch.cat(parts)
+    return fixed_pictures(model, how.seed, prompt, range(n), how.steps, how.guidance, how.end)
 
 
 def judge(how: How, x: Tensor) -> Seen:

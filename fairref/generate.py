@@ -8,22 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from fairref import cli
 from fairref.bundle import load_bundle
-from fairref.diffusion.sampler import sample
-from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.recipes import resolve
-from fairref.finetune.rollout import decode, embed, first_noise
+from fairref.finetune.rollout import GROUP, draw, first_noise
+from fairref.images import grid, save_png, to_image
 from fairref.progress import Progress
 
-GROUP = 64  # pictures at once
-GAP = 2  # pixels between the pictures of a grid
 
 
 @dataclass(frozen=True)
@@ -41,43 +35,6 @@ class Settings:
     out: str | None = None  # folder; None: samples/<prompt>
     device: str = "auto"
     dtype: str = "float32"
-
-
-def draw(bundle, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T, by a bundle, adapted or not.
-
-    no_grad is the caller's. `on_step` is called after each U-Net evaluation.
-    """
-    c, c_empty = embed(bundle, *texts).split(1)
-    table = solver_table(bundle.schedule, steps, end)
-    for step in sample(bundle.unet, table, z_T, c, c_empty, guidance):
-        if on_step and step.eps is not None:
-            on_step()
-    return decode(bundle, step.z)
-
-
-def grid(x: Tensor, columns: int | None = None) -> Image.Image:
-    """Pictures (N, 3, H, W) in [-1, 1], row by row, in about a square."""
-    columns = columns or math.ceil(math.sqrt(len(x)))
-    rows, (H, W) = math.ceil(len(x) / columns), x.shape[2:]
-    sheet = Image.new("RGB", (columns * (W + GAP) - GAP, rows * (H + GAP) - GAP), "white")
-    for i, picture in enumerate(x):
-        sheet.paste(to_image(picture), (i % columns * (W + GAP), i // columns * (H + GAP)))
-    return sheet
-
-
-def to_image(x: Tensor) -> Image.Image:
-    """One picture (3, H, W) in [-1, 1], clamped."""
-    bytes_ = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
-
-
-def save_png(image: Image.Image, path: Path, texts: dict[str, str]) -> None:
-    """Writes a PNG with `texts` in it."""
-    info = PngInfo()
-    for key, value in texts.items():
-        info.add_itxt(key, value)
-    image.save(path, pnginfo=info)
 
 
 def generate(settings: Settings) -> list[Path]:

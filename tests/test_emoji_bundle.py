@@ -10,7 +10,7 @@ from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import solver_table, step
 from fairref.emoji import check
 from fairref.finetune.rollout import latent_shape
-from fairref.generate import draw
+from fairref.finetune.rollout import draw
 
 MEGABYTE = 2**20
 PROMPT = "a photo of the face of a pilot, a person"

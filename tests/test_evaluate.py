@@ -26,6 +26,7 @@ from fairref.evaluate import (
 )
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Found
+from fairref.finetune import rollout
 from fairref.finetune.mixture import Prompts
 from fairref.prompts import Occupations, occupation_prompt, read_occupations
 
@@ -75,7 +76,7 @@ def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(how, monkeypatch):
     model = how.bundle
     whole = pictures(how, model, PROMPTS[0], 5)
     assert torch.equal(whole, pictures(how, model, PROMPTS[0], 5))
-    monkeypatch.setattr(evaluate, "GROUP", 2)
+    monkeypatch.setattr(rollout, "GROUP", 2)
     torch.testing.assert_close(pictures(how, model, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
     other = pictures(replace(how, seed=1), model, PROMPTS[0], 5)
     assert (other - whole).abs().max() > 0.1

@@ -20,7 +20,7 @@ from fairref.evaluate import How, bias_report, look_at, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.finetune.checkpoints import write_json
 from fairref.finetune.recipes import resolve
-from fairref.generate import grid
+from fairref.images import grid
 from fairref.prompts import occupation_prompt, read_occupations
 
 UNSEEN = "check"  # names a stream of randomness that no training stage uses
