@@ -19,7 +19,6 @@ from fairref.images import grid, save_png, to_image
 from fairref.progress import Progress
 
 
-
 @dataclass(frozen=True)
 class Settings:
     """The options of sample.py."""

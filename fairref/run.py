@@ -1,5 +1,6 @@
 """What train.py does: options -> a run's folder -> finetuning -> evaluation before and after."""
 
+import errno
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from fairref.errors import UserError
 from fairref.evaluate import How, before_after
 from fairref.fairness.attributes import JointTarget, parse_attributes, parse_targets, product_target
 from fairref.finetune import checkpoints, distributed
-from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts
+from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts, validation_prompts
 from fairref.finetune.recipes import Recipe, resolve
 from fairref.finetune.trainer import Setup, train
 
@@ -39,6 +40,13 @@ def run(options: Options) -> Path:
     processes, device = distributed.start(cli.device(options.device))
     try:
         return _run(options, processes, device)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(
+            f"{error.filename or 'the run'}: can't be written ({error.strerror}); make room, then go on"
+            " with --resume."
+        ) from None
     finally:
         processes.stop()
 
@@ -58,9 +66,12 @@ def _run(options, processes, device):
     wanted, template = _prompts(settings or options.__dict__)
     concepts = read_prompts(wanted, template, bundle, list(target.classes))
     named = tuple(asked for prompts in concepts for asked in prompts.named("train", target.classes))
-    setup = Setup(bundle, recipe, target, tuple(prompts.train for prompts in concepts), processes, named)
+    train_prompts = tuple(prompts.train for prompts in concepts)
+    looks = recipe.validate_every or recipe.grid_every
+    validation = validation_prompts(concepts, recipe.validate_prompts) if looks else ()
+    setup = Setup(bundle, recipe, target, train_prompts, processes, named, validation)
     _check_batch(target, recipe)
-    if recipe.evaluate != "none":  # what it lacks is better said before the run
+    if recipe.evaluate != "none" or looks:  # what it lacks is better said before the run
         How(bundle, target, recipe.eval_steps, recipe.eval_guidance)
 
     settings = settings or {
@@ -87,7 +98,10 @@ def _run(options, processes, device):
     }
     files = train(setup, folder, info)
     if recipe.evaluate != "none":
-        adapters = files if recipe.evaluate == "both" else {recipe.evaluate: files[recipe.evaluate]}
+        names = ("ema", "raw") if recipe.evaluate == "both" else (recipe.evaluate,)
+        adapters = {
+            name: files.get(name, files["ema"]) for name in names
+        }  # without validations the last is the best
         before_after(setup, adapters, concepts, folder)
     if processes.first:
         prompt = (concepts[0].test or concepts[0].train)[0]

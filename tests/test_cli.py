@@ -54,7 +54,7 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
         "metrics.jsonl",
         "adapter.safetensors",
         "adapter_raw.safetensors",
-        "checkpoint.safetensors",
+        "checkpoint-000002.safetensors",
         "evaluation.json",
         "before_after.png",
     }

@@ -16,16 +16,17 @@ def joint_counts(classes: list, shape: tuple[int, ...]) -> np.ndarray:
     return np.bincount(index, minlength=int(np.prod(shape))).reshape(shape)
 
 
-def bias(counts: np.ndarray) -> np.ndarray:
+def bias(counts: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
     """bias(P) = 1/(K(K-1)/2) Σ_{i<j} |freq(i) - freq(j)| of counts or frequencies (..., K) -> (...).
 
-    0 for equal shares, 2/K for a single class. Raises ValueError where there is no image.
+    0 for equal shares, 2/K for a single class. With a target (K,), its shares are taken from the frequencies: 0 where
+    it is met, and for equal shares the same. Raises ValueError where there is no image.
     """
     counts = np.asarray(counts, np.float64)
     total = counts.sum(-1, keepdims=True)
     if counts.shape[-1] < 2 or not (total > 0).all():
         raise ValueError(f"counts are {counts.tolist()}; a bias needs at least two classes and one image.")
-    freq = counts / total
+    freq = counts / total - (0 if target is None else np.asarray(target))
     i, j = np.triu_indices(counts.shape[-1], 1)  # all pairs i < j
     return np.abs(freq[..., i] - freq[..., j]).mean(-1)
 

@@ -6,7 +6,7 @@ A concept is a bundle's own (prompts.json) or else one of fairref.prompts'. Seve
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fairref import prompts
+from fairref import prompts as lists
 from fairref.errors import UserError
 from fairref.prompts import PARTS, Occupations, occupation_prompt, read_occupations
 
@@ -62,6 +62,15 @@ def read_prompts(
     return [_concept(name, template, own, attributes) for name in names]
 
 
+def validation_prompts(concepts: list[Prompts], count: int) -> tuple[str, ...]:
+    """At least `count` prompts, evenly from all concepts; of one without validation prompts, from those of finetuning."""
+    share, found = -(-count // len(concepts)), []
+    for prompts in concepts:
+        texts = prompts.validation or prompts.train
+        found += [texts[i * len(texts) // min(share, len(texts))] for i in range(min(share, len(texts)))]
+    return tuple(found)
+
+
 def is_file(wanted: str) -> bool:
     """Whether --prompts means a text file, which a concept's name can't look like."""
     return "/" in wanted or "." in wanted
@@ -84,7 +93,7 @@ def read_lines(path: Path) -> list[str]:
 def bundle_prompts(bundle) -> Occupations | None:
     """The bundle's prompts.json, None without one. Raises UserError."""
     folder = bundle.path if bundle.path.is_dir() else bundle.path.parent
-    return read_occupations(bundle.path) if (folder / prompts.FILE).is_file() else None
+    return read_occupations(bundle.path) if (folder / lists.FILE).is_file() else None
 
 
 def _concept(name, template, own, attributes):
@@ -93,12 +102,12 @@ def _concept(name, template, own, attributes):
         return _occupations(parts, template, own)
     if own is not None and name in getattr(own, "concepts", {}):
         return Prompts(name, **{part: tuple(texts) for part, texts in own.concepts[name].items()})
-    if name not in getattr(prompts, "CONCEPTS", ()):
-        known = {OCCUPATIONS, *getattr(own, "concepts", {}), *getattr(prompts, "CONCEPTS", ())}
+    if name not in getattr(lists, "CONCEPTS", ()):
+        known = {OCCUPATIONS, *getattr(own, "concepts", {}), *getattr(lists, "CONCEPTS", ())}
         raise UserError(
             f"--prompts names {name!r}; expected some of {', '.join(sorted(known))}, or a text file."
         )
-    found = prompts.concept(name)
+    found = lists.concept(name)
     parts = {part: getattr(found, part) for part in PARTS}
     if name != OCCUPATIONS:
         return Prompts(name, **parts)

@@ -45,6 +45,7 @@ class Setup:
     prompts: tuple[tuple[str, ...], ...]  # of finetuning, all neutral: those of each concept
     processes: Processes = Processes()
     named: tuple[tuple[str, str, int], ...] = ()  # prompts that name a class, its attribute, and its index
+    validation: tuple[str, ...] = ()  # V prompts by which adapters are compared; none: they are not
 
     def __post_init__(self):
         for found, what in (

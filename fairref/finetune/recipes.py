@@ -12,7 +12,7 @@ CHOICES = {
     "end": ("zero", "sigma_min"),
     "gradient": ("paper", "solver", "none", "exact"),
     "face_reference": ("original", "nearest"),
-    "evaluate": ("both", "ema", "raw", "none"),
+    "evaluate": ("both", "best", "ema", "raw", "none"),
 }
 
 
@@ -131,7 +131,27 @@ class Recipe:
         0, "most U-Net inputs at once in the gradient, and images decoded at once; 0: all"
     )
     checkpoint_every: int = setting(200, "iterations between checkpoints")
-    evaluate: str = setting("both", "adapters evaluated after the run: both, ema, raw or none")
+    keep: int = setting(1, "checkpoints that are kept, the newest ones")
+    validate_every: int = setting(
+        200, "iterations between validations, which choose the best adapter (of the moving average); 0: never"
+    )
+    validate_prompts: int = setting(10, "prompts of a validation")
+    validate_images: int = setting(30, "images of each")
+    until_bias: float = setting(
+        0.0,
+        "stop at this bias in validation, or at what a fair model measures there, if that is more; 0: never",
+    )
+    patience: int = setting(2, "validations in a row that must find no more than until_bias")
+    grid_every: int = setting(200, "iterations between sample grids; 0: never")
+    tensorboard: bool = setting(False, "write the metrics for TensorBoard, too (extra log)")
+    compile: bool = setting(False, "torch.compile the U-Net")
+    recompute: bool = setting(
+        False,
+        "compute a U-Net block again in its backward pass instead of keeping what it needs: less memory",
+    )
+    evaluate: str = setting(
+        "both", "adapters evaluated after the run: both (ema and raw), best, ema, raw or none"
+    )
     eval_steps: int = setting(25, "sampling steps of evaluation and of sample.py")
     eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py")
     eval_images: int = setting(60, "images of each unseen occupation in evaluation")
@@ -157,6 +177,8 @@ class Recipe:
             low, high = getattr(self, name)
             if low > high:
                 raise UserError(f"recipe: {name} is {low}:{high}, which falls; write {high}:{low}.")
+        if self.until_bias and not self.validate_every:
+            raise UserError("recipe: until_bias needs validations; give validate_every.")
         if self.gradient == "exact" and self.grad_steps:
             raise UserError(
                 "recipe: grad_steps draws steps of an adjusted gradient; exact needs all: leave it out."
@@ -175,6 +197,10 @@ AT_LEAST_1 = (
     "eval_steps",
     "eval_images",
     "checkpoint_every",
+    "keep",
+    "validate_prompts",
+    "validate_images",
+    "patience",
 )
 AT_MOST_1 = ("C", "lambda_2", "lambda_3", "lr_end", "beta_1", "beta_2", "ema")
 
@@ -287,5 +313,7 @@ def add_options(parser) -> None:
     for f in fields(Recipe):
         flag = "--" + f.name.replace("_", "-")
         explanation = f"{f.metadata['help']} (SD-1.5: {shown(f.default)})"
-        kind = READERS.get(f.type, f.type)
-        parser.add_argument(flag, type=kind, dest=f.name, default=argparse.SUPPRESS, help=explanation)
+        how = {"type": READERS.get(f.type, f.type)}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=explanation, **how)

@@ -5,6 +5,8 @@ d width.
 """
 
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,14 @@ from torch import Tensor
 from fairref.bundle import Bundle
 from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, pull, step_weights, subsample
 from fairref.diffusion.solver import SolverTable, solver_table
+from fairref.errors import UserError
 from fairref.fairness.metrics import bias, joint_counts
 from fairref.fairness.transport import joint_ot
 from fairref.finetune import checkpoints
 from fairref.finetune.adapters import FILE, adapt, save_adapter
 from fairref.finetune.checkpoints import State
+from fairref.finetune.grids import draw_grid
+from fairref.finetune.logs import Log
 from fairref.finetune.objective import (
     SUMS,
     Pictures,
@@ -30,12 +35,14 @@ from fairref.finetune.objective import (
 )
 from fairref.finetune.recipes import Recipe
 from fairref.finetune.rollout import embed, first_noise, rollout
-from fairref.progress import Progress
+from fairref.finetune.signals import StopRequest
+from fairref.finetune.validation import Validation, aligned, note
+from fairref.nets.unet import recomputed
 
-RAW_FILE = "adapter_raw.safetensors"
+RAW_FILE, BEST_FILE = "adapter_raw.safetensors", "adapter_best.safetensors"
 # what a draw is for: the order of prompts, S, the steps of the gradient, the order of prompts that name a class, s
 ORDER, STEPS, GRAD_STEPS, NAMED, GUIDANCE = 1, 2, 3, 4, 5
-RUNNING = 20  # iterations that the shown bias is a mean of
+HOPELESS = 20  # gradients in a row that are not finite, after which a run ends
 
 
 def task_of(setup: Setup, iteration: int) -> Task:
@@ -210,45 +217,97 @@ def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float,
 
 
 def train(setup: Setup, folder: Path, info: dict) -> dict[str, Path]:
-    """The run in `folder`, from its checkpoint if it has one -> the adapters' files {"ema", "raw"}."""
-    recipe, first = setup.recipe, setup.processes.first
+    """The run in `folder`, from its checkpoint if it has one -> the adapters' files: "ema", "raw", perhaps "best".
+
+    Asked to stop, it writes a checkpoint and raises KeyboardInterrupt.
+    """
+    recipe, processes = setup.recipe, setup.processes
     model, state = new_state(setup)
     checkpoints.restore(folder, state)
-    if first:
-        checkpoints.cut_metrics(folder, state.iteration)
-    parameters, recent, skipped = list(state.adapter.parameters()), [], state.iteration - state.updates
-    with Progress(recipe.iterations, "finetuning", first, state.iteration) as progress:
-        while state.iteration < recipe.iterations:
-            began = time.monotonic()
-            metrics = {"iteration": state.iteration, "lr": learning_rate(recipe, state.iteration)}
-            with torch.enable_grad():
-                gradient, found = iteration_gradient(setup, model, parameters, state.iteration)
-            norm, finite = update(recipe, state, gradient)
-            skipped += not finite
-            recent = [*recent, found["bias"]][-RUNNING:] if "bias" in found else recent
-            metrics |= {
-                **found,
-                "norm": norm if finite else None,
-                "seconds": round(time.monotonic() - began, 3),
-            }
-            if first:
-                checkpoints.append_metrics(folder, metrics)
-                if state.iteration % recipe.checkpoint_every == 0:
-                    checkpoints.save(folder, state)
-            progress.step(_note(found, recent, skipped))
+    setup, model = prepared(setup, model)
+    chooser = Chooser(setup, folder, info)
+    with Log(setup, folder, state) as log, StopRequest() as stop:
+        while state.iteration < recipe.iterations and not aligned(recipe, state):
+            log.add(iterate(setup, model, state) | chooser.look(model, state), state)
+            stopping = processes.any(stop.asked)
+            if processes.first and (stopping or state.iteration % recipe.checkpoint_every == 0):
+                checkpoints.save(folder, state, recipe.keep)
+            if stopping:
+                raise KeyboardInterrupt(
+                    f"stopped after iteration {state.iteration}; go on with --resume {folder}"
+                )
     files = {"ema": folder / FILE, "raw": folder / RAW_FILE}
-    if first:
-        checkpoints.save(folder, state)
+    if processes.first:
+        checkpoints.save(folder, state, recipe.keep)
         info = {**info, "iterations": state.iteration}
         save_adapter(files["ema"], state.ema, {**info, "average": "ema"})
         save_adapter(files["raw"], state.parameters(), {**info, "average": "raw"})
-    setup.processes.wait()
-    return files
+    processes.wait()
+    return {**files, "best": folder / BEST_FILE} if state.best else files
 
 
-def _note(found, recent, skipped):
-    parts = [
-        f"{name} {found[name]:.3f}" for name in ("align", "image", "face", "cost", "faces") if name in found
-    ]
-    parts += [f"bias {np.mean(recent):.2f}"] if recent else []
-    return "  ".join(parts + ([f"skipped {skipped}"] if skipped else []))
+def iterate(setup: Setup, model: Bundle, state: State) -> dict:
+    """One iteration, in `state` -> its metrics. Raises UserError where gradients stay useless."""
+    began = time.monotonic()
+    metrics = {"iteration": state.iteration, "lr": learning_rate(setup.recipe, state.iteration)}
+    parameters = list(state.adapter.parameters())
+    with torch.enable_grad():
+        gradient, found = iteration_gradient(setup, model, parameters, state.iteration)
+    norm, finite = update(setup.recipe, state, gradient)
+    state.unusable = 0 if finite else state.unusable + 1
+    if state.unusable == HOPELESS:
+        raise UserError(
+            f"{HOPELESS} gradients in a row were not finite, the last at iteration {state.iteration}; try --dtype"
+            " float32 or a smaller --lr."
+        )
+    seconds = round(time.monotonic() - began, 3)
+    skipped = state.iteration - state.updates
+    return {**metrics, **found, "norm": norm if finite else None, "skipped": skipped, "seconds": seconds}
+
+
+class Chooser:
+    """Validations, the best adapter's file, and sample grids, at the iterations that are due."""
+
+    def __init__(self, setup: Setup, folder: Path, info: dict):
+        self.setup, self.folder, self.info, self.validation = setup, folder, info, None
+
+    def look(self, model: Bundle, state: State) -> dict:
+        """What is due after the state's iterations -> {"validation": ...} if one was made. It looks at the average."""
+        setup, recipe, i = self.setup, self.setup.recipe, state.iteration
+        validate, draw = (every and i % every == 0 for every in (recipe.validate_every, recipe.grid_every))
+        if not setup.validation or not (validate or draw):
+            return {}
+        with averaged(state):
+            if draw and setup.processes.first:
+                draw_grid(setup, model, self.folder / "grids" / f"{i:06d}.png", i)
+            if not validate:
+                return {}
+            self.validation = self.validation or Validation.start(setup)
+            found = self.validation.measure(model)
+        if note(setup, state, found) and setup.processes.first:
+            info = {**self.info, "iterations": i, "average": "ema", "validation": found}
+            save_adapter(self.folder / BEST_FILE, state.ema, info)
+        return {"validation": found}
+
+
+@contextmanager
+def averaged(state: State):
+    """The adapter with its moving average in it."""
+    raw = {name: p.data for name, p in state.parameters().items()}
+    try:
+        for name, p in state.parameters().items():
+            p.data = state.ema[name]
+        yield
+    finally:
+        for name, p in state.parameters().items():
+            p.data = raw[name]
+
+
+def prepared(setup: Setup, model: Bundle) -> tuple[Setup, Bundle]:
+    """Both models' U-Nets compiled and with recomputed blocks, where the recipe asks for it."""
+    unets = {}
+    for bundle in (setup.bundle, model):
+        unet = recomputed(bundle.unet) if setup.recipe.recompute else bundle.unet
+        unets.setdefault(id(bundle.unet), torch.compile(unet) if setup.recipe.compile else unet)
+    frozen, adapted = (replace(bundle, unet=unets[id(bundle.unet)]) for bundle in (setup.bundle, model))
+    return replace(setup, bundle=frozen), adapted
