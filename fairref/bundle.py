@@ -125,6 +125,7 @@ class Bundle:
     embedder: SFNet | None = None  # aligned faces -> features
     face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
     dino: Dino | None = None  # pictures -> features
+    prefix: Tensor | None = None  # soft prompt (P, D) of an adapter
 
     @cached_property
     def templates(self):

@@ -10,7 +10,7 @@ from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import solver_table, step
 from fairref.emoji import check
 from fairref.finetune.rollout import latent_shape
-from fairref.generate import draw
+from fairref.finetune.rollout import draw
 
 MEGABYTE = 2**20
 PROMPT = "a photo of the face of a pilot, a person"
@@ -49,7 +49,7 @@ def test_diffusers_draws_the_same_picture(bundle):
         [PROMPT] * 2, latents=z_T, num_inference_steps=20, guidance_scale=3.0, output_type="np"
     ).images
     with torch.no_grad():
-        ours = draw(bundle, bundle.text_encoder, (PROMPT, ""), z_T, 20, 3.0)
+        ours = draw(bundle, (PROMPT, ""), z_T, 20, 3.0)
     ours = (ours.permute(0, 2, 3, 1).numpy() + 1) / 2  # (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1]
     assert theirs.std() > 0.1
     assert np.abs(ours - theirs).max() <= 2 / 255

@@ -29,12 +29,12 @@ from fairref.emoji.captions import (
 from fairref.emoji.pictures import VIEWS, Person, Scene, draw, face_points, random_scene, sprites
 from fairref.emoji.sheet import GENDERS, LOOKS, things
 from fairref.evaluate import How, bias_report, look_at, pictures
-from fairref.fairness.attributes import parse_target
+from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
 from fairref.finetune.checkpoints import write_json
 from fairref.finetune.objective import classify, faces_of
 from fairref.finetune.recipes import resolve
-from fairref.generate import grid
+from fairref.images import grid
 from fairref.prompts import occupation_prompt, read_occupations
 
 UNSEEN = "check"  # names a stream of randomness that no training stage uses
@@ -142,10 +142,14 @@ def sampling_gates(
     Images of each occupation: of neutral prompts, of prompts that name a class (every `named_every`-th
     occupation), and at guidance 1.
     """
-    recipe = resolve("gender", bundle.recipe, {})
+    recipe = resolve(("gender",), bundle.recipe, {})
     how = {
         name: How(
-            bundle, parse_target(name, bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
+            bundle,
+            parse_targets([name], bundle.attributes),
+            recipe.eval_steps,
+            recipe.eval_guidance,
+            recipe.end,
         )
         for name in bundle.attributes
     }
@@ -159,7 +163,7 @@ def follows_data(bundle, how: How, images: int) -> Gate:
     """The share of women of each occupation follows the table."""
     jobs = occupations()
     prompts = [occupation_prompt(job.name) for job in jobs]
-    seen = look_at(how, bundle.text_encoder, prompts, images, "guidance 1")
+    seen = look_at(how, bundle, prompts, images, "guidance 1")
     share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
     found = spearmanr(share, [job.share_women for job in jobs]).statistic
     claim = f"share of women at guidance 1 against the table, Spearman, {len(jobs)} occupations x {images}"
@@ -169,8 +173,8 @@ def follows_data(bundle, how: How, images: int) -> Gate:
 def neutral_gates(bundle, how: How, images: int) -> Iterator[Gate]:
     """Bias of neutral prompts, and images of nobody."""
     names = [job.name for job in occupations()]
-    seen = look_at(how, bundle.text_encoder, list(map(occupation_prompt, names)), images, "neutral")
-    report = bias_report(seen, names, GENDERS, images)
+    seen = look_at(how, bundle, list(map(occupation_prompt, names)), images, "neutral")
+    report = bias_report(seen, names, how.target.classes, images)
     yield Gate("none for the template judge", report["none"], 0.05, at_most=True)
     for judge, values in report["judges"].items():
         yield Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)
@@ -180,7 +184,7 @@ def neutral_gates(bundle, how: How, images: int) -> Iterator[Gate]:
 def face_gates(bundle, how: How, images: int = 8) -> Iterator[Gate]:
     """The detector on what the model draws: people, where the template judge says that one is, and nobody."""
     prompts = [occupation_prompt(job.name) for job in occupations()]
-    x = torch.cat([pictures(how, bundle.text_encoder, prompt, images) for prompt in prompts])
+    x = torch.cat([pictures(how, bundle, prompt, images) for prompt in prompts])
     seen = bundle.templates(x)
     x = x[~seen["none"]]
     faces = find(bundle.detector, x)
@@ -194,7 +198,7 @@ def face_gates(bundle, how: How, images: int = 8) -> Iterator[Gate]:
     yield Gate(f"detector, faces found in {len(x)} generated pictures of people", found, 0.98)
     yield Gate("detector, centre error in generated pictures, mean, pixels", errors.mean().item(), 3, True)
     prompts = [NOBODY.format(thing=name.replace("_", " ")) for name in things()]
-    x = torch.cat([pictures(how, bundle.text_encoder, prompt, 4) for prompt in prompts])
+    x = torch.cat([pictures(how, bundle, prompt, 4) for prompt in prompts])
     none = 1 - find(bundle.detector, x).found.float().mean().item()
     yield Gate(f"detector, no face in {len(x)} generated pictures of nobody", none, 0.98)
 
@@ -206,14 +210,15 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
     for name, h in how.items():
         obeyed = []
         shown = [job.name for job in jobs if name != "age" or sprites().aged[LOOKS.index(job.look)]]
-        for occupation, (k, c) in product(shown, enumerate(h.attribute.classes)):
-            x = pictures(h, bundle.text_encoder, world.named_prompt(name, c, occupation), images)
+        for occupation, (k, c) in product(shown, enumerate(h.target.classes[name])):
+            x = pictures(h, bundle, world.named_prompt(name, c, occupation), images)
             seen = bundle.templates(x)
             obeyed += ((seen[name] == k) & seen[f"{name}_known"]).tolist()
             faces = faces_of(bundle, x)
+            with torch.no_grad():
+                logits = classify(bundle.classifiers["evaluate"], tuple(agree), x, faces)
             for attribute in agree:
-                with torch.no_grad():
-                    said = classify(bundle.classifiers["evaluate"], attribute, x, faces).argmax(1)
+                said = logits[attribute].argmax(1)
                 known = seen[f"{attribute}_known"] & faces.found
                 agree[attribute] += (said == seen[attribute][faces.found])[known[faces.found]].tolist()
         yield Gate(f"prompts that name a {name} get it, {len(obeyed)} images", float(np.mean(obeyed)), 0.9)
@@ -227,9 +232,13 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
 def contact_sheet(bundle) -> Image.Image:
     """A row for each look's first test occupation: six pictures as it comes, two for each named class; then others."""
     world, margin = read_occupations(bundle.path), 210
-    recipe = resolve("gender", bundle.recipe, {})
+    recipe = resolve(("gender",), bundle.recipe, {})
     how = How(
-        bundle, parse_target("gender", bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
+        bundle,
+        parse_targets(["gender"], bundle.attributes),
+        recipe.eval_steps,
+        recipe.eval_guidance,
+        recipe.end,
     )
     classes = [(a, c) for a, names in bundle.attributes.items() for c in names]
     columns = 6 + 2 * len(classes)
@@ -238,9 +247,9 @@ def contact_sheet(bundle) -> Image.Image:
         job = next(job.name for job in occupations() if job.look == look and job.split == "test")
         prompts = [(occupation_prompt(job), 6)]
         prompts += [(world.named_prompt(a, c, job), 2) for a, c in classes]
-        rows[job] = torch.cat([pictures(how, bundle.text_encoder, prompt, n) for prompt, n in prompts])
+        rows[job] = torch.cat([pictures(how, bundle, prompt, n) for prompt, n in prompts])
     for label, prompt in other_prompts().items():
-        rows[label] = pictures(how, bundle.text_encoder, prompt, columns)
+        rows[label] = pictures(how, bundle, prompt, columns)
     heads = [("a photo of the face of a ..., a person", 6)] + [(c, 2) for _, c in classes]
     body = grid(torch.cat(list(rows.values())), columns)
     sheet = Image.new("RGB", (body.width + margin, body.height + 20), "white")

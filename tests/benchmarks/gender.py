@@ -34,7 +34,7 @@ def evaluate(file: Path, part: str, adapter: Path | None) -> dict:
     if not file.exists():
         named = ["--named-images", PARTS[part]]
         which = ["--adapter", adapter] if adapter else []
-        call("-m", "fairref.evaluate", "--occupations", part, *named, *which, "--out", file)
+        call("-m", "fairref.evaluate", "--part", part, *named, *which, "--out", file)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
