@@ -27,7 +27,7 @@ from fairref.emoji.captions import (
     prompt_of,
 )
 from fairref.emoji.pictures import VIEWS, Person, Scene, draw, face_points, random_scene, sprites
-from fairref.emoji.sheet import GENDERS, LOOKS, things
+from fairref.emoji.sheet import LOOKS, things
 from fairref.evaluate import How, bias_report, look_at, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
