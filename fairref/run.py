@@ -41,7 +41,7 @@ def run(options: Options) -> Path:
     try:
         return _run(options, processes, device)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         raise UserError(
             f"{error.filename or 'the run'}: can't be written ({error.strerror}); make room, then go on"
