@@ -232,7 +232,11 @@ def test_with_two_attributes_a_face_counts_where_one_is_confident_and_is_its_own
     pictures = objective.look(setup, model, table, path, task, both)
     for n in range(4):
         face = face_of(pictures.o[n])
-        p = {} if face is None else bundle.classifiers["finetune"](crops(pictures.o[n : n + 1], face, RESOLUTION))
+        p = (
+            {}
+            if face is None
+            else bundle.classifiers["finetune"](crops(pictures.o[n : n + 1], face, RESOLUTION))
+        )
         of_each = [p[name][0].softmax(0) for name in target.classes] if p else []
         assert bool(pictures.o_sure[n]) == (bool(p) and all(float(x.max()) >= LIMIT for x in of_each))
         assert not p or pictures.o_class[n].tolist() == [int(x.argmax()) for x in of_each]
