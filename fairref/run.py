@@ -41,7 +41,7 @@ def run(options: Options) -> Path:
     try:
         return _run(options, processes, device)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         raise UserError(
             f"{error.filename or 'the run'}: can't be written ({error.strerror}); make room, then go on"
@@ -63,7 +63,7 @@ def _run(options, processes, device):
     else:
         target = _target(options, bundle)
         recipe = resolve(tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path))
-    wanted, template = _prompts(settings or options.__dict__)
+    wanted, template = _prompts(settings or vars(options))
     concepts = read_prompts(wanted, template, bundle, list(target.classes))
     named = tuple(asked for prompts in concepts for asked in prompts.named("train", target.classes))
     train_prompts = tuple(prompts.train for prompts in concepts)
@@ -97,6 +97,8 @@ def _run(options, processes, device):
         "target": target.table.tolist(),
     }
     files = train(setup, folder, info)
+    if processes.first and "best" in files:
+        print(f"of the validated adapters {files['best']} has the least bias")
     if recipe.evaluate != "none":
         names = ("ema", "raw") if recipe.evaluate == "both" else (recipe.evaluate,)
         adapters = {

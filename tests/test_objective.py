@@ -14,7 +14,7 @@ from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table, step
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import TEMPLATE, Faces, Found, aligned, crops, square_around
-from fairref.finetune import objective
+from fairref.finetune import objective, rollout
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
 from fairref.finetune.trainer import iteration_gradient, prompt_of, task_of
@@ -215,3 +215,44 @@ def test_a_detector_alone_brings_no_face_loss(bundle):
     assert "face" not in metrics and metrics["faces"] > 0
     none = make_setup(bundle, lambda_face=0.0)
     assert iteration_gradient(none, model, parameters, 0)[1] == metrics
+
+
+def test_with_two_attributes_a_face_counts_where_one_is_confident_and_is_its_own_reference_where_all_agree(
+    bundle, monkeypatch
+):
+    target = parse_targets(["gender", "skin_tone"], bundle.attributes)
+    recipe = resolve(tuple(target.classes), bundle.recipe, {"batch": 4, "steps": 3, "C": 0.8})
+    setup = Setup(bundle, recipe, target, (("a cook",),))
+    model, _ = moved(setup)
+    task = task_of(setup, 0)
+    table = solver_table(bundle.schedule, task.S)
+    both = rollout.embed(model, task.prompt).detach()
+    z_T = noise(0, 0, range(4), (4, RESOLUTION // 4, RESOLUTION // 4)).double()
+    path = rollout.rollout(model, table, z_T, *both.split(1), task.guidance)
+    pictures = objective.look(setup, model, table, path, task, both)
+    for n in range(4):
+        face = face_of(pictures.o[n])
+        p = (
+            {}
+            if face is None
+            else bundle.classifiers["finetune"](crops(pictures.o[n : n + 1], face, RESOLUTION))
+        )
+        of_each = [p[name][0].softmax(0) for name in target.classes] if p else []
+        assert bool(pictures.o_sure[n]) == (bool(p) and all(float(x.max()) >= LIMIT for x in of_each))
+        assert not p or pictures.o_class[n].tolist() == [int(x.argmax()) for x in of_each]
+    seen = []
+    monkeypatch.setattr(objective, "face_part", lambda s, x, p, *masks: seen.append(masks) or x.new_zeros(0))
+    y = pictures.o_class.clone()
+    y[1, 1] = (y[1, 1] + 1) % 3  # disagrees in skin tone
+    c = [[0.9, 0.9], [0.9, 0.9], [0.9, 0.5], [0.5, 0.5]]  # how certain each image's gender and skin tone are
+    q = {name: torch.zeros(4, len(of_one), dtype=torch.float64) for name, of_one in target.classes.items()}
+    for n in range(4):
+        for a, rows in enumerate(q.values()):
+            rows[n] = (1 - c[n][a]) / (rows.shape[1] - 1)
+            rows[n, y[n, a]] = c[n][a]
+    objective.loss_of(setup, pictures.x, pictures, q)
+    ((confident, agree),) = seen
+    found = pictures.faces.found
+    assert confident.tolist() == (torch.tensor([True, True, True, False]) & found).tolist()
+    assert agree.tolist() == (torch.tensor([True, False, False, False]) & found).tolist()
+    assert found[:3].sum() >= 2

@@ -20,6 +20,7 @@ from fairref.errors import UserError
 # float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 upwards
 # before 65504 and 2^27 downwards before 2^-24, and what a U-Net does to a cotangent is mostly to shrink it.
 HALF_PEAK = 16.0
+LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 
 
 def A_t(schedule: Schedule, table: SolverTable) -> Tensor:
@@ -211,6 +212,16 @@ def pull(y: Tensor, inputs: Sequence[Tensor], v: Tensor) -> list[Tensor]:
     scale = _half_scale(v) if y.dtype == torch.float16 else 1.0
     grads = torch.autograd.grad(y, inputs, (v * scale).to(y.dtype), allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad / scale for x, grad in zip(inputs, grads)]
+
+
+def loss_gradient(loss: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dloss/dx through networks that compute in `dtype`. In float16 the loss is scaled by a power of two that leaves
+    the result finite, for what a pixel weighs lies below float16's smallest numbers; the result is scaled back."""
+    for scale in LOSS_SCALES if dtype == torch.float16 else (1.0,):
+        (g,) = torch.autograd.grad(loss * scale, x, retain_graph=scale > 1)
+        if torch.isfinite(g).all():
+            break
+    return g / scale
 
 
 def unrolled_z0(schedule: Schedule, z_T: Tensor, eps: Tensor, sigma: Tensor, w: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Processes:
         """The sums over processes, in one message."""
         if self.world == 1:
             return tensors
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self.device)
+        flat = torch.cat([tensor.reshape(-1).to(self.device) for tensor in tensors])
         _together(dist.all_reduce, flat)
         pieces = flat.split([tensor.numel() for tensor in tensors])
         return [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors)]

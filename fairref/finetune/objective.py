@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fairref.bundle import Bundle
-from fairref.diffusion.gradient import pull
+from fairref.diffusion.gradient import loss_gradient, pull
+from fairref.diffusion.sampler import network_dtype
 from fairref.errors import UserError
 from fairref.fairness import losses
 from fairref.fairness.attributes import JointTarget
@@ -137,7 +138,7 @@ def picture_gradient(setup: Setup, pictures: Pictures, q: dict[str, Tensor]) -> 
         part = pictures.part(rows)
         x = part.x.requires_grad_(True)
         loss, values = loss_of(setup, x, part, {name: of_all[rows] for name, of_all in q.items()})
-        (dx,) = torch.autograd.grad(loss, x)
+        dx = loss_gradient(loss, x, network_dtype(setup.bundle.vae, x))
         z_0 = part.z_0.requires_grad_(True)
         (g[rows],) = pull(decode(setup.bundle, z_0), [z_0], dx)
         sums += values

@@ -50,8 +50,9 @@ def rollout(
 
 
 def decode(bundle, z_0: Tensor) -> Tensor:
-    """x (N, 3, H, W) in [-1, 1]; the clamp is part of the picture, so of its gradient."""
-    return bundle.vae.decode(z_0.to(next(bundle.vae.parameters()).dtype)).clamp(-1, 1)
+    """x (N, 3, H, W) in [-1, 1], at least float32; the clamp is part of the picture, so of its gradient."""
+    x = bundle.vae.decode(z_0.to(next(bundle.vae.parameters()).dtype))
+    return x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-1, 1)
 
 
 def draw(bundle, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None) -> Tensor:

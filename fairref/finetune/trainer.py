@@ -17,7 +17,7 @@ from fairref.bundle import Bundle
 from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, pull, step_weights, subsample
 from fairref.diffusion.solver import SolverTable, solver_table
 from fairref.errors import UserError
-from fairref.fairness.metrics import bias, joint_counts
+from fairref.fairness.metrics import bias, blends, joint_counts
 from fairref.fairness.transport import joint_ot
 from fairref.finetune import checkpoints
 from fairref.finetune.adapters import FILE, adapt, save_adapter
@@ -105,9 +105,9 @@ def iteration_gradient(setup: Setup, model: Bundle, parameters: list, i: int) ->
 
     gradient = sampling_gradient(recipe, model, parameters, table, path, g, both, task.guidance, i)
     *gradient, sums = processes.total([*gradient, sums])
-    classes = [of_one[found].argmax(1) for of_one in logits.values()]
+    shown = [of_one[found] for of_one in logits.values()]  # (M, K_a) of all images
     cost = next(iter(ot.values())).cost
-    return gradient, {**about, **_sums(setup, sums), "cost": cost, **_shares(setup, classes, task.named)}
+    return gradient, {**about, **_sums(setup, sums), "cost": cost, **_shares(setup, shown, task.named)}
 
 
 def sampling_gradient(
@@ -169,12 +169,13 @@ def _sums(setup, sums):
     return sums
 
 
-def _shares(setup, classes, named):
-    """Joint counts of the images' classes, (M,) of each attribute; and the bias, unless the prompt named a class."""
-    counts = joint_counts(classes, setup.target.table.shape)
+def _shares(setup, logits, named):
+    """Joint counts of the images' classes, the share that blends them; and the bias, unless the prompt named a class."""
+    counts = joint_counts([of_one.argmax(1) for of_one in logits], setup.target.table.shape)
+    found = {"counts": counts.tolist(), "blended": blends(logits) / max(1, len(logits[0]))}
     if named or not counts.any():
-        return {"counts": counts.tolist()}
-    return {"counts": counts.tolist(), "bias": float(bias(counts.reshape(-1)))}
+        return found
+    return {**found, "bias": float(bias(counts.reshape(-1)))}
 
 
 def new_state(setup: Setup) -> tuple[Bundle, State]:
