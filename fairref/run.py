@@ -103,7 +103,7 @@ def _run(options, processes, device):
         names = ("ema", "raw") if recipe.evaluate == "both" else (recipe.evaluate,)
         adapters = {
             name: files.get(name, files["ema"]) for name in names
-        }  # without validations the last is the best
+        }  # not validated: the last is the best
         before_after(setup, adapters, concepts, folder)
     if processes.first:
         prompt = (concepts[0].test or concepts[0].train)[0]

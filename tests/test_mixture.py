@@ -113,6 +113,14 @@ def test_mistakes(bundle, lists, tmp_path, wanted, template, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_concept_without_prompts_for_finetuning_is_refused(bundle):
+    target = parse_targets(["gender"], bundle.attributes)
+    recipe = resolve(("gender",), bundle.recipe, {})
+    for concepts in ((("a",), ()), ()):
+        with pytest.raises(UserError, match="without a prompt for finetuning"):
+            Setup(bundle, recipe, target, concepts)
+
+
 def test_concepts_take_turns(bundle):
     target = parse_targets(["gender"], bundle.attributes)
     recipe = resolve(("gender",), bundle.recipe, {"named_every": 3})

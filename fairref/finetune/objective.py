@@ -57,6 +57,8 @@ class Setup:
                 raise UserError(
                     f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one."
                 )
+        if not self.prompts or not all(self.prompts):
+            raise UserError("--prompts names a concept without a prompt for finetuning; give another one.")
         if self.recipe.batch < self.processes.world:
             raise UserError(
                 f"--batch is {self.recipe.batch} for {self.processes.world} processes; give each an image."

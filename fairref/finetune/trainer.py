@@ -126,9 +126,8 @@ def sampling_gradient(
     common = (c, c_empty, guidance)
     if recipe.gradient == "exact":
         parts = torch.zeros_like(both, dtype=torch.promote_types(both.dtype, torch.float32))
-        for rows in torch.arange(len(g)).split(
-            max(1, recipe.micro_batch // 2) if recipe.micro_batch else len(g)
-        ):
+        size = max(1, recipe.micro_batch // 2) if recipe.micro_batch else len(g)  # a picture has two branches
+        for rows in torch.arange(len(g)).split(size):
             part = [step._replace(z=step.z[rows]) for step in path]
             parts += torch.cat(exact_gradient(model.unet, table, part, g[rows], *common)[:2])
     else:
@@ -138,9 +137,8 @@ def sampling_gradient(
         most = recipe.micro_batch or None
         parts = torch.cat(adjusted_gradient(model.unet, table, w, path, g, *common, most))
     in_text = pull(both, parameters, parts) if both.requires_grad else map(torch.zeros_like, parameters)
-    gradient = [
-        x if p.grad is None else x + p.grad for x, p in zip(in_text, parameters)
-    ]  # .grad: in the U-Net
+    # what the U-Net's own parameters get, adjusted_gradient and exact_gradient leave in .grad
+    gradient = [x if p.grad is None else x + p.grad for x, p in zip(in_text, parameters)]
     for p in parameters:
         p.grad = None
     return gradient

@@ -53,7 +53,7 @@ class Validation:
         return {
             "bias": float(bias(seen, setup.target.table.reshape(-1)).mean()) if len(seen) else None,
             "clip_i": clip_i,
-            "kept": (clip_i - self.unlike) / (1 - self.unlike),
+            "kept": (clip_i - self.unlike) / max(1 - self.unlike, 1e-6),
         }
 
 
