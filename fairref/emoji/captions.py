@@ -46,7 +46,7 @@ NEUTRAL = (
 SHARES = {
     "clip": {"occupation": 0.5, "view": 0.12, "nobody": 0.06, "activity": 0.12, "context": 0.08, "style": 0.06, "descriptor": 0.06},
     "first": {"empty": 0.1, "occupation": 0.5, "view": 0.06, "nobody": 0.03, "activity": 0.1, "context": 0.08, "style": 0.05, "descriptor": 0.08},
-    "second": {"empty": 0.1, "occupation": 0.52, "view": 0.05, "nobody": 0.02, "activity": 0.1, "context": 0.08, "style": 0.05, "descriptor": 0.08},
+    "second": {"empty": 0.08, "occupation": 0.42, "view": 0.1, "nobody": 0.05, "activity": 0.12, "context": 0.1, "style": 0.05, "descriptor": 0.08},
 }  # fmt: skip
 # How often a caption names each attribute: all of CLIP's are more telling, tones are harder to learn than genders.
 NAMED = {

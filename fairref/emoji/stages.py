@@ -244,8 +244,8 @@ def train_unet(folder: Path, vae: VAE, clip: Clip, steps: int = 4800, batch: int
     return fit("unet", Painter(clip), loss_of, steps=steps, lr=1e-3, folder=folder, ema=0.998)
 
 
-def polish_unet(folder: Path, vae: VAE, painter: Painter, steps: int = 1800, batch: int = 48) -> Painter:
-    """The second stage: lower rates, and more captions that name a tone."""
+def polish_unet(folder: Path, vae: VAE, painter: Painter, steps: int = 4800, batch: int = 48) -> Painter:
+    """The second stage: a lower rate, and more captions of what is hard: tones, pairs, far away, things alone."""
     loss_of = noise_loss(folder, make_pool(folder, vae, "second"), batch)
     return fit("unet_polish", painter, loss_of, steps=steps, lr=5e-4, folder=folder, ema=0.998)
 
