@@ -6,9 +6,8 @@ A concept is a bundle's own (prompts.json) or else one of fairref.prompts'. Seve
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fairref import prompts as lists
 from fairref.errors import UserError
-from fairref.prompts import PARTS, Occupations, occupation_prompt, read_occupations
+from fairref.prompts import CONCEPTS, FILE, PARTS, Occupations, concept, occupation_prompt, read_occupations
 
 OCCUPATIONS = "occupations"
 PLACE = "{occupation}"  # of an occupation in a template
@@ -93,21 +92,22 @@ def read_lines(path: Path) -> list[str]:
 def bundle_prompts(bundle) -> Occupations | None:
     """The bundle's prompts.json, None without one. Raises UserError."""
     folder = bundle.path if bundle.path.is_dir() else bundle.path.parent
-    return read_occupations(bundle.path) if (folder / lists.FILE).is_file() else None
+    return read_occupations(bundle.path) if (folder / FILE).is_file() else None
 
 
 def _concept(name, template, own, attributes):
     if name == OCCUPATIONS and own is not None:
         parts = {part: _showing(getattr(own, part), own, attributes) for part in PARTS}
         return _occupations(parts, template, own)
-    if own is not None and name in getattr(own, "concepts", {}):
-        return Prompts(name, **{part: tuple(texts) for part, texts in own.concepts[name].items()})
-    if name not in getattr(lists, "CONCEPTS", ()):
-        known = {OCCUPATIONS, *getattr(own, "concepts", {}), *getattr(lists, "CONCEPTS", ())}
+    concepts = {} if own is None else own.concepts
+    if name in concepts:
+        return Prompts(name, **{part: tuple(texts) for part, texts in concepts[name].items()})
+    if name not in CONCEPTS:
+        known = {*concepts, *CONCEPTS}
         raise UserError(
             f"--prompts names {name!r}; expected some of {', '.join(sorted(known))}, or a text file."
         )
-    found = lists.concept(name)
+    found = concept(name)
     parts = {part: getattr(found, part) for part in PARTS}
     if name != OCCUPATIONS:
         return Prompts(name, **parts)
@@ -127,5 +127,5 @@ def _occupations(names, template, world):
 
 def _showing(names, own, attributes):
     """Those whose pictures show all of the attributes."""
-    limits = [set(limit) for name, limit in getattr(own, "showing", {}).items() if name in attributes]
+    limits = [set(limit) for name, limit in own.showing.items() if name in attributes]
     return [name for name in names if all(name in limit for limit in limits)]
