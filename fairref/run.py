@@ -15,8 +15,9 @@ from fairref.evaluate import How, before_after
 from fairref.fairness.attributes import JointTarget, parse_attributes, parse_targets, product_target
 from fairref.finetune import checkpoints, distributed
 from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts, validation_prompts
+from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe, resolve
-from fairref.finetune.trainer import Setup, train
+from fairref.finetune.trainer import train
 
 
 @dataclass(frozen=True)

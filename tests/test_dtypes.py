@@ -11,8 +11,8 @@ from tiny_bundle import write_tiny_bundle
 from fairref.bundle import load_bundle
 from fairref.diffusion.gradient import loss_gradient, pull
 from fairref.errors import UserError
-from fairref.finetune import trainer
-from fairref.finetune.trainer import iteration_gradient
+from fairref.finetune import iteration, trainer
+from fairref.finetune.iteration import iteration_gradient
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def bundles(tmp_path_factory):
 @pytest.mark.parametrize("dtype, error", [(torch.float16, 0.06), (torch.bfloat16, 0.4)])
 def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, error):
     found, seen = {}, {}
-    real = trainer.sampling_gradient
+    real = iteration.sampling_gradient
 
     def spy(recipe, model, parameters, table, path, g, both, *rest):
         seen[both.dtype] = (path[0].z.dtype, path[-1].z.dtype, g.dtype, {p.dtype for p in parameters})
         return real(recipe, model, parameters, table, path, g, both, *rest)
 
-    monkeypatch.setattr(trainer, "sampling_gradient", spy)
+    monkeypatch.setattr(iteration, "sampling_gradient", spy)
     for kind in (torch.float32, dtype):
         setup = make_setup(bundles[kind], component=component, batch=4, steps=2, lambda_img=1.0)
         model, state = moved(setup)

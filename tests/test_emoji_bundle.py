@@ -9,8 +9,7 @@ from fairref.diffusion.gradient import C_i, adjusted_gradient, step_weights
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import solver_table, step
 from fairref.emoji import check
-from fairref.finetune.rollout import latent_shape
-from fairref.finetune.rollout import draw
+from fairref.finetune.rollout import draw, latent_shape
 
 MEGABYTE = 2**20
 PROMPT = "a photo of the face of a pilot, a person"

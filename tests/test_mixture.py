@@ -10,10 +10,10 @@ from fairref import prompts
 from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.fairness.attributes import parse_targets
+from fairref.finetune.iteration import task_of
 from fairref.finetune.mixture import read_prompts
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
-from fairref.finetune.trainer import task_of
 from fairref.prompts import Occupations, occupation_prompt
 
 CLASSES = {"gender": ("woman", "man")}

@@ -18,8 +18,9 @@ from test_trainer import make_setup, moved
 from tiny_bundle import write_tiny_bundle
 
 from fairref.bundle import load_bundle
-from fairref.finetune import distributed, trainer
-from fairref.finetune.trainer import iteration_gradient, update
+from fairref.finetune import distributed, iteration
+from fairref.finetune.iteration import iteration_gradient
+from fairref.finetune.trainer import update
 
 ROOT = Path(__file__).parents[1]
 N, ITERATIONS = 5, 3  # of two and four processes, none have the same number of images
@@ -59,8 +60,8 @@ def gradients(folder, out):
     processes, device = distributed.start(torch.device("cpu"))
     torch.set_num_threads(1)
     found, counts = {}, []
-    real = trainer.joint_ot
-    trainer.joint_ot = lambda *args: counts.append(real(*args)) or counts[-1]
+    real = iteration.joint_ot
+    iteration.joint_ot = lambda *args: counts.append(real(*args)) or counts[-1]
     for dtype in (torch.float32, torch.float64):
         bundle = load_bundle(folder, device, dtype)
         for micro_batch in (0, 3):

@@ -24,18 +24,11 @@ from fairref.diffusion.solver import solver_table, step
 from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget, parse_attributes, product_target
 from fairref.fairness.transport import joint_ot
-from fairref.finetune import checkpoints, objective, trainer
+from fairref.finetune import checkpoints, iteration, objective
+from fairref.finetune.iteration import iteration_gradient, prompt_of, task_of
+from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
-from fairref.finetune.trainer import (
-    Setup,
-    iteration_gradient,
-    learning_rate,
-    new_state,
-    prompt_of,
-    task_of,
-    train,
-    update,
-)
+from fairref.finetune.trainer import learning_rate, new_state, train, update
 from fairref.prompts import occupation_prompt, read_occupations
 
 ROOT = Path(__file__).parents[1]
@@ -282,7 +275,7 @@ def test_the_gradient_may_take_a_few_steps_only(bundles, monkeypatch):
     assert any(not torch.allclose(a, b) for a, b in zip(few, whole))
     seen = []
     for u in ((np.arange(40) + 0.5) / 40).tolist():
-        monkeypatch.setattr(trainer, "subsample", lambda w, M, _, u=u: subsample(w, M, u))
+        monkeypatch.setattr(iteration, "subsample", lambda w, M, _, u=u: subsample(w, M, u))
         seen.append(iteration_gradient(with_steps(2), model, parameters, 0)[0])
     for mean, b in zip((torch.stack(g).mean(0) for g in zip(*seen)), whole):
         assert float((mean - b).norm() / b.norm()) < 0.05  # a grid of 40 draws, not all of them
@@ -291,8 +284,8 @@ def test_the_gradient_may_take_a_few_steps_only(bundles, monkeypatch):
 def test_at_the_start_both_models_draw_the_same_and_nothing_is_drawn_twice(bundles, monkeypatch):
     setup = make_setup(bundles[torch.float32])
     runs = []
-    real = trainer.rollout
-    for module in (trainer, objective):
+    real = iteration.rollout
+    for module in (iteration, objective):
         monkeypatch.setattr(module, "rollout", lambda *args: runs.append(real(*args)) or runs[-1])
     model, state = new_state(setup)
     _, metrics = iteration_gradient(setup, model, list(state.adapter.parameters()), 0)

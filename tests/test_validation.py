@@ -17,7 +17,7 @@ from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.fairness.faces import Found
 from fairref.fairness.metrics import bias, noise_floor
-from fairref.finetune import checkpoints, grids, trainer, validation
+from fairref.finetune import checkpoints, grids, iteration, trainer, validation
 from fairref.finetune.checkpoints import State
 from fairref.finetune.distributed import Processes
 from fairref.finetune.grids import IMAGES, SIDE, draw_grid, marked
@@ -232,13 +232,13 @@ def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch):
         setup = make_setup(bundle, component=component, batch=3, steps=2)
         model, state = moved(setup)
         parameters = list(state.adapter.parameters())
-        plain, metrics = trainer.iteration_gradient(setup, model, parameters, 0)
+        plain, metrics = iteration.iteration_gradient(setup, model, parameters, 0)
         for name in ("recompute", "compile"):
             asked = replace(setup, recipe=replace(setup.recipe, **{name: True}))
             again, other = trainer.prepared(asked, model)
             assert (other.unet is again.bundle.unet) == (component == "text_encoder")
             assert other.unet is not model.unet
-            gradient, found = trainer.iteration_gradient(again, other, parameters, 0)
+            gradient, found = iteration.iteration_gradient(again, other, parameters, 0)
             assert found == {
                 k: pytest.approx(v, rel=1e-5) if type(v) is float else v for k, v in metrics.items()
             }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fairref.diffusion.schedule import Schedule
 from fairref.emoji.bpe import train_bpe
-from fairref.emoji.captions import concepts, describe, draw_world, occupations, prompt_of, KINDS
+from fairref.emoji.captions import KINDS, concepts, describe, draw_world, occupations, prompt_of
 from fairref.emoji.fit import fit, generator_for
 from fairref.emoji.pictures import (
     AGES,

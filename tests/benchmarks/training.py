@@ -26,8 +26,9 @@ from measure import MEGABYTE, Memory, adapted, bundle_of, fresh, machine, setup_
 from fairref.diffusion.gradient import pull
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table
+from fairref.finetune.iteration import iteration_gradient, sampling_gradient, task_of
 from fairref.finetune.rollout import decode, embed, first_noise, rollout
-from fairref.finetune.trainer import iteration_gradient, prepared, sampling_gradient, task_of
+from fairref.finetune.trainer import prepared
 
 WAYS = ("ours", "ours, recomputed", "released")
 BARS = {"time": 0.8, "memory": 0.5, "steps": 1.05, "gradient": 1e-3}
