@@ -155,7 +155,7 @@ def concept_prompts() -> dict[str, dict[str, list[str]]]:
     """Name of a concept (METHOD.md §7) -> part -> prompts; in contexts and styles the part's occupations take turns."""
     jobs = {split: [job.name for job in occupations() if job.split == split] for split in SPLITS}
     kinds = {
-        "activities": ("activity",),
+        "sports": ("activity",),
         "style_context": ("context", "style"),
         "descriptors": ("descriptor",),
     }

@@ -53,7 +53,7 @@ class Occupations:
 
     {"occupations": {"train": [...], "validation": [...], "test": [...]},
      "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}},   optional
-     "concepts": {"activities": {"train": [...], "test": [...]}},   optional: whole prompts
+     "concepts": {"sports": {"train": [...], "test": [...]}},   optional: whole prompts
      "showing": {"age": [...]}}   optional: the occupations whose pictures show an attribute, where not all do
     """
 
