@@ -135,12 +135,17 @@ def centre_errors(faces: Faces, person: Person) -> Tensor:
 
 
 def sampling_gates(
-    bundle, images: int = 24, named_images: int = 8, follow_images: int = 40, named_every: int = 4
+    bundle,
+    images: int = 24,
+    named_images: int = 8,
+    follow_images: int = 40,
+    named_every: int = 4,
+    follow_every: int = 1,
 ) -> Iterator[Gate]:
     """What the pictures of a bundle show, at its default guidance and, for one gate, at guidance 1.
 
     Images of each occupation: of neutral prompts, of prompts that name a class (every `named_every`-th
-    occupation), and at guidance 1.
+    occupation), and at guidance 1 (every `follow_every`-th).
     """
     recipe = resolve(("gender",), bundle.recipe, {})
     how = {
@@ -153,15 +158,15 @@ def sampling_gates(
         )
         for name in bundle.attributes
     }
-    yield follows_data(bundle, replace(how["gender"], guidance=1.0), follow_images)
+    yield follows_data(bundle, replace(how["gender"], guidance=1.0), follow_images, follow_every)
     yield from neutral_gates(bundle, how["gender"], images)
     yield from face_gates(bundle, how["gender"])
     yield from named_gates(bundle, how, named_images, named_every)
 
 
-def follows_data(bundle, how: How, images: int) -> Gate:
+def follows_data(bundle, how: How, images: int, every: int = 1) -> Gate:
     """The share of women of each occupation follows the table."""
-    jobs = occupations()
+    jobs = occupations()[::every]
     prompts = [occupation_prompt(job.name) for job in jobs]
     seen = look_at(how, bundle, prompts, images, "guidance 1")
     share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
