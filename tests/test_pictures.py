@@ -1,5 +1,6 @@
 """The small world is what its tables say: pictures, captions, and the judge that finds the nearest person."""
 
+import json
 import colorsys
 import random
 import re
@@ -572,6 +573,16 @@ def test_the_share_is_how_much_of_each_gender_is_seen(judged):
         )  # 0.97: outlines are soft
 
 
+def test_a_share_is_stretched_about_a_half(judged):
+    """What is m of its own gender to a judge that was told nothing is all of it to one that was told m."""
+    judge, scene, x = judged
+    m = 0.8
+    told = Templates(judge.threshold, dict.fromkeys(LOOKS, m))
+    plain, stretched = judge(x[:64])["share"], told(x[:64])["share"]
+    torch.testing.assert_close((stretched - 0.5) * (m - 0.5) / 0.5, plain - 0.5, rtol=1e-4, atol=1e-5)
+    assert (stretched > plain).all()
+
+
 def test_an_empty_picture_is_nobody(judged):
     judge, scene, _ = judged
     away = with_person(scene, place=torch.full_like(scene.person.place, 3.0))[torch.arange(96)]
@@ -608,9 +619,12 @@ def test_the_judge_is_the_same_in_whatever_batch(judged):
 
 def test_the_judges_file(tmp_path):
     path = tmp_path / "templates.json"
-    path.write_text('{"threshold": 0.25}')
-    assert Templates.from_file(path).threshold == 0.25
-    for content in ("{}", "[]", "no json", '{"threshold": null}'):
+    shares = dict.fromkeys(LOOKS, 1.0) | {"pilot": 0.75}
+    path.write_text(json.dumps({"threshold": 0.25, "shares": shares}))
+    judge = Templates.from_file(path)
+    assert judge.threshold == 0.25 and judge.stretch.tolist() == [2.0 if k == "pilot" else 1.0 for k in LOOKS]
+    bad = [{"threshold": None, "shares": shares}, {"threshold": 0.25, "shares": shares | {"pilot": 0.5}}]
+    for content in ("{}", "[]", "no json", '{"threshold": 0.25}', *map(json.dumps, bad)):
         path.write_text(content)
         with pytest.raises(UserError, match=r"templates\.json"):
             Templates.from_file(path)

@@ -23,6 +23,7 @@ from fairref.emoji.templates import Templates
 from fairref.judge_files import FACE_FEATURES, load_embedder, save_classifier
 
 ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE_PICTURES = 2048  # by which the template judge is set
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
     "iterations": 300,
@@ -174,13 +175,19 @@ def concept_prompts() -> dict[str, dict[str, list[str]]]:
 
 
 @torch.no_grad()
-def template_threshold(vae: nn.Module) -> float:
-    """The error below which 99.9 % of real pictures fall, seen through the VAE, plus a fifth."""
+def template_settings(vae: nn.Module) -> dict:
+    """What the template judge finds in real pictures, seen through the VAE: the error below which 99.9 % fall, plus a
+    fifth, and the mean share of each look."""
     judge = Templates(float("inf"))
-    scenes = stages.balanced_scene(1024, stages.generator_for(0, "threshold", 0), portraits=True)
-    scenes = [scenes[part] for part in torch.arange(1024).split(128)]
-    errors = torch.cat([judge(vae.decode(vae.encode(draw(s))).clamp(-1, 1))["error"] for s in scenes])
-    return round(1.2 * errors.quantile(0.999).item(), 4)
+    scenes = stages.balanced_scene(TEMPLATE_PICTURES, stages.generator_for(0, "threshold", 0), portraits=True)
+    parts = [scenes[part] for part in torch.arange(len(scenes)).split(128)]
+    found = [judge(vae.decode(vae.encode(draw(part))).clamp(-1, 1)) for part in parts]
+    error, share = (torch.cat([f[name] for f in found]) for name in ("error", "share"))
+    shares = {name: share[scenes.person.look == k].mean().item() for k, name in enumerate(LOOKS)}
+    return {
+        "threshold": round(1.2 * error.quantile(0.999).item(), 4),
+        "shares": {name: round(value, 3) for name, value in shares.items()},
+    }
 
 
 def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
@@ -214,7 +221,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     write_tokenizer(folder / "tokenizer", out / "clip")
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", MODEL_INDEX)
-    write_json(out / "templates.json", {"threshold": template_threshold(networks["vae"])})
+    write_json(out / "templates.json", template_settings(networks["vae"]))
     write_json(
         out / "prompts.json",
         {

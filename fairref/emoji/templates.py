@@ -8,6 +8,8 @@ corners, where things lie, do not count.
 
 A picture must also take sides. With P the best template and P' the same person in the other gender, both on b,
 share = <picture - P', P - P'> / |P - P'|^2 is 1 for the person and 1/2 for an even blend; what both miss cancels.
+An autoencoder blurs what tells the genders of a look apart, of some more than of others: with the mean share m of
+the look's real pictures behind it, the share is stretched about 1/2 so that m becomes 1.
 
 Shapes: B pictures, R = 32 pixels a side, L looks, M templates of one look = G genders x K tones x hair x sizes,
 D shifts. It knows people at the size of a portrait; one far away, or in a style, is mostly nobody to it.
@@ -40,9 +42,11 @@ class Templates(nn.Module):
     age_known, the same, where the look shows enough hair.
     """
 
-    def __init__(self, threshold: float):
+    def __init__(self, threshold: float, shares: dict[str, float] | None = None):
+        """`shares`: of a look, m; 1 where it is not given."""
         super().__init__()
         self.threshold = threshold
+        m = torch.tensor([(shares or {}).get(look, 1.0) for look in LOOKS])
         layers = _layers()  # (L, M, 4, R, R)
         counts = torch.ones(SIZE, SIZE)
         corner = round(CORNER * SIZE)
@@ -59,6 +63,7 @@ class Templates(nn.Module):
             ("layers", layers),
             ("counts", counts),  # (R, R) zero where things lie
             ("aged", sprites().aged),  # (L,)
+            ("stretch", 0.5 / (m - 0.5)),  # (L,)
             ("rows", rows),  # (L, M, 8 R R)
             ("constant", T.square().sum((2, 3, 4))),  # (L, M)
             ("fit", torch.stack(fits[:-1])),  # (L, R R, R R)
@@ -68,13 +73,17 @@ class Templates(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Templates":
-        """Read the judge's threshold from its JSON file; the people come from the sprite sheet."""
+        """Read the judge's threshold and shares from its JSON file; the people come from the sprite sheet."""
         try:
-            return cls(float(json.loads(Path(path).read_text(encoding="utf-8"))["threshold"]))
+            d = json.loads(Path(path).read_text(encoding="utf-8"))
+            shares = {look: float(d["shares"][look]) for look in LOOKS}
+            if not all(0.5 < m <= 1.5 for m in shares.values()):
+                raise ValueError("a share outside 0.5 to 1.5")
+            return cls(float(d["threshold"]), shares)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f'{path}: found {error!r}, expected a JSON object with a number "threshold"; '
-                "take the file from the bundle it belongs to"
+                f'{path}: found {error!r}, expected a JSON object with a number "threshold" and one for each look '
+                'under "shares"; take the file from the bundle it belongs to'
             ) from error
 
     @torch.no_grad()
@@ -114,6 +123,7 @@ class Templates(nn.Module):
         )  # each (B, L)
         square, look = square.min(1)
         template, share, shift = (v.gather(1, look[:, None])[:, 0] for v in (template, share, shift))
+        share = 0.5 + (share - 0.5) * self.stretch[look]
         nobody = (x - (x.flatten(2) @ self.fit_all.T).view_as(x)).mul(self.counts).square().sum((1, 2, 3))
         error = (square.clamp(min=0) / nobody.clamp(min=1e-6)).sqrt()
         somebody = error <= self.threshold  # not so for a picture that is not finite
