@@ -27,7 +27,7 @@ CLASSIFIER_CONFIG = {
     "evaluate": {"kind": "small", "width": 1.0, "input_size": 80},
 }
 CLASSIFIER_STEPS = {"finetune": 1100, "evaluate": 900}
-DETECTOR_CONFIG = {"smallest": 10, "thresholds": [0.6, 0.7, 0.9]}
+DETECTOR_CONFIG = {"smallest": 10, "thresholds": [0.4, 0.5, 0.95]}
 EMBEDDER_CONFIG = {"depth": 4, "channels": (16, 32, 64, 96), "features": 64, "side": 48}
 DINO_CONFIG = {
     "width": 96,
@@ -203,7 +203,7 @@ def detector_loss(network: nn.Module, x: Tensor, boxes: Tensor, truth: tuple[Ten
 def train_detector(folder: Path, vae: VAE, steps: int = 700, batch: int = 12) -> MTCNN:
     """The three networks one after the other; each also learns from what those before it let through."""
     torch.manual_seed(4)
-    detector = MTCNN(DETECTOR_CONFIG["smallest"], tuple(DETECTOR_CONFIG["thresholds"])).eval()
+    detector = MTCNN(DETECTOR_CONFIG["smallest"]).eval()  # it learns with the usual thresholds
     stages_of = (
         ("pnet", mtcnn.WINDOW, lambda image: image.new_zeros(0, 4)),
         ("rnet", 24, detector.propose),
