@@ -73,7 +73,7 @@ class Small(nn.Module):
         self.conv, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
 
     def forward(self, x):
-        h = self.conv(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, 8)
+        h = self.conv(x).flatten(2).transpose(1, 2)[:, None].contiguous()  # (B, 1, HW, 8)
         return self.linear(nn.functional.scaled_dot_product_attention(h, h, h))
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from tiny_bundle import OCCUPATIONS, write_tiny_bundle
 
-from fairref import prompts
 from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.fairness.attributes import parse_targets
+from fairref.finetune import mixture
 from fairref.finetune.iteration import task_of
 from fairref.finetune.mixture import read_prompts
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
-from fairref.prompts import Occupations, occupation_prompt
+from fairref.prompts import Concept, Occupations, occupation_prompt
 
 CLASSES = {"gender": ("woman", "man")}
 SPORTS = {
@@ -33,18 +33,14 @@ def bundle(tmp_path_factory):
 def lists(monkeypatch):
     """fairref.prompts' lists, two of them, tiny."""
 
-    class Concept:
-        def __init__(self, name, train, validation, test):
-            self.name, self.train, self.validation, self.test = name, train, validation, test
-
     found = {
         "occupations": Concept(
             "occupations", (occupation_prompt("cook"),), (), (occupation_prompt("smith"),)
         ),
         "sports": Concept("sports", **SPORTS),
     }
-    monkeypatch.setattr(prompts, "CONCEPTS", tuple(found), raising=False)
-    monkeypatch.setattr(prompts, "concept", found.__getitem__, raising=False)
+    monkeypatch.setattr(mixture, "CONCEPTS", tuple(found))
+    monkeypatch.setattr(mixture, "concept", found.__getitem__)
 
 
 def read(bundle, wanted="occupations", template=None, attributes=("gender",)):
@@ -77,9 +73,8 @@ def test_concepts_are_the_bundles_or_those_of_the_lists(bundle, lists):
 
 
 def test_a_bundles_own_concept_and_what_shows_an_attribute(bundle, monkeypatch):
-    own = Occupations(("a", "b", "c"), ("d",), ("e", "f"))
-    own.__dict__["concepts"] = {"moods": {"train": ["a brave person"], "test": ["a shy person"]}}
-    own.__dict__["showing"] = {"age": ["a", "c", "e"]}
+    moods = {"moods": {"train": ["a brave person"], "test": ["a shy person"]}}
+    own = Occupations(("a", "b", "c"), ("d",), ("e", "f"), concepts=moods, showing={"age": ["a", "c", "e"]})
     monkeypatch.setattr("fairref.finetune.mixture.read_occupations", lambda path: own)
     occupations, moods = read(bundle, "occupations,moods", attributes=("gender", "age"))
     assert list(occupations.occupations.values()) == ["a", "c", "e"] and occupations.validation == ()

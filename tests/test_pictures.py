@@ -1,7 +1,7 @@
 """The small world is what its tables say: pictures, captions, and the judge that finds the nearest person."""
 
-import json
 import colorsys
+import json
 import random
 import re
 import unicodedata

@@ -235,7 +235,7 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
 
 
 def contact_sheet(bundle) -> Image.Image:
-    """A row for each look's first test occupation: six pictures as it comes, two for each named class; then others."""
+    """A row for each look's first test occupation: four pictures as it comes, one for each named class; then others."""
     world, margin = read_occupations(bundle.path), 210
     recipe = resolve(("gender",), bundle.recipe, {})
     how = How(
@@ -246,23 +246,23 @@ def contact_sheet(bundle) -> Image.Image:
         recipe.end,
     )
     classes = [(a, c) for a, names in bundle.attributes.items() for c in names]
-    columns = 6 + 2 * len(classes)
+    columns = 4 + len(classes)
     rows = {}
     for look in LOOKS[:-1]:
         job = next(job.name for job in occupations() if job.look == look and job.split == "test")
-        prompts = [(occupation_prompt(job), 6)]
-        prompts += [(world.named_prompt(a, c, job), 2) for a, c in classes]
+        prompts = [(occupation_prompt(job), 4)]
+        prompts += [(world.named_prompt(a, c, job), 1) for a, c in classes]
         rows[job] = torch.cat([pictures(how, bundle, prompt, n) for prompt, n in prompts])
     for label, prompt in other_prompts().items():
         rows[label] = pictures(how, bundle, prompt, columns)
-    heads = [("a photo of the face of a ..., a person", 6)] + [(c, 2) for _, c in classes]
+    heads = [("a photo of the face of a ..., a person", 4)] + [(c, 1) for _, c in classes]
     body = grid(torch.cat(list(rows.values())), columns)
     sheet = Image.new("RGB", (body.width + margin, body.height + 20), "white")
     sheet.paste(body, (margin, 20))
     pen, cell = ImageDraw.Draw(sheet), body.width / columns
     column = 0
-    for text, n in heads:
-        pen.text((margin + column * cell + 2, 4), text, fill="black")
+    for line, (text, n) in enumerate(heads):
+        pen.text((margin + column * cell + 2, 9 * (line % 2)), text, fill="black")  # in turn on two lines
         column += n
     for row, name in enumerate(rows):
         pen.text((4, 20 + (row + 0.4) * body.height / len(rows)), name, fill="black")
