@@ -94,9 +94,9 @@ def judge(how: How, x: Tensor) -> Seen:
             none = int(found["none"].sum())
             colours = bundle.templates.colours(x, found)
         if bundle.clip is not None:
-            features["clip"] = bundle.clip.encode_image(x)
+            features["clip"] = bundle.clip.encode_image(x).float()
         if bundle.dino is not None:
-            features["dino"] = F.normalize(bundle.dino(x), dim=1)
+            features["dino"] = F.normalize(bundle.dino(x).float(), dim=1)
     return Seen(counts, none, len(x) - len(logits[0]), blends(logits), features, colours)
 
 
@@ -124,7 +124,7 @@ def look_at(how: How, model: Bundle, prompts: list[str], n: int, label: str) -> 
     gathered = {}
     for name, D in {**widths, **colours}.items():
         rows = [{**s.features, **s.colours}[name].float() for s in seen]
-        here = torch.stack(rows) if rows else torch.zeros(0, n, D)
+        here = torch.stack(rows) if rows else torch.zeros(0, n, D, device=processes.device)
         gathered[name] = processes.gather(here, len(prompts))  # (P, n, D)
     return [
         Seen(
@@ -186,7 +186,7 @@ def clip_t(how: How, seen: list[Seen], prompts: list[str]) -> dict | None:
         return None
     with torch.no_grad():
         ids = how.bundle.clip_tokenizer(prompts).to(seen[0].features["clip"].device)
-        texts = how.bundle.clip.encode_text(ids)  # (P, D)
+        texts = how.bundle.clip.encode_text(ids).float()  # (P, D)
     # all are of unit norm, so the mean cosine with a text is the product with the mean feature
     cosines = torch.stack([s.features["clip"].mean(0) for s in seen]) @ texts.T  # (P, P)
     P = len(prompts)

@@ -11,8 +11,11 @@ from tiny_bundle import write_tiny_bundle
 from fairref.bundle import load_bundle
 from fairref.diffusion.gradient import loss_gradient, pull
 from fairref.errors import UserError
+from fairref.evaluate import How, clip_t, look_at
+from fairref.fairness.attributes import parse_targets
 from fairref.finetune import iteration, trainer
 from fairref.finetune.iteration import iteration_gradient
+from fairref.finetune.rollout import decode, latent_shape
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,27 @@ def test_a_gradient_below_float16s_numbers_survives(bundles):
     y = x.half() * 2
     (pulled,) = pull(y, [x], torch.tensor([1e-9, 3e-9]))
     torch.testing.assert_close(pulled, torch.tensor([2e-9, 6e-9]), rtol=2e-3, atol=0)
+
+
+def test_the_gradient_of_a_large_picture_reaches_the_latent(bundles):
+    """Of many pixels each weighs less than float16's smallest number; that must not be rounded away."""
+    generator = torch.Generator().manual_seed(3)
+    z_0 = torch.randn(2, *latent_shape(bundles[torch.float32]), generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        leaf = z_0.clone().requires_grad_(True)
+        x = decode(bundles[dtype], leaf)
+        dx = torch.randn(x.shape, generator=torch.Generator().manual_seed(4)) * 1e-8
+        found += pull(x, [leaf], dx, dtype)
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+
+
+def test_what_evaluation_compares_is_float32(bundles):
+    bundle = bundles[torch.float16]
+    how = How(bundle, parse_targets(["gender"], bundle.attributes), steps=2, guidance=2.0)
+    seen = look_at(how, bundle, ["a pilot", "a cook"], 2, "")
+    assert {f.dtype for s in seen for f in s.features.values()} == {torch.float32}
+    assert all(-1 <= value <= 1 for value in clip_t(how, seen, ["a pilot", "a cook"]).values())
 
 
 def test_an_infinite_gradient_is_skipped_counted_and_shown(bundles, tmp_path, monkeypatch, capsys):

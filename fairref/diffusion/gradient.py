@@ -206,10 +206,12 @@ def vjp(
     return grads[len(leaves) - 1], dc_empty, grads[len(leaves)].to(z.dtype) if wrt_z else None
 
 
-def pull(y: Tensor, inputs: Sequence[Tensor], v: Tensor) -> list[Tensor]:
-    """v^T dy/d(inputs), zero for what y does not depend on. In float16 v is scaled by a power of two and the
-    results scaled back, both exactly."""
-    scale = _half_scale(v) if y.dtype == torch.float16 else 1.0
+def pull(
+    y: Tensor, inputs: Sequence[Tensor], v: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """v^T dy/d(inputs), zero for what y does not depend on. Where the network that made y computes in float16
+    (`dtype`; None: y's own), v is scaled by a power of two and the results scaled back, both exactly."""
+    scale = _half_scale(v) if (dtype or y.dtype) == torch.float16 else 1.0
     grads = torch.autograd.grad(y, inputs, (v * scale).to(y.dtype), allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad / scale for x, grad in zip(inputs, grads)]
 

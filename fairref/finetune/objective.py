@@ -140,9 +140,10 @@ def picture_gradient(setup: Setup, pictures: Pictures, q: dict[str, Tensor]) -> 
         part = pictures.part(rows)
         x = part.x.requires_grad_(True)
         loss, values = loss_of(setup, x, part, {name: of_all[rows] for name, of_all in q.items()})
-        dx = loss_gradient(loss, x, network_dtype(setup.bundle.vae, x))
+        dtype = network_dtype(setup.bundle.vae, x)
+        dx = loss_gradient(loss, x, dtype)
         z_0 = part.z_0.requires_grad_(True)
-        (g[rows],) = pull(decode(setup.bundle, z_0), [z_0], dx)
+        (g[rows],) = pull(decode(setup.bundle, z_0), [z_0], dx, dtype)
         sums += values
     return g, sums
 
