@@ -12,7 +12,7 @@ paths are relative to its folder:
                                                           transformers CLIPModel, vocab.json, merges.txt
      "classifiers": {"finetune": "classifier_finetune",   folders: config.json, model.safetensors
                      "evaluate": "classifier_evaluate"},
-     "templates": "templates.json",                       threshold of the nearest-template judge
+     "templates": "templates.json",                       settings of the nearest-template judge
      "detector": "detector", "embedder": "embedder",      folders: MTCNN's and SFNet's weights; with a detector
                                                           classifiers see the largest face, else the whole picture
      "face_features": "faces.safetensors",                D_F, made by python -m fairref.face_features
@@ -125,6 +125,7 @@ class Bundle:
     embedder: SFNet | None = None  # aligned faces -> features
     face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
     dino: Dino | None = None  # pictures -> features
+    prefix: Tensor | None = None  # soft prompt (P, D) of an adapter
 
     @cached_property
     def templates(self):

@@ -8,22 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
 
 from fairref import cli
 from fairref.bundle import load_bundle
-from fairref.diffusion.sampler import sample
-from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.recipes import resolve
-from fairref.finetune.rollout import decode, embed, first_noise
+from fairref.finetune.rollout import GROUP, draw, first_noise
+from fairref.images import grid, save_png, to_image
 from fairref.progress import Progress
-
-GROUP = 64  # pictures at once
-GAP = 2  # pixels between the pictures of a grid
 
 
 @dataclass(frozen=True)
@@ -43,59 +36,20 @@ class Settings:
     dtype: str = "float32"
 
 
-def draw(
-    bundle, text_encoder: nn.Module, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None
-):
-    """Pictures (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T.
-
-    no_grad is the caller's. `on_step` is called after each U-Net evaluation.
-    """
-    c, c_empty = embed(bundle, text_encoder, list(texts)).split(1)
-    table = solver_table(bundle.schedule, steps, end)
-    for step in sample(bundle.unet, table, z_T, c, c_empty, guidance):
-        if on_step and step.eps is not None:
-            on_step()
-    return decode(bundle, step.z)
-
-
-def grid(x: Tensor, columns: int | None = None) -> Image.Image:
-    """Pictures (N, 3, H, W) in [-1, 1], row by row, in about a square."""
-    columns = columns or math.ceil(math.sqrt(len(x)))
-    rows, (H, W) = math.ceil(len(x) / columns), x.shape[2:]
-    sheet = Image.new("RGB", (columns * (W + GAP) - GAP, rows * (H + GAP) - GAP), "white")
-    for i, picture in enumerate(x):
-        sheet.paste(to_image(picture), (i % columns * (W + GAP), i // columns * (H + GAP)))
-    return sheet
-
-
-def to_image(x: Tensor) -> Image.Image:
-    """One picture (3, H, W) in [-1, 1], clamped."""
-    bytes_ = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
-
-
-def save_png(image: Image.Image, path: Path, texts: dict[str, str]) -> None:
-    """Writes a PNG with `texts` in it."""
-    info = PngInfo()
-    for key, value in texts.items():
-        info.add_itxt(key, value)
-    image.save(path, pnginfo=info)
-
-
 def generate(settings: Settings) -> list[Path]:
     """Draws, writes and names the files: one PNG an image, and a grid. Raises UserError."""
     bundle = load_bundle(settings.weights, cli.device(settings.device), cli.DTYPES[settings.dtype])
-    recipe = resolve("", bundle.recipe, {}, str(bundle.path))
+    recipe = resolve((), bundle.recipe, {}, str(bundle.path))
     steps = recipe.eval_steps if settings.steps is None else settings.steps
-    guidance = recipe.guidance if settings.guidance is None else settings.guidance
+    guidance = recipe.eval_guidance if settings.guidance is None else settings.guidance
     if not math.isfinite(guidance):
         raise UserError(f"--guidance is {guidance}; expected a number.")
-    text_encoder = (
-        load_adapter(bundle.text_encoder, settings.adapter) if settings.adapter else bundle.text_encoder
-    )
+    if settings.adapter:
+        bundle = load_adapter(bundle, settings.adapter)
     texts = (settings.prompt, settings.negative_prompt)
-    for text, cut in zip(texts, bundle.tokenizer.cut(list(texts))):
-        if cut:
+    prefix = 0 if bundle.prefix is None else len(bundle.prefix)
+    for text, soft in zip(texts, (prefix, 0)):
+        if cut := bundle.tokenizer.cut([text], soft)[0]:
             print(f"warning: the prompt is too long, its end is not used: {cut!r}", file=sys.stderr)
 
     folder = _folder(settings)
@@ -105,9 +59,7 @@ def generate(settings: Settings) -> list[Path]:
     with Progress(steps * len(groups), "drawing") as progress, torch.no_grad():
         for group in groups:
             z_T = first_noise(bundle, settings.seed, 0, group.tolist())
-            pictures.append(
-                draw(bundle, text_encoder, texts, z_T, steps, guidance, recipe.end, progress.step)
-            )
+            pictures.append(draw(bundle, texts, z_T, steps, guidance, recipe.end, progress.step))
     x = torch.cat(pictures)
     return _write(folder, x, settings, resolved)
 

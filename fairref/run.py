@@ -1,29 +1,34 @@
 """What train.py does: options -> a run's folder -> finetuning -> evaluation before and after."""
 
+import errno
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fairref import __version__, cli
 from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.evaluate import How, before_after
-from fairref.fairness.attributes import Attribute, parse_target, parse_targets
+from fairref.fairness.attributes import JointTarget, parse_attributes, parse_targets, product_target
 from fairref.finetune import checkpoints, distributed
+from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts, validation_prompts
+from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe, resolve
-from fairref.finetune.trainer import Setup, train
-from fairref.prompts import occupation_prompt, read_occupations
+from fairref.finetune.trainer import train
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of train.py; None: not given."""
 
-    attr: str | None = None  # "gender" or "gender=0.5,0.5"
-    target: list[str] | None = None  # ["gender=0.5,0.5"] or ["joint.json"]
+    attr: str | None = None  # "gender", "gender,race" or "gender=0.5,0.5"
+    target: list[str] | None = None  # ["gender=0.5,0.5", "age=0.75,0.25"] or ["joint.json"]
     out: str | None = None  # folder of the run
+    prompts: str | None = None  # "occupations,sports", or a text file
+    prompt_template: str | None = None  # "a photo of a {occupation}"
     resume: str | None = None  # folder of a run that goes on
     weights: str | None = None
     dtype: str | None = None
@@ -36,6 +41,13 @@ def run(options: Options) -> Path:
     processes, device = distributed.start(cli.device(options.device))
     try:
         return _run(options, processes, device)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(
+            f"{error.filename or 'the run'}: can't be written ({error.strerror}); make room, then go on"
+            " with --resume."
+        ) from None
     finally:
         processes.stop()
 
@@ -46,52 +58,69 @@ def _run(options, processes, device):
     dtype = settings["dtype"] if settings else options.dtype or "float32"
     bundle = load_bundle(weights, device, cli.DTYPES[dtype])
     if settings:
-        attribute = Attribute(settings["attribute"], tuple(settings["classes"]), tuple(settings["target"]))
+        classes = {name: tuple(of_one) for name, of_one in settings["target"]["classes"].items()}
+        target = JointTarget(classes, np.array(settings["target"]["table"]))
         recipe = Recipe(**settings["recipe"])
     else:
-        attribute = _attribute(options, bundle)
-        recipe = resolve(attribute.name, bundle.recipe, options.recipe, str(bundle.path))
-    world = read_occupations(bundle.path)
-    prompts = tuple(map(occupation_prompt, world.train))
-    named = tuple(
-        (world.named_prompt(attribute.name, name, occupation), k)
-        for occupation in world.train
-        for k, name in enumerate(attribute.classes)
-    )
-    setup = Setup(bundle, recipe, attribute, prompts, processes, named)
-    if recipe.evaluate != "none":
-        How(
-            bundle, attribute, recipe.eval_steps, recipe.guidance
-        )  # what it lacks is better said before the run
+        target = _target(options, bundle)
+        recipe = resolve(tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path))
+    wanted, template = _prompts(settings or vars(options))
+    concepts = read_prompts(wanted, template, bundle, list(target.classes))
+    named = tuple(asked for prompts in concepts for asked in prompts.named("train", target.classes))
+    train_prompts = tuple(prompts.train for prompts in concepts)
+    looks = recipe.validate_every or recipe.grid_every
+    validation = validation_prompts(concepts, recipe.validate_prompts) if looks else ()
+    setup = Setup(bundle, recipe, target, train_prompts, processes, named, validation)
+    _check_batch(target, recipe)
+    if recipe.evaluate != "none" or looks:  # what it lacks is better said before the run
+        How(bundle, target, recipe.eval_steps, recipe.eval_guidance)
 
     settings = settings or {
         "weights": weights,
         "dtype": dtype,
-        "attribute": attribute.name,
-        "classes": attribute.classes,
-        "target": attribute.target,
+        "target": {"classes": target.classes, "table": target.table.tolist()},
+        "prompts": wanted,
+        "prompt_template": template,
         "recipe": recipe.to_dict(),
         "processes": processes.world,
         "device": device.type,
         "versions": {"fairref": __version__, "torch": torch.__version__},
     }
-    folder = Path(options.resume).expanduser() if options.resume else _folder(options, attribute, processes)
+    folder = Path(options.resume).expanduser() if options.resume else _folder(options, target, processes)
     if processes.first:
         print(f"the run is in {folder}")
         if not options.resume:
             checkpoints.write_json(folder / checkpoints.SETTINGS, settings)
-    metadata = {
+    info = {
         "weights": bundle.manifest.get("name", str(weights)),
-        "attribute": attribute.name,
-        "target": ",".join(map(str, attribute.target)),
+        "component": recipe.component,
+        "classes": target.classes,
+        "target": target.table.tolist(),
     }
-    files = train(setup, folder, metadata)
+    files = train(setup, folder, info)
+    if processes.first and "best" in files:
+        print(f"of the validated adapters {files['best']} has the least bias")
     if recipe.evaluate != "none":
-        adapters = files if recipe.evaluate == "both" else {recipe.evaluate: files[recipe.evaluate]}
-        before_after(setup, adapters, world, folder)
+        names = ("ema", "raw") if recipe.evaluate == "both" else (recipe.evaluate,)
+        adapters = {
+            name: files.get(name, files["ema"]) for name in names
+        }  # not validated: the last is the best
+        before_after(setup, adapters, concepts, folder)
     if processes.first:
-        print(f"draw with it: {_sample_command(occupation_prompt(world.test[0]), folder, weights)}")
+        prompt = (concepts[0].test or concepts[0].train)[0]
+        print(f"draw with it: {_sample_command(prompt, folder, weights)}")
     return folder
+
+
+def _check_batch(target, recipe):
+    """Whether targets can be confident at all: an image's is a class at most as surely as one of N draws is."""
+    for name in target.classes:
+        share = max(target.marginal(name).target)
+        if 1 - (1 - share) ** recipe.batch < recipe.C:
+            raise UserError(
+                f"--batch is {recipe.batch}: of so few images no target of {name} is as certain as C ="
+                f" {recipe.C:g}; raise it."
+            )
 
 
 def _sample_command(prompt, folder, weights):
@@ -99,32 +128,39 @@ def _sample_command(prompt, folder, weights):
     return shlex.join(command + (["--weights", str(weights)] if weights != cli.WEIGHTS else []))
 
 
-def _attribute(options, bundle):
-    """What --attr and --target ask for."""
+def _target(options, bundle):
+    """What --attr and --target ask for; an attribute without shares gets equal ones, in every group of the others."""
     if not options.attr and not options.target:
         known = ", ".join(bundle.attributes) or "none"
         raise UserError(f"--attr is missing: it says what to make fair; {bundle.path} knows: {known}.")
+    wanted = parse_attributes(options.attr, bundle.attributes) if options.attr else []
     if not options.target:
-        return parse_target(options.attr, bundle.attributes)
-    target = parse_targets(options.target, bundle.attributes)
-    if len(target.classes) > 1:
-        raise UserError(
-            f"--target names {', '.join(target.classes)}; finetuning takes one attribute at a time."
-        )
-    (name,) = target.classes
-    if options.attr and "=" in options.attr:
+        return product_target(wanted)
+    target, names = parse_targets(options.target, bundle.attributes), [attribute.name for attribute in wanted]
+    if wanted and "=" in options.attr:
         raise UserError(f"--attr {options.attr} and --target both give shares; leave one out.")
-    if options.attr and options.attr != name:
+    strangers = [name for name in target.classes if name not in names]
+    if wanted and strangers:
         raise UserError(
-            f"--attr is {options.attr} and --target is for {name}; they must name the same attribute."
+            f"--attr is {options.attr} and --target is for {strangers[0]}; name it in --attr, too."
         )
-    return target.marginal(name)
+    for attribute in wanted:
+        if attribute.name not in target.classes:
+            target = target.and_in_every_group(attribute)
+    return target.ordered(names) if wanted else target
+
+
+def _prompts(settings):
+    """--prompts, a text file as its lines, which a resumed run finds in its settings; and --prompt-template."""
+    wanted = settings["prompts"] or OCCUPATIONS
+    if isinstance(wanted, str) and is_file(wanted):
+        wanted = read_lines(Path(wanted).expanduser())
+    return wanted, settings["prompt_template"]
 
 
 def _resumed(options):
-    given = [
-        key for key in ("attr", "target", "out", "weights", "dtype") if getattr(options, key) is not None
-    ]
+    fixed = ("attr", "target", "out", "prompts", "prompt_template", "weights", "dtype")
+    given = [key for key in fixed if getattr(options, key) is not None]
     given += list(options.recipe)
     if given:
         raise UserError(
@@ -132,9 +168,9 @@ def _resumed(options):
             " leave it out."
         )
     settings = checkpoints.read_settings(options.resume)
-    needed = {"weights", "dtype", "attribute", "classes", "target", "recipe"}
-    missing = sorted(needed - set(settings))
-    if missing or not set(settings["recipe"]) <= set(Recipe.__dataclass_fields__):
+    needed = {"weights", "dtype", "target", "prompts", "prompt_template", "recipe"}
+    whole = needed <= set(settings) and isinstance(settings["target"], dict)
+    if not whole or not set(settings["recipe"]) <= set(Recipe.__dataclass_fields__):
         raise UserError(
             f"{options.resume}/{checkpoints.SETTINGS}: not the settings of a run of this version;"
             " start a new one."
@@ -142,12 +178,12 @@ def _resumed(options):
     return settings
 
 
-def _folder(options, attribute, processes):
+def _folder(options, target, processes):
     """The first process makes it; what it says, also if that is an error, holds for all."""
     answer = ""
     if processes.first:
         try:
-            answer = f"ok {checkpoints.new_folder(options.out, f'runs/{attribute.name}')}"
+            answer = f"ok {checkpoints.new_folder(options.out, 'runs/' + '-'.join(target.classes))}"
         except UserError as error:
             answer = str(error)
     answer = processes.share(answer)

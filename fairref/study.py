@@ -37,7 +37,7 @@ def scales(
     which every adapter of the text encoder acts. S strided ancestral steps, whose coefficient k_i stands for
     A_t (S = 1000: eq 3 itself). Rows: curve, t, mean and the 90 % band over the R runs."""
     table = ancestral_table(bundle.schedule, S)
-    c, c_empty = embed(bundle, bundle.text_encoder, [prompt, ""]).detach().split(1)
+    c, c_empty = embed(bundle, prompt).detach().split(1)
     c, c_empty = (x.expand(R, -1, -1) for x in (c, c_empty))  # a leaf an image, so a norm an image
     shape = latent_shape(bundle)
     z_T = first_noise(bundle, seed, NOISE, range(R))
@@ -94,7 +94,7 @@ def descent(
     gradient's size. Rows: curve (the mode), iteration, mean, smallest and largest of the seeds."""
     table = solver_table(bundle.schedule, S)
     features: list[Callable] = [bundle.clip.encode_image]
-    c, c_empty = embed(bundle, bundle.text_encoder, [target, ""]).split(1)
+    c, c_empty = embed(bundle, target).split(1)
     with torch.no_grad():
         o = decode(
             bundle, rollout(bundle, table, first_noise(bundle, TARGET, 0, [0]), c, c_empty, GUIDANCE)[-1].z
@@ -104,11 +104,11 @@ def descent(
         for mode in modes:
             for seed in range(seeds):
                 generator = torch.Generator().manual_seed(ADAPTER + seed)
-                text_encoder, adapter = adapt(bundle.text_encoder, 50, generator)
+                model, adapter = adapt(bundle, "text_encoder", generator=generator)
                 parameters = list(adapter.parameters())
                 optimizer = torch.optim.AdamW(parameters, lr=lr)
                 for i in range(iterations):
-                    both = embed(bundle, text_encoder, [prompt, ""])
+                    both = embed(model, prompt)
                     c, c_empty = both.detach().split(1)
                     z_T = first_noise(bundle, NOISE + seed, i, range(N))
                     path = rollout(bundle, table, z_T, c, c_empty, GUIDANCE)

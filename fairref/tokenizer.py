@@ -66,13 +66,15 @@ class Tokenizer:
         encodings = self._backend.encode_batch(_checked(texts))
         return torch.tensor([e.ids for e in encodings], dtype=torch.long).reshape(-1, self.length)
 
-    def cut(self, texts: list[str]) -> list[str]:
-        """For each text, the end of it that `__call__` drops; '' where everything fits."""
+    def cut(self, texts: list[str], prefix: int = 0) -> list[str]:
+        """For each text, the end of it that is dropped, by `__call__` or for `prefix` soft tokens; '' where all fits."""
         lost = []
         for text, encoding in zip(texts, self._backend.encode_batch(_checked(texts)), strict=True):
             # the overflow is BOS, what didn't fit, EOS; offsets are characters of the text as given
-            rest = encoding.overflowing
-            lost.append(text[rest[0].offsets[1][0] :].strip() if rest else "")
+            place = self.length - 1 - prefix  # the first that is dropped, EOS where there is no prefix
+            start = [encoding.offsets[place][0]] if not encoding.special_tokens_mask[place] else []
+            start += [rest.offsets[1][0] for rest in encoding.overflowing[:1]]
+            lost.append(text[start[0] :].strip() if start else "")
         return lost
 
 

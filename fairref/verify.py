@@ -17,9 +17,12 @@ from pathlib import Path
 from fairref import cli
 
 # isort: off -- each adds its checks to CHECKS, in the order of the equations
-from fairref.checks import CHECKS, sampling  # noqa: F401
-from fairref.checks import gradients  # noqa: F401
-from fairref.checks import fairness  # noqa: F401
+from fairref.checks import (  # noqa: F401
+    CHECKS,
+    fairness,  # noqa: F401
+    gradients,  # noqa: F401
+    sampling,
+)
 
 # isort: on
 from fairref.errors import UserError

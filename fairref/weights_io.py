@@ -5,17 +5,19 @@ same weights are brought to them here: `rename` applies a table of (prefix there
 """
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fairref.errors import UserError
 
 PICKLES = (".pth", ".pt", ".bin")
+INFO = "fairref"  # the one key of our files' metadata: several would come in an order of their own at each run
 SHOWN = 3  # differing keys that an error message names
 
 # The parts of a single-file LDM checkpoint: prefix there -> part.
@@ -273,6 +275,33 @@ def read(path: str | Path) -> dict[str, Tensor]:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); get it again.") from error
+
+
+def write(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
+    """A safetensors file with `info` as its metadata, by way of a temporary name. Raises UserError.
+
+    Equal contents make equal bytes.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(tensors, temporary, metadata={INFO: json.dumps(info, sort_keys=True)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: can't be written ({error}); make room there or choose another folder.") from None
+
+
+def read_info(path: str | Path) -> dict:
+    """What `write` was given as `info`; {} for another's file."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(INFO, "{}")
+    try:
+        info = json.loads(text)
+    except ValueError:
+        return {}
+    return info if isinstance(info, dict) else {}
 
 
 def read_judge(folder: str | Path, name: str = "model") -> tuple[dict[str, Tensor], str]:

@@ -54,13 +54,15 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
         "metrics.jsonl",
         "adapter.safetensors",
         "adapter_raw.safetensors",
-        "checkpoint.safetensors",
+        "checkpoint-000002.safetensors",
         "evaluation.json",
         "before_after.png",
     }
     settings = json.loads((run_folder / "settings.json").read_text())
-    assert settings["weights"] == weights and settings["target"] == [0.5, 0.5]
-    assert settings["recipe"] == {**Recipe().to_dict(), **RECIPE, "lr": 0.05}
+    assert settings["weights"] == weights and settings["target"]["table"] == [0.5, 0.5]
+    shares = {"lambda_2": {"gender": 0.2}, "lambda_3": {"gender": 0.2}}
+    resolved = Recipe(**{**RECIPE, **shares, "lr": 0.05})
+    assert settings["recipe"] == json.loads(json.dumps(resolved.to_dict()))
     metrics = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2
     assert {
@@ -80,6 +82,28 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
     assert set(evaluation) == {"before", "after (ema)", "after (raw)"}
     assert set(evaluation["before"]) == {"test", "train"}
     assert evaluation["after (raw)"]["test"]["clip_i"] < 1
+
+
+def test_a_run_for_two_attributes_and_two_networks(weights, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    options = ["--attr", "gender,skin_tone", "--target", "skin_tone=0.2,0.3,0.5", "--component", "both"]
+    options += ["--guidance", "1:3", "--C", "0.5", "--eval-images-train", "0", "--evaluate", "ema"]
+    assert cli.run(train.main, [*options, "--weights", weights, "--out", out]) == 0
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["target"]["table"] == [pytest.approx([0.1, 0.15, 0.25])] * 2
+    assert settings["recipe"]["guidance"] == [1, 3] and settings["recipe"]["lambda_2"]["skin_tone"] == 0.6
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after (ema)"]["test"]
+    assert report["classes"][4] == "man, medium" and len(report["judges"]["classifier"]["share"]) == 6
+    assert set(report["attributes"]) == {"gender", "skin_tone"}
+    joint, gender = (
+        r["judges"]["classifier"]["counts"]["singer"] for r in (report, report["attributes"]["gender"])
+    )
+    assert [sum(joint[:3]), sum(joint[3:])] == gender and sum(gender) == 2
+    capsys.readouterr()
+    measured = ["--weights", weights, "--adapter", out, "--attr", "gender,skin_tone", "-n", "2"]
+    assert cli.run(evaluate.main, measured) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["judges"] == report["judges"] and "skin_tone bias alone" in shown.err
 
 
 def test_sample_writes_pictures_that_say_how_they_were_made(weights, run_folder, tmp_path, capsys):
@@ -151,7 +175,7 @@ def test_evaluate(weights, run_folder, tmp_path, capsys):
         str(run_folder),
         "--num-images",
         "3",
-        "--occupations",
+        "--part",
         "validation",
     ]
     assert cli.run(evaluate.main, [*options, "--out", str(out)]) == 0
@@ -193,7 +217,7 @@ def test_a_target_may_be_a_joint_table(weights, tmp_path, capsys):
     options = ["--target", str(tmp_path / "target.json"), "--weights", weights, "--evaluate", "none"]
     assert cli.run(train.main, [*options, "--iterations", "1", "--out", str(tmp_path / "run")]) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert settings["attribute"] == "gender" and settings["target"] == [0.3, 0.7]
+    assert settings["target"] == {"classes": {"gender": ["woman", "man"]}, "table": [0.3, 0.7]}
 
 
 def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkeypatch, capsys):
@@ -221,13 +245,25 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         (["--attr", "gender=1,0", "--target", "gender=0.2,0.8"], "both give shares"),
         (["--target", "gender=1"], "has 1 numbers but there are 2 classes"),
         (["--target", "nowhere.json"], "nowhere.json: found"),
-        (["--attr", "height", "--target", "gender=0.2,0.8"], "they must name the same attribute"),
-        (["--target", "gender", "--target", "skin_tone"], "one attribute at a time"),
+        (["--attr", "height", "--target", "gender=0.2,0.8"], 'names the attribute "height"'),
+        (
+            ["--attr", "skin_tone", "--target", "gender=0.2,0.8"],
+            "--target is for gender; name it in --attr, too",
+        ),
+        (["--attr", "gender,gender"], "twice"),
+        (["--attr", "gender", "--batch", "2"], "no target of gender is as certain as C = 0.8"),
         (["--attr", "gender", "--iterations", "0"], "iterations is 0; expected at least 1"),
         (["--attr", "gender", "--iterations", "many"], "--iterations"),
         (["--attr", "gender", "--lr", "nan"], "lr is nan"),
-        (["--attr", "gender", "--standardise", "both"], "expected one of paper, solver, none"),
-        (["--attr", "gender", "--steps-min", "9"], "steps_max is 3, less than steps_min 9"),
+        (["--attr", "gender", "--gradient", "both"], "expected one of paper, solver, none, exact"),
+        (["--attr", "gender", "--gradient", "exact", "--grad-steps", "2"], "exact needs all"),
+        (["--attr", "gender", "--steps", "9:3"], "write 3:9"),
+        (["--attr", "gender", "--steps", "2.5"], "whole numbers from 1 up"),
+        (["--attr", "gender", "--steps", "1:2:3"], "--steps"),
+        (["--attr", "gender", "--guidance", "much"], "--guidance"),
+        (["--attr", "gender", "--lambda-2", "race=0.5"], "lambda_2 names race; the run is for gender"),
+        (["--attr", "gender", "--lambda-2", "gender=2"], "expected at most 1"),
+        (["--attr", "gender", "--component", "vae"], "expected one of prefix, text_encoder, unet, both"),
         (["--attr", "gender", "--speed", "9"], "unrecognized arguments: --speed"),
         (["--attr", "gender", "--device", "abacus"], "--device is 'abacus'"),
         (["--attr", "gender", "--dtype", "int8"], "--dtype"),
@@ -290,24 +326,37 @@ def test_the_defaults_are_the_methods():
         10_000,
     )
     assert (r.beta_1, r.beta_2, r.weight_decay, r.adam_eps, r.ema) == (0.9, 0.999, 1e-2, 1e-8, 0.996)
-    assert (r.steps_min, r.steps_max, r.guidance, r.eval_steps, r.clip, r.checkpoint_every) == (
-        19,
-        23,
-        7.5,
-        25,
-        100,
-        200,
-    )
-    assert (r.standardise, r.end) == ("paper", "zero")
-    race = resolve("race", {}, {})
-    assert (race.batch, race.C, race.lambda_img, race.lambda_2, race.iterations) == (32, 0.8, 6, 0.6, 12_000)
+    assert (r.steps, r.guidance, r.eval_steps, r.eval_guidance) == ((19, 23), (7.5, 7.5), 25, 7.5)
+    assert (r.clip, r.checkpoint_every, r.component, r.tokens) == (100, 200, "text_encoder", 5)
+    assert (r.gradient, r.end) == ("paper", "zero")
+
+
+@pytest.mark.parametrize(
+    "attributes, N, C, face, image, shares_2, shares_3, iterations",  # the rows of METHOD.md §6
+    [
+        (("gender",), 24, 0.8, 1, 8, (0.2,), (0.2,), 10_000),
+        (("race",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000),
+        (("skin_tone",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000),
+        (("gender", "race"), 32, 0.6, 0.1, 8, (0.2, 0.6), (0.2, 0.3), 14_000),
+        (("skin_tone", "gender"), 32, 0.6, 0.1, 8, (0.6, 0.2), (0.3, 0.2), 14_000),
+        (("gender", "race", "age"), 40, 0.8, 0.1, 8, (0.2, 0.6, 0.6), (0.2, 0.3, 0.3), 15_000),
+    ],
+)
+def test_the_methods_runs(attributes, N, C, face, image, shares_2, shares_3, iterations):
+    r = resolve(attributes, {}, {})
+    assert (r.batch, r.C, r.lambda_face, r.lambda_img, r.iterations) == (N, C, face, image, iterations)
+    assert (r.lambda_2, r.lambda_3) == (dict(zip(attributes, shares_2)), dict(zip(attributes, shares_3)))
 
 
 def test_who_overrides_whom():
     bundle = {"batch": 8, "lr": 1, "race": {"lr": 2.0, "rank": 4}}
-    assert resolve("gender", bundle, {}).lr == 1.0
-    race = resolve("race", bundle, {"rank": 5})
+    assert resolve(("gender",), bundle, {}).lr == 1.0
+    race = resolve(("race",), bundle, {"rank": 5})
     assert (race.batch, race.lambda_img, race.lr, race.rank) == (8, 6.0, 2.0, 5)
+    both = {"lambda_2": {"gender": 0.5}, "race,gender": {"lambda_3": 0.9}, "race": {"lr": 9}}
+    found = resolve(("gender", "race"), both, {"lambda_3": "race=0.4"})
+    assert found.lambda_2 == {"gender": 0.5, "race": 0.6} and found.lambda_3 == {"gender": 0.9, "race": 0.4}
+    assert found.lr == 5e-5
 
 
 @pytest.mark.parametrize(
@@ -319,8 +368,11 @@ def test_who_overrides_whom():
         ("gender", {"batch": True}, "batch is True"),
         ("gender", {"lr": -1.0}, "lr is -1.0"),
         ("gender", {"ema": 1.5}, "ema is 1.5"),
+        ("gender", {"steps": [3, 4, 5]}, "steps is .*; expected a number or two"),
+        ("gender", {"guidance": True}, "guidance is True"),
+        ("gender", {"lambda_2": "much"}, "lambda_2 is 'much'"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(attribute, bundle, words):
     with pytest.raises(UserError, match=words):
-        resolve(attribute, bundle, {})
+        resolve((attribute,), bundle, {})

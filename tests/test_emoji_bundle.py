@@ -9,8 +9,11 @@ from fairref.diffusion.gradient import C_i, adjusted_gradient, step_weights
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import solver_table, step
 from fairref.emoji import check
-from fairref.finetune.rollout import latent_shape
-from fairref.generate import draw
+from fairref.emoji.build import concept_prompts
+from fairref.emoji.captions import occupations
+from fairref.emoji.judging import face_features
+from fairref.finetune.rollout import draw, latent_shape
+from fairref.prompts import read_occupations
 
 MEGABYTE = 2**20
 PROMPT = "a photo of the face of a pilot, a person"
@@ -23,13 +26,32 @@ def bundle():
 
 def test_it_has_every_part_and_stays_small(bundle):
     assert set(bundle.classifiers) == {"finetune", "evaluate"} and bundle.clip and bundle.templates
-    assert set(bundle.attributes) == {"gender", "skin_tone"}
+    assert bundle.detector and bundle.embedder and bundle.dino
+    assert set(bundle.attributes) == {"gender", "skin_tone", "age"}
     sizes = [file.stat().st_size for file in bundle_path("weights/emoji").rglob("*") if file.is_file()]
     assert sum(sizes) <= 48 * MEGABYTE and max(sizes) <= 20 * MEGABYTE
 
 
-def test_autoencoder_and_classifiers_pass_their_gates(bundle):
-    gates = check.networks_gates(bundle, count=128)
+def test_its_prompts_are_the_worlds(bundle):
+    """prompts.json is what the tables give: 150/12/50 occupations, at least 40/10, 40/10 and 30/10 other prompts."""
+    world, jobs = read_occupations(bundle.path), occupations()
+    for part, most in (("train", 150), ("validation", 12), ("test", 50)):
+        names = getattr(world, part)
+        assert sorted(names) == sorted(job.name for job in jobs if job.split == part) and len(names) == most
+    for name, (train, test) in {"sports": (40, 10), "style_context": (40, 10), "descriptors": (30, 10)}.items():
+        prompts = world.concepts[name]
+        assert prompts == concept_prompts()[name]
+        assert len(set(prompts["train"])) >= train and len(set(prompts["test"])) >= test
+        assert not set(prompts["train"]) & set(prompts["test"])
+
+
+def test_its_external_faces_are_real_faces_as_its_embedder_sees_them(bundle):
+    expected = face_features(bundle.embedder)
+    torch.testing.assert_close(bundle.face_features.float(), expected, rtol=0, atol=2e-3)  # saved in float16
+
+
+def test_autoencoder_and_judges_pass_their_gates(bundle):
+    gates = check.networks_gates(bundle, count=256)
     assert all(gate.holds for gate in gates), "\n".join(map(str, gates))
 
 
@@ -49,7 +71,7 @@ def test_diffusers_draws_the_same_picture(bundle):
         [PROMPT] * 2, latents=z_T, num_inference_steps=20, guidance_scale=3.0, output_type="np"
     ).images
     with torch.no_grad():
-        ours = draw(bundle, bundle.text_encoder, (PROMPT, ""), z_T, 20, 3.0)
+        ours = draw(bundle, (PROMPT, ""), z_T, 20, 3.0)
     ours = (ours.permute(0, 2, 3, 1).numpy() + 1) / 2  # (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1]
     assert theirs.std() > 0.1
     assert np.abs(ours - theirs).max() <= 2 / 255
@@ -83,7 +105,8 @@ def test_the_adjusted_gradient_is_algorithm_A1_in_float32(bundle):
 
 @pytest.mark.slow
 def test_its_pictures_pass_the_gates(bundle):
-    gates = list(check.sampling_gates(bundle, images=12, named_images=4, follow_images=40))
+    """Fewer images than `python -m fairref.emoji.build --check` looks at, and every other occupation."""
+    gates = list(check.sampling_gates(bundle, images=8, named_images=4, follow_every=2))
     assert all(gate.holds for gate in gates), "\n".join(map(str, gates))
 
 

@@ -24,17 +24,20 @@ from fairref.evaluate import (
     obedience,
     pictures,
 )
-from fairref.fairness.attributes import parse_target
+from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Found
+from fairref.finetune import rollout
+from fairref.finetune.mixture import Prompts
 from fairref.prompts import Occupations, occupation_prompt, read_occupations
 
+CLASSES = {"gender": ("woman", "man")}
 PROMPTS = [occupation_prompt(name) for name in OCCUPATIONS["train"]]
 
 
 @pytest.fixture(scope="module")
 def how(tmp_path_factory):
     bundle = load_bundle(write_tiny_bundle(tmp_path_factory.mktemp("bundle")))
-    return How(bundle, parse_target("gender", bundle.attributes), steps=2, guidance=2.0)
+    return How(bundle, parse_targets(["gender"], bundle.attributes), steps=2, guidance=2.0)
 
 
 def seen_of(*counts, none=0):
@@ -42,7 +45,7 @@ def seen_of(*counts, none=0):
 
 
 def test_bias_report():
-    report = bias_report(seen_of([10, 0], [5, 5], [2, 8]), ["a", "b", "c"], ("woman", "man"), 10)
+    report = bias_report(seen_of([10, 0], [5, 5], [2, 8]), ["a", "b", "c"], CLASSES, 10)
     values = report["judges"]["classifier"]
     assert values["mean"] == pytest.approx((1 + 0 + 0.6) / 3)
     assert values["std"] == pytest.approx(np.std([1, 0, 0.6]))
@@ -54,28 +57,50 @@ def test_bias_report():
     )  # E|2X - 10| / 10, X ~ Binomial(10, 1/2)
 
 
+def test_how_much_of_the_colours_stays():
+    """Half way to the neighbour's colour, half stays; what is not known does not count."""
+    o = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [torch.nan] * 3])
+    neighbour = o.roll(1, 0)
+    colours = {"background": o, "clothes": o}
+    features = {"clip": torch.eye(4)}
+    counts = {"classifier": np.array([2, 2])}
+    originals = [Seen(counts, features=features, colours=colours)]
+    for part in (0.0, 0.25, 1.0):
+        moved = torch.lerp(o, neighbour, part)
+        x = [Seen(counts, features=features, colours={"background": moved, "clothes": o})]
+        found = likeness(x, originals)
+        assert found["clothes"] == 1
+        # to the original part d, to the neighbour (1 - part) d
+        assert found["background"] == (pytest.approx(1 - part / (1 - part)) if part < 1 else None)
+
+
 def test_prompts_without_a_person_have_no_bias():
     seen = seen_of([0, 0], [3, 1], none=2)
-    report = bias_report(seen, ["a", "b"], ("woman", "man"), 4)
+    report = bias_report(seen, ["a", "b"], CLASSES, 4)
     assert report["judges"]["templates"]["mean"] == 0.5 and report["judges"]["templates"]["without_bias"] == 1
     assert report["none"] == pytest.approx(4 / 8)
-    alone = bias_report(seen[:1], ["a"], ("woman", "man"), 4)
+    alone = bias_report(seen[:1], ["a"], CLASSES, 4)
     assert alone["judges"]["templates"]["mean"] is None
-    assert "none" in lines({**alone, "attribute": "gender", "occupations": "test", "clip_t": None})[0]
+    assert (
+        "none"
+        in lines({**alone, "attribute": "gender", "part": "test", "concept": "occupations", "clip_t": None})[
+            0
+        ]
+    )
 
 
 def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(how, monkeypatch):
-    text_encoder = how.bundle.text_encoder
-    whole = pictures(how, text_encoder, PROMPTS[0], 5)
-    assert torch.equal(whole, pictures(how, text_encoder, PROMPTS[0], 5))
-    monkeypatch.setattr(evaluate, "GROUP", 2)
-    torch.testing.assert_close(pictures(how, text_encoder, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
-    other = pictures(replace(how, seed=1), text_encoder, PROMPTS[0], 5)
+    model = how.bundle
+    whole = pictures(how, model, PROMPTS[0], 5)
+    assert torch.equal(whole, pictures(how, model, PROMPTS[0], 5))
+    monkeypatch.setattr(rollout, "GROUP", 2)
+    torch.testing.assert_close(pictures(how, model, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
+    other = pictures(replace(how, seed=1), model, PROMPTS[0], 5)
     assert (other - whole).abs().max() > 0.1
 
 
 def test_judges_count_classes_and_leave_out_none(how):
-    x = pictures(how, how.bundle.text_encoder, PROMPTS[0], 6)
+    x = pictures(how, how.bundle, PROMPTS[0], 6)
     logits = how.bundle.classifiers["evaluate"](x)["gender"]
     wanted = [int((logits[:, 0] > logits[:, 1]).sum()), int((logits[:, 0] <= logits[:, 1]).sum())]
 
@@ -86,6 +111,7 @@ def test_judges_count_classes_and_leave_out_none(how):
             "none": torch.tensor([True, False, False, False, True, False]),
         }
 
+    templates.colours = lambda x, found: {"clothes": x.mean((2, 3))}
     bundle = SimpleNamespace(
         classifiers=how.bundle.classifiers,
         clip=how.bundle.clip,
@@ -93,13 +119,14 @@ def test_judges_count_classes_and_leave_out_none(how):
         detector=None,
         dino=None,
     )
-    seen = judge(SimpleNamespace(bundle=bundle, attribute=how.attribute), x)
+    seen = judge(SimpleNamespace(bundle=bundle, target=how.target), x)
     assert seen.counts["classifier"].tolist() == wanted
     assert seen.counts["templates"].tolist() == [1, 3] and seen.none == 2
+    assert torch.equal(seen.colours["clothes"], x.mean((2, 3)))
 
 
 def test_the_classifier_is_the_one_for_evaluation(how):
-    x = pictures(how, how.bundle.text_encoder, PROMPTS[0], 20)
+    x = pictures(how, how.bundle, PROMPTS[0], 20)
     found = judge(how, x).counts["classifier"].tolist()
     swapped = {"evaluate": how.bundle.classifiers["finetune"], "finetune": how.bundle.classifiers["evaluate"]}
     assert (
@@ -111,7 +138,7 @@ def test_the_classifier_is_the_one_for_evaluation(how):
 
 
 def test_clip_t_matched_and_shuffled(how):
-    seen = look_at(how, how.bundle.text_encoder, PROMPTS, 3, "")
+    seen = look_at(how, how.bundle, PROMPTS, 3, "")
     found = clip_t(how, seen, PROMPTS)
     texts = how.bundle.clip.encode_text(how.bundle.clip_tokenizer(PROMPTS))
     matched, shuffled = [], []
@@ -138,8 +165,8 @@ def test_with_a_detector_the_classifier_sees_the_faces(tmp_path):
         box = Found(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), torch.zeros(1, 5, 2))
         return [box if i % 3 else Found(torch.zeros(0, 4), torch.zeros(0, 5, 2)) for i in range(len(x))]
 
-    how = How(replace(bundle, detector=detector), parse_target("gender", bundle.attributes), 2, 2.0)
-    x = pictures(how, bundle.text_encoder, PROMPTS[0], 7)
+    how = How(replace(bundle, detector=detector), parse_targets(["gender"], bundle.attributes), 2, 2.0)
+    x = pictures(how, bundle, PROMPTS[0], 7)
     found = judge(how, x)
     assert seen[0].dtype == torch.uint8 and found.faceless == 3
     cut = F.interpolate(x[[1, 2, 4, 5]][:, :, :24, :24], (32, 32), mode="bilinear", antialias=True)
@@ -150,10 +177,19 @@ def test_with_a_detector_the_classifier_sees_the_faces(tmp_path):
     dino = bundle.dino(x)
     torch.testing.assert_close(found.features["dino"], dino / dino.norm(dim=1, keepdim=True))
 
-    report = bias_report([found, found], ["a", "b"], how.attribute.classes, 7)
+    report = bias_report([found, found], ["a", "b"], how.target.classes, 7)
     assert report["faceless"] == pytest.approx(3 / 7) and report["blended"] == found.blended / 4
     assert set(likeness([found], [found])) == {"clip_i", "dino"}
-    text = lines({**report, "attribute": "gender", "occupations": "test", "clip_t": None, "dino": 0.5})
+    text = lines(
+        {
+            **report,
+            "attribute": "gender",
+            "part": "test",
+            "concept": "occupations",
+            "clip_t": None,
+            "dino": 0.5,
+        }
+    )
     assert "without a face: 42.9%" in text and "DINO with the original images: 0.5000" in text
 
 
@@ -161,13 +197,15 @@ def test_obedience(how, monkeypatch):
     """A model that draws three of four as asked, on average over both classes."""
     asked = []
 
-    def drawn(how, text_encoder, prompts, n, label):
+    def drawn(how, model, prompts, n, label):
         asked.extend(prompts)
         return [Seen({"classifier": np.array([4, 0] if "woman" in prompt else [2, 2])}) for prompt in prompts]
 
     monkeypatch.setattr(evaluate, "look_at", drawn)
     world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
-    report = obedience(how, None, ["pilot", "nurse"], world, 4, "")
+    names = {occupation_prompt(name): name for name in ("pilot", "nurse")}
+    prompts = Prompts("occupations", (), (), (*names, "a person"), names, world)
+    report = obedience(how, how.bundle, prompts, "test", 4, "")
     assert report == {"images": 16, "classifier": 0.75}
     assert asked == [
         "a photo of the face of a woman pilot, a person",

@@ -52,6 +52,7 @@ ROWS = (
         "fairref.datasets",
         "fairref.weights_io",
         "fairref.figures",
+        "fairref.images",
         "fairref.cli",
         "fairref.progress",
     ),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairref.fairness.metrics import bias, blends, class_counts, mean_cosine, noise_floor
+from fairref.fairness.metrics import bias, blends, joint_counts, mean_cosine, noise_floor
 
 
 def literal_bias(freq):
@@ -65,10 +65,11 @@ def test_the_noise_floor_mean_is_the_folded_binomials():
     assert noise_floor(2, 60)[0] == pytest.approx(math.comb(60, 30) / 2**60, rel=1e-12)
 
 
-def test_class_counts():
-    assert class_counts(torch.tensor([2, 0, 2, 2]), 4).tolist() == [1, 0, 3, 0]
-    assert class_counts(torch.tensor([]), 2).tolist() == [0, 0]
-    assert class_counts([1, 1], 2).tolist() == [0, 2]
+def test_joint_counts():
+    assert joint_counts([torch.tensor([2, 0, 2, 2])], (4,)).tolist() == [1, 0, 3, 0]
+    assert joint_counts([torch.tensor([], dtype=torch.long)] * 2, (2, 3)).tolist() == [[0] * 3] * 2
+    counts = joint_counts([torch.tensor([0, 1, 1, 1]), torch.tensor([2, 0, 2, 2])], (2, 3))
+    assert counts.tolist() == [[0, 0, 1], [1, 0, 2]]
 
 
 def test_mean_cosine_with_one_and_with_many():
@@ -80,4 +81,7 @@ def test_mean_cosine_with_one_and_with_many():
 
 def test_blends_are_images_below_four_fifths():
     p = torch.tensor([[0.79, 0.21], [0.81, 0.19], [0.1, 0.9], [0.5, 0.5]])
-    assert blends(p.log()) == 2
+    assert blends([p.log()]) == 2
+    other = torch.tensor([[0.9, 0.1]] * 3 + [[0.6, 0.4]])
+    assert blends([other.log()]) == 1 and blends([p.log(), other.log()]) == 2
+    assert blends([p.log(), other.flip(0).log()]) == 2 and blends([p.flip(0).log(), other.flip(0).log()]) == 2

@@ -12,12 +12,12 @@ from tiny_bundle import FACE_SIDE, RESOLUTION, write_tiny_bundle
 from fairref.bundle import load_bundle
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table, step
-from fairref.fairness.attributes import parse_target
+from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import TEMPLATE, Faces, Found, aligned, crops, square_around
-from fairref.finetune import objective
+from fairref.finetune import objective, rollout
+from fairref.finetune.iteration import iteration_gradient, prompt_of, task_of
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
-from fairref.finetune.trainer import iteration_gradient, prompt_of, steps_of
 from fairref.prompts import occupation_prompt, read_occupations
 
 LIMIT = 0.6  # of "sure", so that some originals are and some are not
@@ -51,16 +51,16 @@ def limit(monkeypatch):
 
 
 def make_setup(bundle, **recipe):
-    target = parse_target("gender", bundle.attributes)
-    prompts = tuple(map(occupation_prompt, read_occupations(bundle.path).train))
-    recipe = {"batch": 7, "steps_min": 3, "steps_max": 3, "guidance": 3.0, "C": 0.85, **recipe}
-    return Setup(bundle, resolve("gender", bundle.recipe, recipe), target, prompts)
+    target = parse_targets(["gender"], bundle.attributes)
+    prompts = (tuple(map(occupation_prompt, read_occupations(bundle.path).train)),)
+    recipe = {"batch": 7, "steps": 3, "guidance": 3.0, "C": 0.85, **recipe}
+    return Setup(bundle, resolve(("gender",), bundle.recipe, recipe), target, prompts)
 
 
 def adapted(setup):
-    """An adapted text encoder away from its start, and its parameters."""
-    text_encoder, state = moved(setup)
-    return text_encoder, list(state.adapter.parameters())
+    """An adapted bundle away from its start, and its parameters."""
+    model, state = moved(setup)
+    return model, list(state.adapter.parameters())
 
 
 def face_of(image):
@@ -76,31 +76,33 @@ def embedding(bundle, image, face):
     return F.normalize(bundle.embedder(cut) + bundle.embedder(cut.flip(3)), dim=1)[0]
 
 
-def pictures(setup, text_encoder, i):
+def pictures(setup, model, i):
     """x, with the graph of Algorithm A.1, and o."""
     bundle, r = setup.bundle, setup.recipe
-    S, N = steps_of(r, i), r.batch
+    task, N = task_of(setup, i), r.batch
+    S = task.S
     table = solver_table(bundle.schedule, S, r.end)
     t, abar = table.timesteps, bundle.schedule.alpha_bar[table.timesteps]
     C = abar.sqrt() * (1 - abar).sqrt() / bundle.schedule.beta[t]
     C = C / torch.prod(C) ** (1 / S)
-    prompt = setup.prompts[prompt_of(r.seed, i, len(setup.prompts), r.group)]
+    prompt = setup.prompts[0][prompt_of(r.seed, i, len(setup.prompts[0]), r.group)]
     z_T = noise(r.seed, i, range(N), (4, RESOLUTION // 4, RESOLUTION // 4)).double()
 
-    def run(encoder):
+    def run(model):
+        encoder = model.text_encoder
         c, c_empty = (encoder(bundle.tokenizer([text])).expand(N, -1, -1) for text in (prompt, ""))
         z, previous = z_T, None
         for j in range(S):
-            e_empty, e_prompt = bundle.unet(z.detach(), t[j], c_empty), bundle.unet(z.detach(), t[j], c)
-            e = e_empty + r.guidance * (e_prompt - e_empty)
+            e_empty, e_prompt = model.unet(z.detach(), t[j], c_empty), model.unet(z.detach(), t[j], c)
+            e = e_empty + task.guidance * (e_prompt - e_empty)
             if e.requires_grad:
                 e.register_hook(lambda grad, j=j: C[j] * grad)
             z, previous = step(table, j, z, e, previous), (z, e)
         return bundle.vae.decode(z).clamp(-1, 1)
 
-    x = run(text_encoder)
+    x = run(model)
     with torch.no_grad():
-        return x, run(bundle.text_encoder)
+        return x, run(bundle)
 
 
 def literal_loss(setup, x, o):
@@ -129,7 +131,7 @@ def literal_loss(setup, x, o):
             loss = loss + r.lambda_face * (1 - e @ reference.detach()) / N
         image, weight = x[n].clone(), r.lambda_img
         if fx is not None and not same:
-            weight *= r.lambda_2
+            weight *= r.lambda_2["gender"]
             if fo is not None:
                 left, top = torch.maximum(fx.boxes[0, :2], fo.boxes[0, :2]).tolist()
                 right, bottom = torch.minimum(fx.boxes[0, 2:], fo.boxes[0, 2:]).tolist()
@@ -137,7 +139,7 @@ def literal_loss(setup, x, o):
                 for row in range(RESOLUTION):
                     for column in range(RESOLUTION):
                         if left <= column + 0.5 < right and top <= row + 0.5 < bottom:
-                            inside[row, column] = r.lambda_3
+                            inside[row, column] = r.lambda_3["gender"]
                 image.register_hook(lambda grad, inside=inside: grad * inside)
         clip = bundle.clip.encode_image(image[None])[0] @ bundle.clip.encode_image(o[n : n + 1])[0]
         dino = F.cosine_similarity(bundle.dino(image[None]), bundle.dino(o[n : n + 1]))[0]
@@ -149,11 +151,11 @@ def literal_loss(setup, x, o):
 @pytest.mark.parametrize("reference", ["original", "nearest"])
 def test_an_iteration_with_faces_is_the_method_case_by_case(bundle, reference):
     setup = make_setup(bundle, lambda_img=40.0, lambda_face=3.0, face_reference=reference)
-    text_encoder, parameters = adapted(setup)
+    model, parameters = adapted(setup)
     seen = set()
     for i in range(5):
-        gradient, metrics = iteration_gradient(setup, text_encoder, parameters, i)
-        x, o = pictures(setup, text_encoder, i)
+        gradient, metrics = iteration_gradient(setup, model, parameters, i)
+        x, o = pictures(setup, model, i)
         loss, cases = literal_loss(setup, x, o)
         seen |= cases
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-11)
@@ -173,10 +175,10 @@ def test_an_iteration_with_faces_is_the_method_case_by_case(bundle, reference):
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_change_nothing_with_faces(bundle, micro_batch):
     setup = make_setup(bundle)
-    text_encoder, parameters = adapted(setup)
-    whole, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
+    model, parameters = adapted(setup)
+    whole, metrics = iteration_gradient(setup, model, parameters, 0)
     parts, of_parts = iteration_gradient(
-        replace(setup, recipe=replace(setup.recipe, micro_batch=micro_batch)), text_encoder, parameters, 0
+        replace(setup, recipe=replace(setup.recipe, micro_batch=micro_batch)), model, parameters, 0
     )
     assert of_parts == {
         key: pytest.approx(value, rel=1e-11) if type(value) is float else value
@@ -189,8 +191,8 @@ def test_micro_batches_change_nothing_with_faces(bundle, micro_batch):
 def test_where_nobody_has_a_face_only_the_image_loss_is_left(bundle):
     blind = replace(bundle, detector=lambda x: [Found(torch.zeros(0, 4), torch.zeros(0, 5, 2))] * len(x))
     setup = make_setup(blind)
-    text_encoder, parameters = adapted(setup)
-    gradient, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
+    model, parameters = adapted(setup)
+    gradient, metrics = iteration_gradient(setup, model, parameters, 0)
     assert (metrics["faces"], metrics["align"], metrics["face"], metrics["confident"]) == (0, 0, 0, 0)
     assert "bias" not in metrics and metrics["counts"] == [0, 0]
     assert metrics["loss"] == pytest.approx(setup.recipe.lambda_img * metrics["image"], rel=1e-12)
@@ -199,17 +201,58 @@ def test_where_nobody_has_a_face_only_the_image_loss_is_left(bundle):
 
 def test_without_a_confident_target_the_image_may_change(bundle):
     setup = make_setup(bundle, C=1.0)
-    text_encoder, parameters = adapted(setup)
-    _, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
-    x, o = pictures(setup, text_encoder, 0)
+    model, parameters = adapted(setup)
+    _, metrics = iteration_gradient(setup, model, parameters, 0)
+    x, o = pictures(setup, model, 0)
     assert metrics["align"] == metrics["face"] == metrics["confident"] == 0 < metrics["faces"]
     assert metrics["loss"] == pytest.approx(literal_loss(setup, x, o)[0].item(), rel=1e-11)
 
 
 def test_a_detector_alone_brings_no_face_loss(bundle):
     setup = make_setup(replace(bundle, embedder=None, face_features=None))
-    text_encoder, parameters = adapted(setup)
-    _, metrics = iteration_gradient(setup, text_encoder, parameters, 0)
+    model, parameters = adapted(setup)
+    _, metrics = iteration_gradient(setup, model, parameters, 0)
     assert "face" not in metrics and metrics["faces"] > 0
     none = make_setup(bundle, lambda_face=0.0)
-    assert iteration_gradient(none, text_encoder, parameters, 0)[1] == metrics
+    assert iteration_gradient(none, model, parameters, 0)[1] == metrics
+
+
+def test_with_two_attributes_a_face_counts_where_one_is_confident_and_is_its_own_reference_where_all_agree(
+    bundle, monkeypatch
+):
+    target = parse_targets(["gender", "skin_tone"], bundle.attributes)
+    recipe = resolve(tuple(target.classes), bundle.recipe, {"batch": 4, "steps": 3, "C": 0.8})
+    setup = Setup(bundle, recipe, target, (("a cook",),))
+    model, _ = moved(setup)
+    task = task_of(setup, 0)
+    table = solver_table(bundle.schedule, task.S)
+    both = rollout.embed(model, task.prompt).detach()
+    z_T = noise(0, 0, range(4), (4, RESOLUTION // 4, RESOLUTION // 4)).double()
+    path = rollout.rollout(model, table, z_T, *both.split(1), task.guidance)
+    pictures = objective.look(setup, model, table, path, task, both)
+    for n in range(4):
+        face = face_of(pictures.o[n])
+        p = (
+            {}
+            if face is None
+            else bundle.classifiers["finetune"](crops(pictures.o[n : n + 1], face, RESOLUTION))
+        )
+        of_each = [p[name][0].softmax(0) for name in target.classes] if p else []
+        assert bool(pictures.o_sure[n]) == (bool(p) and all(float(x.max()) >= LIMIT for x in of_each))
+        assert not p or pictures.o_class[n].tolist() == [int(x.argmax()) for x in of_each]
+    seen = []
+    monkeypatch.setattr(objective, "face_part", lambda s, x, p, *masks: seen.append(masks) or x.new_zeros(0))
+    y = pictures.o_class.clone()
+    y[1, 1] = (y[1, 1] + 1) % 3  # disagrees in skin tone
+    c = [[0.9, 0.9], [0.9, 0.9], [0.9, 0.5], [0.5, 0.5]]  # how certain each image's gender and skin tone are
+    q = {name: torch.zeros(4, len(of_one), dtype=torch.float64) for name, of_one in target.classes.items()}
+    for n in range(4):
+        for a, rows in enumerate(q.values()):
+            rows[n] = (1 - c[n][a]) / (rows.shape[1] - 1)
+            rows[n, y[n, a]] = c[n][a]
+    objective.loss_of(setup, pictures.x, pictures, q)
+    ((confident, agree),) = seen
+    found = pictures.faces.found
+    assert confident.tolist() == (torch.tensor([True, True, True, False]) & found).tolist()
+    assert agree.tolist() == (torch.tensor([True, False, False, False]) & found).tolist()
+    assert found[:3].sum() >= 2

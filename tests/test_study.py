@@ -26,7 +26,7 @@ def bundle(tmp_path_factory):
 def by_autograd(bundle, prompt, image):
     """|R A_t B_t dε/dc|, |R A_t dε/dc|, |R dε/dc| of one image in run order, by autograd with a leaf a step."""
     table = ancestral_table(bundle.schedule, S)
-    c, c_empty = embed(bundle, bundle.text_encoder, [prompt, ""]).detach().split(1)
+    c, c_empty = embed(bundle, prompt).detach().split(1)
     leaves = [(c.clone().requires_grad_(), c_empty.clone().requires_grad_()) for _ in range(S)]
     z = noise(0, study.NOISE, [image], (4, 8, 8)).double()
     cotangent = 1e-2 * noise(0, study.NOISE - 1, [image], (4, 8, 8)).double()
@@ -93,7 +93,7 @@ def test_the_descent_follows_the_gradient_it_is_named_for(bundle, monkeypatch, m
     monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     rows = study.descent(bundle, prompt, target, (mode,), iterations=1, seeds=1, N=N, S=steps)
 
-    text_encoder, adapter = adapt(bundle.text_encoder, 50, torch.Generator().manual_seed(study.ADAPTER))
+    model, adapter = adapt(bundle, "text_encoder", generator=torch.Generator().manual_seed(study.ADAPTER))
     table = solver_table(bundle.schedule, steps)
     weights = C_i(bundle.schedule, table).tolist() if mode == "paper" else [1.0] * steps
 
@@ -110,7 +110,7 @@ def test_the_descent_follows_the_gradient_it_is_named_for(bundle, monkeypatch, m
         return bundle.clip.encode_image(bundle.vae.decode(z).clamp(-1, 1))
 
     z_T = noise(study.NOISE, 0, range(N), (4, 8, 8)).double()
-    x = run(text_encoder, prompt, z_T, detached=mode == "paper")
+    x = run(model.text_encoder, prompt, z_T, detached=mode == "paper")
     o = run(bundle.text_encoder, target, noise(study.TARGET, 0, [0], (4, 8, 8)).double(), detached=True)
     loss = (1 - x @ o.detach()[0]).mean()
     assert rows[0]["mean"] == pytest.approx(loss.item(), rel=1e-9)

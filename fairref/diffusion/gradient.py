@@ -20,6 +20,7 @@ from fairref.errors import UserError
 # float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 upwards
 # before 65504 and 2^27 downwards before 2^-24, and what a U-Net does to a cotangent is mostly to shrink it.
 HALF_PEAK = 16.0
+LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 
 
 def A_t(schedule: Schedule, table: SolverTable) -> Tensor:
@@ -183,8 +184,7 @@ def vjp(
     """v^T d eps/d(c, c_empty, z) of the guided eps at inputs z (B, 4, h, w), times t (B,), with v like z. Row
     b belongs to image images[b], which picks its row of an (N, T, d) embedding. z is a constant unless wrt_z.
 
-    The cotangent of the empty branch is (1 - guidance) v, that of the prompt's branch guidance v. In float16
-    v is scaled by a power of two and the results scaled back, both exactly."""
+    The cotangent of the empty branch is (1 - guidance) v, that of the prompt's branch guidance v."""
     dtype = network_dtype(unet, z)
     c_leaf, z_leaf = _leaf(c), z.detach().requires_grad_(wrt_z)
     e_leaf = None if guidance == 1 else _leaf(c_empty)
@@ -197,16 +197,33 @@ def vjp(
     z_all = torch.cat([z_leaf] * len(leaves)).to(dtype)  # (branches B, 4, h, w)
     eps = unet(z_all, t.repeat(len(leaves)), context)  # (branches B, 4, h, w)
     cotangent = guidance * v if e_leaf is None else torch.cat([(1 - guidance) * v, guidance * v])
-    scale = _half_scale(cotangent) if dtype == torch.float16 else 1.0
 
-    wanted = [*leaves, *([z_leaf] if wrt_z else []), *parameters]
-    grads = list(torch.autograd.grad(eps, wanted, (cotangent * scale).to(dtype), allow_unused=True))
-    grads = [torch.zeros_like(x) if grad is None else grad / scale for x, grad in zip(wanted, grads)]
+    grads = pull(eps, [*leaves, *([z_leaf] if wrt_z else []), *parameters], cotangent)
     if parameters:
         for parameter, grad in zip(parameters, grads[-len(parameters) :]):
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
     dc_empty = _zeros(c_empty) if e_leaf is None else grads[0]
     return grads[len(leaves) - 1], dc_empty, grads[len(leaves)].to(z.dtype) if wrt_z else None
+
+
+def pull(
+    y: Tensor, inputs: Sequence[Tensor], v: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """v^T dy/d(inputs), zero for what y does not depend on. Where the network that made y computes in float16
+    (`dtype`; None: y's own), v is scaled by a power of two and the results scaled back, both exactly."""
+    scale = _half_scale(v) if (dtype or y.dtype) == torch.float16 else 1.0
+    grads = torch.autograd.grad(y, inputs, (v * scale).to(y.dtype), allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad / scale for x, grad in zip(inputs, grads)]
+
+
+def loss_gradient(loss: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dloss/dx through networks that compute in `dtype`. In float16 the loss is scaled by a power of two that leaves
+    the result finite, for what a pixel weighs lies below float16's smallest numbers; the result is scaled back."""
+    for scale in LOSS_SCALES if dtype == torch.float16 else (1.0,):
+        (g,) = torch.autograd.grad(loss * scale, x, retain_graph=scale > 1)
+        if torch.isfinite(g).all():
+            break
+    return g / scale
 
 
 def unrolled_z0(schedule: Schedule, z_T: Tensor, eps: Tensor, sigma: Tensor, w: Tensor) -> Tensor:

@@ -15,28 +15,35 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fairref import cli
-from fairref.emoji import stages
-from fairref.emoji.captions import SPLITS, occupations
-from fairref.emoji.pictures import RESOLUTION, draw
+from fairref.emoji import judging, stages
+from fairref.emoji.captions import SPLITS, concepts, occupations, prompt_of
+from fairref.emoji.pictures import AGES, RESOLUTION, draw, sprites
+from fairref.emoji.sheet import LOOKS
 from fairref.emoji.templates import Templates
-from fairref.judge_files import save_classifier
+from fairref.judge_files import FACE_FEATURES, load_embedder, save_classifier
 
 ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE_PICTURES = 2048  # by which the template judge is set
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 300,
+    "iterations": 400,
     "group": 2,
     "lr": 3e-3,
     "lr_end": 0.2,
     "warmup": 5,
     "ema": 0.97,
-    "steps_min": 6,
-    "steps_max": 7,
+    "steps": "6:7",
     "guidance": 2.5,
     "eval_steps": 12,
+    "eval_guidance": 2.5,
+    "eval_images_train": 12,
     "checkpoint_every": 20,
+    "validate_every": 100,
+    "validate_prompts": 12,
+    "grid_every": 100,
     "clip": 0.02,
-    "lambda_img": 0.5,
+    "lambda_img": 0.25,
+    "lambda_face": 0.05,
     "named_every": 3,
 }
 SCHEDULER = {
@@ -91,6 +98,7 @@ NAMED = {
         name: f"a photo of the face of a {name}-skinned {{occupation}}, a person"
         for name in stages.ATTRIBUTES["skin_tone"]
     },
+    "age": {name: f"a photo of the face of a {name} {{occupation}}, a person" for name in AGES},
 }
 
 
@@ -98,10 +106,14 @@ def train(folder: Path) -> dict[str, nn.Module]:
     """Every network, from the stage files in `folder` or trained now."""
     folder.mkdir(parents=True, exist_ok=True)
     vae = stages.scaled(stages.train_vae(folder))
-    judges = {role: stages.train_classifier(folder, role, vae) for role in stages.CLASSIFIER_CONFIG}
     clip = stages.train_clip(folder)
-    latents = stages.make_latents(folder, vae)
-    painter = stages.polish_unet(folder, latents, stages.train_unet(folder, latents, clip))
+    painter = stages.polish_unet(folder, vae, stages.train_unet(folder, vae, clip))
+    judges = {role: judging.train_classifier(folder, role, vae) for role in judging.CLASSIFIER_CONFIG}
+    judges |= {
+        "detector": judging.train_detector(folder, vae),
+        "embedder": judging.train_embedder(folder, vae),
+        "dino": judging.train_dino(folder),
+    }
     return {"vae": vae, "clip": clip, "unet": painter.unet, "text_encoder": painter.text_encoder, **judges}
 
 
@@ -145,14 +157,42 @@ def opposed(split: str) -> list[str]:
     return [job.name for pair in pairs for job in pair][: len(jobs)]
 
 
+def concept_prompts() -> dict[str, dict[str, list[str]]]:
+    """Name of a concept (METHOD.md §7) -> part -> prompts; in contexts and styles the part's occupations take turns."""
+    jobs = {split: [job.name for job in occupations() if job.split == split] for split in SPLITS}
+    kinds = {
+        "sports": ("activity",),
+        "style_context": ("context", "style"),
+        "descriptors": ("descriptor",),
+    }
+    found = {}
+    for name, several in kinds.items():
+        rows = [concept for kind in several for concept in concepts(kind)]
+        found[name] = {
+            split: [
+                prompt_of(c, jobs[split][7 * n % len(jobs[split])])
+                for n, c in enumerate(rows)
+                if c.split == split
+            ]
+            for split in ("train", "test")
+        }
+    return found
+
+
 @torch.no_grad()
-def template_threshold(vae: nn.Module) -> float:
-    """The error below which 99.9 % of real pictures fall, seen through the VAE, plus a fifth."""
+def template_settings(vae: nn.Module) -> dict:
+    """What the template judge finds in real pictures, seen through the VAE: the error below which 99.9 % fall, plus a
+    fifth, and the mean share of each look."""
     judge = Templates(float("inf"))
-    scenes = stages.balanced_scene(1024, stages.generator_for(0, "threshold", 0))
-    scenes = [scenes[part] for part in torch.arange(1024).split(128)]
-    errors = torch.cat([judge(vae.decode(vae.encode(draw(s))).clamp(-1, 1))["error"] for s in scenes])
-    return round(1.2 * errors.quantile(0.999).item(), 4)
+    scenes = stages.balanced_scene(TEMPLATE_PICTURES, stages.generator_for(0, "threshold", 0), portraits=True)
+    parts = [scenes[part] for part in torch.arange(len(scenes)).split(128)]
+    found = [judge(vae.decode(vae.encode(draw(part))).clamp(-1, 1)) for part in parts]
+    error, share = (torch.cat([f[name] for f in found]) for name in ("error", "share"))
+    shares = {name: share[scenes.person.look == k].mean().item() for k, name in enumerate(LOOKS)}
+    return {
+        "threshold": round(1.2 * error.quantile(0.999).item(), 4),
+        "shares": {name: round(value, 3) for name, value in shares.items()},
+    }
 
 
 def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
@@ -169,19 +209,31 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     for name, (config, file) in parts.items():
         write_json(out / name / "config.json", config)
         save_half(networks[name], out / name / f"{file}.safetensors")
-    for role in stages.CLASSIFIER_CONFIG:
+    for role in judging.CLASSIFIER_CONFIG:
         save_classifier(networks[role], out / f"classifier_{role}", torch.float16)
+    judges = {
+        "detector": judging.DETECTOR_CONFIG,
+        "embedder": {"side": judging.EMBEDDER_CONFIG["side"]},
+        "dino": judging.DINO_CONFIG,
+    }
+    for name, config in judges.items():
+        write_json(out / name / "config.json", config)
+        save_half(networks[name], out / name / "model.safetensors")
+    features = judging.face_features(load_embedder(out / "embedder"))  # of the weights as they are saved
+    save_file({FACE_FEATURES: features.half()}, out / "face_features.safetensors")
     write_tokenizer(folder / "tokenizer", out / "tokenizer")
     write_json(out / "tokenizer" / "tokenizer_config.json", TOKENIZER)
     write_tokenizer(folder / "tokenizer", out / "clip")
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", MODEL_INDEX)
-    write_json(out / "templates.json", {"threshold": template_threshold(networks["vae"])})
+    write_json(out / "templates.json", template_settings(networks["vae"]))
     write_json(
         out / "prompts.json",
         {
             "occupations": {split: opposed(split) for split in SPLITS},
+            "concepts": concept_prompts(),
             "named": NAMED,
+            "showing": {"age": [job.name for job in occupations() if sprites().aged[LOOKS.index(job.look)]]},
         },
     )
     write_json(
@@ -192,7 +244,11 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
             "attributes": {name: list(classes) for name, classes in stages.ATTRIBUTES.items()},
             "stable_diffusion": ".",
             "clip": "clip",
-            "classifiers": {role: f"classifier_{role}" for role in stages.CLASSIFIER_CONFIG},
+            "classifiers": {role: f"classifier_{role}" for role in judging.CLASSIFIER_CONFIG},
+            "detector": "detector",
+            "embedder": "embedder",
+            "face_features": "face_features.safetensors",
+            "dino": "dino",
             "templates": "templates.json",
             "recipe": RECIPE,
         },

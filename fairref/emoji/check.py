@@ -1,4 +1,7 @@
-"""The gates of the emoji bundle: what it must do before anything is finetuned on it."""
+"""The gates of the emoji bundle: what it must do before anything is finetuned on it.
+
+B pictures, M of them with a face.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,17 +13,28 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from fairref.bundle import load_bundle
-from fairref.emoji import stages
-from fairref.emoji.captions import occupations
-from fairref.emoji.pictures import draw
-from fairref.emoji.sheet import GENDERS, LOOKS, TONES
+from fairref.emoji import judging, stages
+from fairref.emoji.captions import (
+    FAR_AWAY,
+    KINDS,
+    NOBODY,
+    TWO_PEOPLE,
+    concepts,
+    occupations,
+    prompt_of,
+)
+from fairref.emoji.pictures import VIEWS, Person, Scene, draw, face_points, random_scene, sprites
+from fairref.emoji.sheet import LOOKS, things
 from fairref.evaluate import How, bias_report, look_at, pictures
-from fairref.fairness.attributes import parse_target
+from fairref.fairness.attributes import parse_targets
+from fairref.fairness.faces import Faces, crops, find
 from fairref.finetune.checkpoints import write_json
+from fairref.finetune.objective import classify, faces_of
 from fairref.finetune.recipes import resolve
-from fairref.generate import grid
+from fairref.images import grid
 from fairref.prompts import occupation_prompt, read_occupations
 
 UNSEEN = "check"  # names a stream of randomness that no training stage uses
@@ -59,46 +73,102 @@ def networks_gates(bundle, count: int = 512) -> list[Gate]:
             26,
         )
     ]
-    look, gender, tone = (
-        i.flatten()
-        for i in torch.meshgrid(*map(torch.arange, (len(LOOKS), len(GENDERS), len(TONES))), indexing="ij")
-    )
-    kept = stages.held_out(look, tone).nonzero()[:, 0].repeat(-(-count // (len(look) // len(TONES))))
-    scene = stages.random_scene(look[kept], gender[kept], tone[kept], stages.generator_for(0, UNSEEN, 1))
-    with torch.no_grad():
-        x = draw(scene)
-        for role, classifier in bundle.classifiers.items():
-            for name, label in (("gender", scene.gender), ("skin_tone", scene.tone)):
-                right = (classifier(x)[name].argmax(1) == label).float().mean().item()
-                gates.append(Gate(f"{role} classifier, {name}, held-out look x tone", right, 0.98))
-    return gates
+    for role, classifier in bundle.classifiers.items():
+        for name, share in held_out_accuracy(classifier, count).items():
+            gates.append(Gate(f"{role} classifier, {name}, faces of held-out look x tone", share, 0.98))
+    return gates + real_face_gates(bundle, count)
+
+
+@torch.no_grad()
+def held_out_accuracy(classifier, count: int) -> dict[str, float]:
+    """Share of right answers on the faces of portraits of the pairs that no classifier was trained on."""
+    generator = stages.generator_for(0, UNSEEN, 1)
+    scene = stages.balanced_scene(8 * count, generator, portraits=True)
+    scene = scene[judging.held_out(scene.person.look, scene.person.tone).nonzero()[:count, 0]]
+    x = crops(draw(scene), judging.true_faces(scene), classifier.network.config.input_size)
+    said, truth = classifier(x), stages.labels(scene)
+    return {
+        name: (logits.argmax(1) == truth[name])[truth[name] >= 0].float().mean().item()
+        for name, logits in said.items()
+    }
+
+
+@torch.no_grad()
+def real_face_gates(bundle, count: int) -> list[Gate]:
+    """The detector on pictures of all kinds, seen through the VAE."""
+    scene = stages.balanced_scene(count, stages.generator_for(0, UNSEEN, 2))
+    scene = replace(scene, style=torch.zeros_like(scene.style))
+    faces = find(bundle.detector, through(bundle, scene))
+    errors = centre_errors(faces, scene.person)[scene.shown[faces.found]]
+    nobody = nobody_scene(2 * count, stages.generator_for(0, UNSEEN, 3))
+    none = 1 - find(bundle.detector, through(bundle, nobody)).found.float().mean().item()
+    found = faces.found[scene.shown].float().mean().item()
+    return [
+        Gate("detector, faces found, all views", found, 0.98),
+        Gate(
+            "detector, centre error of the largest face, all views, mean, pixels",
+            errors.mean().item(),
+            3,
+            True,
+        ),
+        Gate("detector, no face on plain backgrounds and things", none, 0.98),
+    ]
+
+
+def nobody_scene(B: int, generator: torch.Generator) -> Scene:
+    """B scenes without a person, half of them without a thing."""
+    zero = torch.zeros(B, dtype=torch.long)
+    thing = torch.randint(len(things()), (B,), generator=generator).where(torch.arange(B) % 2 == 0, -1)
+    return random_scene(zero, zero, zero, generator, view=zero + VIEWS.index("nobody"), thing=thing)
+
+
+def through(bundle, scene: Scene) -> Tensor:
+    """The scenes' pictures as the VAE gives them back."""
+    parts = torch.arange(len(scene)).split(64)
+    return torch.cat([bundle.vae.decode(bundle.vae.encode(draw(scene[p]))).clamp(-1, 1) for p in parts])
+
+
+def centre_errors(faces: Faces, person: Person) -> Tensor:
+    """How far from the middle of the people's faces those found are, (M,) pixels."""
+    boxes = face_points(person[faces.found.nonzero()[:, 0]])[0]
+    return ((faces.boxes[:, :2] + faces.boxes[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2).norm(dim=1)
 
 
 def sampling_gates(
-    bundle, images: int = 24, named_images: int = 8, follow_images: int = 40, named_every: int = 4
+    bundle,
+    images: int = 24,
+    named_images: int = 8,
+    follow_images: int = 40,
+    named_every: int = 4,
+    follow_every: int = 1,
 ) -> Iterator[Gate]:
     """What the pictures of a bundle show, at its default guidance and, for one gate, at guidance 1.
 
     Images of each occupation: of neutral prompts, of prompts that name a class (every `named_every`-th
-    occupation), and at guidance 1.
+    occupation), and at guidance 1 (every `follow_every`-th).
     """
-    recipe = resolve("gender", bundle.recipe, {})
+    recipe = resolve(("gender",), bundle.recipe, {})
     how = {
         name: How(
-            bundle, parse_target(name, bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
+            bundle,
+            parse_targets([name], bundle.attributes),
+            recipe.eval_steps,
+            recipe.eval_guidance,
+            recipe.end,
         )
         for name in bundle.attributes
     }
-    yield follows_data(bundle, replace(how["gender"], guidance=1.0), follow_images)
+    yield follows_data(bundle, replace(how["gender"], guidance=1.0), follow_images, follow_every)
     yield from neutral_gates(bundle, how["gender"], images)
+    yield from face_gates(bundle, how["gender"])
     yield from named_gates(bundle, how, named_images, named_every)
 
 
-def follows_data(bundle, how: How, images: int) -> Gate:
+def follows_data(bundle, how: How, images: int, every: int = 1) -> Gate:
     """The share of women of each occupation follows the table."""
-    jobs = occupations()
+    jobs = occupations()[::every]
     prompts = [occupation_prompt(job.name) for job in jobs]
-    seen = look_at(how, bundle.text_encoder, prompts, images, "guidance 1")
+    seen = look_at(how, bundle, prompts, images, "guidance 1")
     share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
     found = spearmanr(share, [job.share_women for job in jobs]).statistic
     claim = f"share of women at guidance 1 against the table, Spearman, {len(jobs)} occupations x {images}"
@@ -108,28 +178,54 @@ def follows_data(bundle, how: How, images: int) -> Gate:
 def neutral_gates(bundle, how: How, images: int) -> Iterator[Gate]:
     """Bias of neutral prompts, and images of nobody."""
     names = [job.name for job in occupations()]
-    seen = look_at(how, bundle.text_encoder, list(map(occupation_prompt, names)), images, "neutral")
-    report = bias_report(seen, names, GENDERS, images)
+    seen = look_at(how, bundle, list(map(occupation_prompt, names)), images, "neutral")
+    report = bias_report(seen, names, how.target.classes, images)
     yield Gate("none for the template judge", report["none"], 0.05, at_most=True)
     for judge, values in report["judges"].items():
         yield Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)
 
 
+@torch.no_grad()
+def face_gates(bundle, how: How, images: int = 8) -> Iterator[Gate]:
+    """The detector on what the model draws: people, where the template judge says that one is, and nobody."""
+    prompts = [occupation_prompt(job.name) for job in occupations()]
+    x = torch.cat([pictures(how, bundle, prompt, images) for prompt in prompts])
+    seen = bundle.templates(x)
+    x = x[~seen["none"]]
+    faces = find(bundle.detector, x)
+    seen = {name: values[~seen["none"]] for name, values in seen.items()}
+    zero = torch.zeros_like(seen["scale"])
+    colour = zero[:, None].expand(-1, 3)
+    who = seen["look"], seen["gender"], seen["skin_tone"], seen["age"]
+    person = Person(*who, colour, zero, zero, seen["place"], seen["scale"])
+    found = faces.found.float().mean().item()
+    errors = centre_errors(faces, person)
+    yield Gate(f"detector, faces found in {len(x)} generated pictures of people", found, 0.98)
+    yield Gate("detector, centre error in generated pictures, mean, pixels", errors.mean().item(), 3, True)
+    prompts = [NOBODY.format(thing=name.replace("_", " ")) for name in things()]
+    x = torch.cat([pictures(how, bundle, prompt, 4) for prompt in prompts])
+    none = 1 - find(bundle.detector, x).found.float().mean().item()
+    yield Gate(f"detector, no face in {len(x)} generated pictures of nobody", none, 0.98)
+
+
 def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterator[Gate]:
     """Whether prompts that name a class get it, and whether the two judges agree on those images."""
-    world, names = read_occupations(bundle.path), [job.name for job in occupations()][::every]
+    world, jobs = read_occupations(bundle.path), occupations()[::every]
     agree = {name: [] for name in how}
     for name, h in how.items():
         obeyed = []
-        for occupation, (k, c) in product(names, enumerate(h.attribute.classes)):
-            x = pictures(h, bundle.text_encoder, world.named_prompt(name, c, occupation), images)
-            found = bundle.templates(x)
+        shown = [job.name for job in jobs if name != "age" or sprites().aged[LOOKS.index(job.look)]]
+        for occupation, (k, c) in product(shown, enumerate(h.target.classes[name])):
+            x = pictures(h, bundle, world.named_prompt(name, c, occupation), images)
+            seen = bundle.templates(x)
+            obeyed += ((seen[name] == k) & seen[f"{name}_known"]).tolist()
+            faces = faces_of(bundle, x)
             with torch.no_grad():
-                said = bundle.classifiers["evaluate"](x)
-            obeyed += ((found[name] == k) & found[f"{name}_known"]).tolist()
+                logits = classify(bundle.classifiers["evaluate"], tuple(agree), x, faces)
             for attribute in agree:
-                known = found[f"{attribute}_known"]
-                agree[attribute] += (said[attribute].argmax(1) == found[attribute])[known].tolist()
+                said = logits[attribute].argmax(1)
+                known = seen[f"{attribute}_known"] & faces.found
+                agree[attribute] += (said == seen[attribute][faces.found])[known[faces.found]].tolist()
         yield Gate(f"prompts that name a {name} get it, {len(obeyed)} images", float(np.mean(obeyed)), 0.9)
     for name, values in agree.items():
         claim = (
@@ -139,34 +235,50 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
 
 
 def contact_sheet(bundle) -> Image.Image:
-    """A row for each look's first test occupation: six pictures as it comes, two for each named class."""
-    world, margin = read_occupations(bundle.path), 150
-    recipe = resolve("gender", bundle.recipe, {})
-    rows, names = [], []
-    for look in LOOKS:
+    """A row for each look's first test occupation: four pictures as it comes, one for each named class; then others."""
+    world, margin = read_occupations(bundle.path), 210
+    recipe = resolve(("gender",), bundle.recipe, {})
+    how = How(
+        bundle,
+        parse_targets(["gender"], bundle.attributes),
+        recipe.eval_steps,
+        recipe.eval_guidance,
+        recipe.end,
+    )
+    classes = [(a, c) for a, names in bundle.attributes.items() for c in names]
+    columns = 4 + len(classes)
+    rows = {}
+    for look in LOOKS[:-1]:
         job = next(job.name for job in occupations() if job.look == look and job.split == "test")
-        prompts = [(occupation_prompt(job), 6)]
-        prompts += [
-            (world.named_prompt(a, c, job), 2) for a, classes in bundle.attributes.items() for c in classes
-        ]
-        how = How(
-            bundle, parse_target("gender", bundle.attributes), recipe.eval_steps, recipe.guidance, recipe.end
-        )
-        rows.append(torch.cat([pictures(how, bundle.text_encoder, prompt, n) for prompt, n in prompts]))
-        names.append(job)
-    heads = [("a photo of the face of a ..., a person", 6)]
-    heads += [(c, 2) for classes in bundle.attributes.values() for c in classes]
-    body = grid(torch.cat(rows), len(rows[0]))
+        prompts = [(occupation_prompt(job), 4)]
+        prompts += [(world.named_prompt(a, c, job), 1) for a, c in classes]
+        rows[job] = torch.cat([pictures(how, bundle, prompt, n) for prompt, n in prompts])
+    for label, prompt in other_prompts().items():
+        rows[label] = pictures(how, bundle, prompt, columns)
+    heads = [("a photo of the face of a ..., a person", 4)] + [(c, 1) for _, c in classes]
+    body = grid(torch.cat(list(rows.values())), columns)
     sheet = Image.new("RGB", (body.width + margin, body.height + 20), "white")
     sheet.paste(body, (margin, 20))
-    pen, cell = ImageDraw.Draw(sheet), body.width / len(rows[0])
+    pen, cell = ImageDraw.Draw(sheet), body.width / columns
     column = 0
-    for text, n in heads:
-        pen.text((margin + column * cell + 2, 4), text, fill="black")
+    for line, (text, n) in enumerate(heads):
+        pen.text((margin + column * cell + 2, 9 * (line % 2)), text, fill="black")  # in turn on two lines
         column += n
-    for row, name in enumerate(names):
+    for row, name in enumerate(rows):
         pen.text((4, 20 + (row + 0.4) * body.height / len(rows)), name, fill="black")
     return sheet
+
+
+def other_prompts() -> dict[str, str]:
+    """Label -> prompt, for what else the world knows: unseen concepts of each kind, and every view."""
+    job = next(job.name for job in occupations() if job.split == "test")
+    found = {}
+    for kind in KINDS:
+        for concept in [c for c in concepts(kind) if c.split == "test"][:2]:
+            found[concept.phrase] = prompt_of(concept, job)
+    portrait = occupation_prompt(job)
+    found |= {"far away": FAR_AWAY.format(c=portrait), "with a friend": TWO_PEOPLE.format(c=portrait)}
+    return found | {"nobody": NOBODY.format(thing=next(iter(things())).replace("_", " "))}
 
 
 def check(path: Path) -> int:

@@ -1,17 +1,21 @@
-"""The sprite sheet: every person of the small world, cut once from Noto Color Emoji (OFL-1.1).
+"""The two sprite sheets: people and things of the small world, cut once from Noto Color Emoji (OFL-1.1).
 
     python -m fairref.emoji.sheet --font NotoColorEmoji.ttf
 
-needs the font and Pillow with Raqm (which joins the sequences); the sheet is committed, so nobody else does.
+needs the font and Pillow with Raqm (which joins the sequences); the sheets are committed, so nobody else does.
 """
 
 import argparse
+import csv
 from pathlib import Path
 
 from fairref.errors import UserError
 
 SHEET = Path(__file__).with_name("sheet.png")
 SPRITE = 80  # pixels a side
+THING_TABLE, THING_SHEET = (Path(__file__).with_name(f"things.{kind}") for kind in ("csv", "png"))
+THING = 40  # pixels a side
+ROW = 12  # things in a row of their sheet
 GLYPH = 136  # the font's bitmap strike, pixels a side
 STRIKE = 109  # the font size that selects it
 
@@ -39,20 +43,46 @@ OBJECT = {
     "pilot": "\u2708" + EMOJI_STYLE,
 }
 SIGNED = {"police_officer": "\U0001f46e", "construction_worker": "\U0001f477"}
-LOOKS = (*OBJECT, *SIGNED)
+PLAIN = "plain"  # PERSON + SKIN, who has no occupation: a head alone, drawn smaller to match the others'
+PLAIN_SIZE = 0.75
+LOOKS = (*OBJECT, *SIGNED, PLAIN)
 GENDERS = tuple(PERSON)
 TONES = tuple(SKIN)
 
 
 def sequence(look: str, gender: str, tone: str) -> str:
     """The Unicode sequence of one person, e.g. U+1F469 U+1F3FD U+200D U+2708: woman, medium, pilot."""
+    if look == PLAIN:
+        return PERSON[gender] + SKIN[tone]
     if look in OBJECT:
         return PERSON[gender] + SKIN[tone] + JOINER + OBJECT[look]
     return SIGNED[look] + SKIN[tone] + JOINER + SIGN[gender]
 
 
+def things() -> dict[str, str]:
+    """Name of each thing -> its character."""
+    with THING_TABLE.open(encoding="utf-8", newline="") as file:
+        return {
+            row["name"]: "".join(chr(int(code, 16)) for code in row["code"].split())
+            for row in csv.DictReader(file)
+        }
+
+
 def make_sheet(font_file: str):
-    """The sheet as a PIL RGBA image: a row for each (look, gender), a column for each tone."""
+    """People as a PIL RGBA image: a row for each (look, gender), a column for each tone. Raises UserError."""
+    cells = [sequence(look, gender, tone) for look in LOOKS for gender in GENDERS for tone in TONES]
+    sizes = [PLAIN_SIZE if look == PLAIN else 1.0 for look in LOOKS for _ in range(len(GENDERS) * len(TONES))]
+    return _sheet(font_file, cells, SPRITE, len(TONES), sizes)
+
+
+def make_things(font_file: str):
+    """Things as a PIL RGBA image, ROW in a row. Raises UserError."""
+    texts = list(things().values())
+    return _sheet(font_file, texts, THING, ROW, [1.0] * len(texts))
+
+
+def _sheet(font_file, texts, side, columns, sizes):
+    """Cells of `side` pixels, each with its glyph in the middle of the lower edge, of a share of that size."""
     from PIL import Image, ImageDraw, ImageFont, features
 
     if not features.check("raqm"):
@@ -61,27 +91,29 @@ def make_sheet(font_file: str):
             "Pillow wheel that has it"
         )
     font = ImageFont.truetype(font_file, STRIKE, layout_engine=ImageFont.Layout.RAQM)
-    sheet = Image.new("RGBA", (SPRITE * len(TONES), SPRITE * len(LOOKS) * len(GENDERS)))
-    for i, look in enumerate(LOOKS):
-        for j, gender in enumerate(GENDERS):
-            for k, tone in enumerate(TONES):
-                text = sequence(look, gender, tone)
-                if round(font.getlength(text)) != GLYPH:
-                    raise UserError(
-                        f"{font_file} draws {look}, {gender}, {tone} {font.getlength(text):.0f} pixels "
-                        f"wide, one glyph is {GLYPH}: use a newer Noto Color Emoji"
-                    )
-                glyph = Image.new("RGBA", (GLYPH, GLYPH))
-                ImageDraw.Draw(glyph).text((0, 4), text, font=font, embedded_color=True)
-                sprite = glyph.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS)
-                sheet.paste(sprite, (k * SPRITE, (i * len(GENDERS) + j) * SPRITE))
+    sheet = Image.new("RGBA", (side * columns, side * -(-len(texts) // columns)))
+    for n, (text, size) in enumerate(zip(texts, sizes)):
+        if round(font.getlength(text)) != GLYPH:
+            code = " ".join(f"U+{ord(c):X}" for c in text)
+            raise UserError(
+                f"{font_file} draws {code} {font.getlength(text):.0f} pixels wide, one glyph is {GLYPH}: use a "
+                "newer Noto Color Emoji"
+            )
+        glyph = Image.new("RGBA", (GLYPH, GLYPH))
+        ImageDraw.Draw(glyph).text((0, 4), text, font=font, embedded_color=True)
+        small = round(side * size)
+        sprite = glyph.resize((small, small), Image.Resampling.LANCZOS)
+        left, top = n % columns * side, n // columns * side
+        sheet.paste(sprite, (left + (side - small) // 2, top + side - small))
     return sheet
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="make the sprite sheet from the font")
+    parser = argparse.ArgumentParser(description="make the sprite sheets from the font")
     parser.add_argument(
         "--font", required=True, help="NotoColorEmoji.ttf (Debian package fonts-noto-color-emoji)"
     )
-    make_sheet(parser.parse_args().font).save(SHEET, optimize=True)
-    print(SHEET)
+    font = parser.parse_args().font
+    for make, path in ((make_sheet, SHEET), (make_things, THING_SHEET)):
+        make(font).save(path, optimize=True)
+        print(path)

@@ -1,9 +1,10 @@
-"""How each network of the bundle is trained: every stage is a function of the folder of stage files.
+"""How each network that draws is trained: every stage is a function of the folder of stage files.
 
-Order: tokenizer, vae, classifiers, clip, latents (the VAE's latents of the pictures, drawn once), unet (with
-the text encoder), unet_polish. Each stage reads what those before it left in the folder.
+Order: tokenizer, vae, clip, pool (captions and the VAE's latents of their pictures, drawn once), unet (with the
+text encoder), unet_polish; judging.py has the networks that look. Each reads what those before it left there.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,19 +13,31 @@ from torch import Tensor, nn
 
 from fairref.diffusion.schedule import Schedule
 from fairref.emoji.bpe import train_bpe
-from fairref.emoji.captions import captions, describe, draw_captions
+from fairref.emoji.captions import KINDS, concepts, describe, draw_world, occupations, prompt_of
 from fairref.emoji.fit import fit, generator_for
-from fairref.emoji.pictures import RESOLUTION, draw, random_scene
-from fairref.emoji.sheet import GENDERS, LOOKS, TONES
-from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
+from fairref.emoji.pictures import (
+    AGES,
+    COLOURLESS,
+    RESOLUTION,
+    STYLES,
+    VIEWS,
+    Scene,
+    draw,
+    random_scene,
+    sprites,
+)
+from fairref.emoji.sheet import GENDERS, LOOKS, TONES, things
 from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
 from fairref.nets.unet import UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
+from fairref.progress import Progress
 from fairref.tokenizer import Tokenizer
 
-VOCABULARY = 1150  # nearly every word of the captions is one token
+VOCABULARY = 2000  # nearly every word of the captions is one token
 TOKENS = 77
-ATTRIBUTES = {"gender": GENDERS, "skin_tone": TONES}
+ATTRIBUTES = {"gender": GENDERS, "skin_tone": TONES, "age": AGES}
+VIEW_SHARE = (0.7, 0.12, 0.12, 0.06)  # of balanced scenes, in the order of VIEWS
+THING_SHARE, STYLE_SHARE = 0.4, 0.2
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL",
@@ -93,40 +106,51 @@ CLIP_CONFIG = {
         "layer_norm_eps": 1e-5,
     },
 }
-CLASSIFIER_CONFIG = {
-    "finetune": {"kind": "small", "width": 0.75, "input_size": 96},
-    "evaluate": {"kind": "small", "width": 1.0, "input_size": 80},
-}
-CLASSIFIER_STEPS = {"finetune": 1100, "evaluate": 800}
-
-
-def held_out(look: Tensor, tone: Tensor) -> Tensor:
-    """(B,) boolean: the look-tone pairs, a quarter of all, that classifiers are tested on and never see."""
-    return (look + tone) % len(TONES) == 0
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer stage's vocabulary, learnt from every caption; made when it isn't there."""
+    """The tokenizer stage's vocabulary, learnt from captions with every name in them; made when it isn't there."""
     files = folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt"
     if not all(file.exists() for file in files):
         generator = generator_for(0, "tokenizer", 0)
-        train_bpe(
-            [*captions().texts, *describe(balanced_scene(2000, generator), generator).texts],
-            VOCABULARY,
-            folder / "tokenizer",
-        )
+        texts = describe(*draw_world(8000, generator, "clip"), generator)
+        jobs = [job.name for job in occupations()]
+        texts += jobs + [name.replace("_", " ") for name in things()]
+        texts += [prompt_of(concept, jobs[0]) for kind in KINDS for concept in concepts(kind)]
+        made = train_bpe(texts, VOCABULARY, folder / "tokenizer")
+        assert made == VOCABULARY, f"the captions make {made} tokens: TEXT_CONFIG's ids would be wrong"
     return Tokenizer(*files)
 
 
-def balanced_scene(B: int, generator: torch.Generator):
-    """B scenes with look, gender and tone uniform and independent."""
-    look, gender, tone = (
-        torch.randint(len(names), (B,), generator=generator) for names in (LOOKS, GENDERS, TONES)
+def balanced_scene(B: int, generator: torch.Generator, portraits: bool = False) -> Scene:
+    """B scenes with look, gender, tone and age uniform and independent, and all kinds of views; or portraits only."""
+    look, gender, tone, old, thing, style = (
+        torch.randint(len(names), (B,), generator=generator)
+        for names in (LOOKS, GENDERS, TONES, AGES, things(), STYLES)
     )
-    return random_scene(look, gender, tone, generator)
+    with_thing, in_style = torch.rand(2, B, generator=generator) < torch.tensor(
+        [[THING_SHARE], [STYLE_SHARE]]
+    )
+    view = torch.multinomial(torch.tensor(VIEW_SHARE), B, replacement=True, generator=generator)
+    if portraits:
+        view, in_style = torch.zeros_like(view), torch.zeros_like(in_style)
+    thing = thing.where(with_thing | (view == VIEWS.index("nobody")), -1)
+    return random_scene(look, gender, tone, generator, old, view, thing, style * in_style)
 
 
-def train_vae(folder, steps: int = 2200, batch: int = 16, kl: float = 1e-4) -> VAE:
+def labels(scene: Scene) -> dict[str, Tensor]:
+    """What can be seen of the person (B,), -1 where it can't: their look and the classes of ATTRIBUTES."""
+    colours = ~torch.isin(scene.style, torch.tensor([STYLES.index(name) for name in COLOURLESS]))
+    p, shown = scene.person, scene.shown
+    return {
+        "look": p.look.where(shown, -1),
+        "gender": p.gender.where(shown, -1),
+        "skin_tone": p.tone.where(shown & colours, -1),
+        "age": p.old.where(shown & colours & sprites().aged[p.look], -1),
+    }
+
+
+def train_vae(folder, steps: int = 3600, batch: int = 16, kl: float = 1e-4) -> VAE:
     """Squared and absolute error, a little KL, a sampled latent: latent diffusion's without a discriminator."""
 
     def loss_of(vae, generator):
@@ -152,24 +176,29 @@ def scaled(vae: VAE, seed: int = 0) -> VAE:
     return new.eval()
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Captions and the latents of their pictures."""
+
+    texts: list[str]
+    z: Tensor  # (M, 4, h, w)
+
+
 @torch.no_grad()
-def make_latents(folder: Path, vae: VAE, copies: int = 288, seed: int = 0) -> Tensor:
-    """Latents z (L, G, K, copies, 4, h, w) of pictures drawn once, `copies` for each look, gender and tone."""
-    file = folder / "latents.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
-    L, G, K = len(LOOKS), len(GENDERS), len(TONES)
-    cell = torch.arange(L * G * K)
-    z = [
-        vae.encode(
-            draw(random_scene(cell // (G * K), cell // K % G, cell % K, generator_for(seed, "latents", n)))
-        )
-        for n in range(copies)
-    ]  # each (L G K, 4, h, w)
-    z = torch.stack(z, 1).view(L, G, K, copies, *z[0].shape[1:])
-    torch.save(z, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
-    return z
+def make_pool(folder: Path, vae: VAE, stage: str, count: int = 48_000, batch: int = 64) -> Pool:
+    """`count` captions of a stage of the U-Net with a picture each, drawn once."""
+    file = folder / f"pool_{stage}.pt"
+    if not file.exists():
+        texts, z = [], []
+        with Progress(count // batch, f"pool_{stage}") as progress:
+            for n in range(count // batch):
+                said, scene = draw_world(batch, generator_for(0, f"pool {stage}", n), stage)
+                texts += [s.text for s in said]
+                z.append(vae.encode(draw(scene)))
+                progress.step("")
+        torch.save({"texts": texts, "z": torch.cat(z)}, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    return Pool(**torch.load(file, weights_only=True))
 
 
 class Painter(nn.Module):
@@ -189,37 +218,35 @@ def tell_apart(network: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.5 if "token" in name else 0.1)
 
 
-def noise_loss(folder: Path, latents: Tensor, stage: str, batch: int):
-    """Mean squared error of the predicted noise, t uniform, a tenth of the prompts empty."""
+def noise_loss(folder: Path, pool: Pool, batch: int):
+    """Mean squared error of the predicted noise, t uniform."""
     schedule = Schedule()
     keep = schedule.alpha_bar.sqrt().float()
     spread = (1 - schedule.alpha_bar).sqrt().float()
-    ids = read_tokenizer(folder)(list(captions().texts))  # (M, T), the same texts in both stages
+    tokenizer = read_tokenizer(folder)
 
     def loss_of(painter, generator):
-        index, *who = draw_captions(batch, generator, stage)
-        copy = torch.randint(latents.shape[3], (batch,), generator=generator)
-        z_0 = latents[(*who, copy)]  # (B, 4, h, w)
+        index = torch.randint(len(pool.z), (batch,), generator=generator)
+        ids = tokenizer([pool.texts[i] for i in index])
+        z_0 = pool.z[index]  # (B, 4, h, w)
         t = torch.randint(schedule.T, (batch,), generator=generator)
         eps = torch.randn(z_0.shape, generator=generator)
         z_t = keep[t].view(-1, 1, 1, 1) * z_0 + spread[t].view(-1, 1, 1, 1) * eps
-        return F.mse_loss(painter.unet(z_t, t, painter.text_encoder(ids[index])), eps)
+        return F.mse_loss(painter.unet(z_t, t, painter.text_encoder(ids)), eps)
 
     return loss_of
 
 
-def train_unet(folder: Path, latents: Tensor, clip: Clip, steps: int = 3600, batch: int = 48) -> Painter:
+def train_unet(folder: Path, vae: VAE, clip: Clip, steps: int = 4800, batch: int = 48) -> Painter:
     """The first stage, from random weights and CLIP's text tower."""
     torch.manual_seed(0)
-    loss_of = noise_loss(folder, latents, "first", batch)
+    loss_of = noise_loss(folder, make_pool(folder, vae, "first"), batch)
     return fit("unet", Painter(clip), loss_of, steps=steps, lr=1e-3, folder=folder, ema=0.998)
 
 
-def polish_unet(
-    folder: Path, latents: Tensor, painter: Painter, steps: int = 1500, batch: int = 48
-) -> Painter:
-    """The second stage: lower rates, and more captions that name a tone."""
-    loss_of = noise_loss(folder, latents, "second", batch)
+def polish_unet(folder: Path, vae: VAE, painter: Painter, steps: int = 4800, batch: int = 48) -> Painter:
+    """The second stage: a lower rate, and more captions of what is hard: tones, pairs, far away, things alone."""
+    loss_of = noise_loss(folder, make_pool(folder, vae, "second"), batch)
     return fit("unet_polish", painter, loss_of, steps=steps, lr=5e-4, folder=folder, ema=0.998)
 
 
@@ -230,105 +257,49 @@ class NamedClip(nn.Module):
         super().__init__()
         self.clip = Clip(ClipConfig.from_dict(CLIP_CONFIG))
         tell_apart(self.clip)
-        classes = {"look": LOOKS, **ATTRIBUTES}
+        classes = {
+            "look": LOOKS,
+            **ATTRIBUTES,
+            "view": VIEWS,
+            "style": STYLES,
+            "thing": ("none", *things()),
+        }
         self.heads = nn.ModuleDict(
             {k: nn.Linear(CLIP_CONFIG["projection_dim"], len(v)) for k, v in classes.items()}
         )
 
 
-def train_clip(folder: Path, steps: int = 600, batch: int = 96, lr: float = 1e-3) -> Clip:
+def train_clip(folder: Path, steps: int = 900, batch: int = 96, lr: float = 1e-3) -> Clip:
     """Symmetric contrastive loss over captions that also name hair and background.
 
     To tell pictures of a batch apart, look and background go a long way, and what decides between two people
-    of one look is learnt late. So the same classifiers also read look, gender and tone off both towers'
-    features, off a text's where it names them.
+    of one look is learnt late. So the same classifiers also read look, attributes, view, style and thing off both
+    towers' features, off a text's where it names them.
     """
     tokenizer = read_tokenizer(folder)
 
     def loss_of(named, generator):
-        scene = balanced_scene(batch, generator)
-        said = describe(scene, generator)
+        said, scene = draw_world(batch, generator, "clip")
         clip = named.clip
-        text, image = clip.encode_text(tokenizer(said.texts)), clip.encode_image(draw(scene))
+        text = clip.encode_text(tokenizer(describe(said, scene, generator)))
+        image = clip.encode_image(draw(scene))
         scale = clip.logit_scale.exp().clamp(max=100)
         logits = scale * image @ text.T  # (B, B)
         same = torch.arange(batch)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-        for name, seen, read in (
-            ("look", scene.look, scene.look),
-            ("gender", scene.gender, said.gender),
-            ("skin_tone", scene.tone, said.tone),
-        ):
+        seen = {**labels(scene), "view": scene.view, "style": scene.style, "thing": scene.thing + 1}
+        for name, told in (("gender", "gender"), ("skin_tone", "tone"), ("age", "old")):
+            named_there = torch.tensor([getattr(s, told) >= 0 for s in said])
+            seen[name] = seen[name], seen[name].where(named_there, -1)
+        for name, label in seen.items():
+            of_image, of_text = label if isinstance(label, tuple) else (label, label)
             head = named.heads[name]
-            loss = loss + F.cross_entropy(head(scale * image), seen)
-            loss = loss + F.cross_entropy(head(scale * text), read, ignore_index=-1)
+            loss = loss + F.cross_entropy(head(scale * image), of_image, ignore_index=-1)
+            loss = loss + F.cross_entropy(head(scale * text), of_text, ignore_index=-1)
         return loss
 
     torch.manual_seed(1)
     return fit("clip", NamedClip(), loss_of, steps=steps, lr=lr, folder=folder, ema=0.99).clip
-
-
-def closer(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A window of each picture, a quarter to 60 % of its side and near its middle, as large as the picture."""
-    size, *place = torch.rand(3, len(x), generator=generator)
-    theta = torch.zeros(len(x), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 0.25 + 0.35 * size
-    theta[:, :, 2] = 0.6 * torch.stack(place, 1) - 0.3
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False, padding_mode="border")
-
-
-def veiled(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture behind a pane, more or less see-through, of any colour, size and place, as goggles are."""
-    side = torch.linspace(-1, 1, x.shape[-1])
-    cx, cy, w, h, alpha = torch.rand(5, len(x), 1, generator=generator)
-    colour = torch.rand(len(x), 3, 1, 1, generator=generator)
-    inside_x = (side - (1.6 * cx - 0.8)).abs() < 0.1 + 0.4 * w  # (B, W)
-    inside_y = (side - (1.6 * cy - 0.8)).abs() < 0.1 + 0.3 * h  # (B, H)
-    pane = (inside_y[:, :, None] & inside_x[:, None]) * (0.3 + 0.7 * alpha[:, :, None])  # (B, H, W)
-    return torch.lerp(x, (2 * colour - 1).expand_as(x), pane[:, None].expand_as(x))
-
-
-def train_classifier(folder: Path, role: str, vae: VAE, batch: int = 64) -> Classifier:
-    """Cross-entropy with smoothed labels on balanced pictures, half of them through the VAE, with noise.
-
-    Half of the pictures are seen closer, and then for their tone alone, and some are partly covered: what skin
-    looks like must be learnt from any skin that shows, not from which tones a look was shown with.
-    """
-
-    def loss_of(classifier, generator):
-        scene = balanced_scene(2 * batch, generator)
-        scene = scene[(~held_out(scene.look, scene.tone)).nonzero()[:batch, 0]]
-        x = draw(scene)
-        half = len(x) // 2
-        with torch.no_grad():
-            x = torch.cat([vae.decode(vae.encode(x[:half])).clamp(-1, 1), x[half:]])
-        near, covered = (torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5 for _ in range(2))
-        x = torch.where(near, closer(x, generator), x)
-        x = torch.where(covered, veiled(x, generator), x)
-        x = x + 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(
-            x.shape, generator=generator
-        )
-        logits = classifier(x)
-        return sum(
-            F.cross_entropy(logits[name], label, label_smoothing=0.05, ignore_index=-1)
-            for name, label in (
-                ("gender", scene.gender.where(~near.flatten(), -1)),
-                ("skin_tone", scene.tone),
-            )
-        )
-
-    seed = 2 + list(CLASSIFIER_CONFIG).index(role)
-    torch.manual_seed(seed)
-    config = MobileNetConfig(**CLASSIFIER_CONFIG[role], num_logits=sum(map(len, ATTRIBUTES.values())))
-    classifier = Classifier(MobileNetV3(config), ATTRIBUTES)
-    for module in classifier.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.05  # the usual 0.01 is for runs a hundred times longer
-    steps = CLASSIFIER_STEPS[role]
-    return fit(
-        f"classifier_{role}", classifier, loss_of, steps=steps, lr=2e-3, folder=folder, seed=seed, ema=0.99
-    )
 
 
 @torch.no_grad()

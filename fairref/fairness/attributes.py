@@ -67,6 +67,12 @@ def parse_target(text: str, attributes: dict[str, tuple[str, ...]]) -> Attribute
     return Attribute(name, classes, target)
 
 
+def parse_attributes(text: str, attributes: dict[str, tuple[str, ...]]) -> list[Attribute]:
+    """What --attr says: "gender", "gender,race", each with equal shares, or one with its own, "gender=0.3,0.7"."""
+    names = [text] if "=" in text else text.split(",")
+    return [parse_target(name, attributes) for name in names]
+
+
 @dataclass(frozen=True)
 class JointTarget:
     """Several attributes and a target for every combination of their classes. Raises UserError."""
@@ -85,6 +91,22 @@ class JointTarget:
         axis = list(self.classes).index(name)
         others = tuple(a for a in range(self.table.ndim) if a != axis)
         return Attribute(name, self.classes[name], tuple(self.table.sum(others).tolist()))
+
+    def ordered(self, names: list[str]) -> "JointTarget":
+        """The same target with its attributes in this order."""
+        axes = [list(self.classes).index(name) for name in names]
+        return JointTarget({name: self.classes[name] for name in names}, self.table.transpose(axes))
+
+    def given(self, name: str, k: int) -> "JointTarget":
+        """The target where one attribute must be its class k, and the others are as they are in that class."""
+        axis = list(self.classes).index(name)
+        others = self.table.take(k, axis)
+        others = (
+            others if others.any() else self.table.sum(axis)
+        )  # nobody is to be of class k: as in all classes
+        table = np.zeros_like(self.table)
+        np.moveaxis(table, axis, 0)[k] = others / others.sum()
+        return JointTarget(self.classes, table)
 
     def and_in_every_group(self, attribute: Attribute) -> "JointTarget":
         """One attribute more, with the same target within every group: D(g) D(a | g), D(a | g) = D(a).

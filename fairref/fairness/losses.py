@@ -37,8 +37,14 @@ def image_loss(x: Tensor, o: Tensor, features: Iterable[Callable], N: int) -> Te
     `x`, `o` (n, 3, H, W) in [-1, 1]: generated images, clamped, and the frozen model's from the same noise.
     `features`: functions of images to (n, D): CLIP, or CLIP and DINO. No gradient flows into `o`.
     """
-    distances = [1 - F.cosine_similarity(f(x), f(o).detach(), dim=1) for f in features]  # each (n,)
+    pairs = [[_full(f(picture)) for picture in (x, o.detach())] for f in features]
+    distances = [1 - F.cosine_similarity(of_x, of_o.detach(), dim=1) for of_x, of_o in pairs]  # each (n,)
     return torch.stack(distances).sum(0) / N
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32: one minus a cosine near 1 has no digits left in float16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def agreement(y: Tensor, confident: Tensor, original: Tensor) -> Tensor:

@@ -10,21 +10,23 @@ FLOOR_DRAWS = 100_000
 BLEND = 0.8  # an image whose largest class probability is below blends classes
 
 
-def class_counts(classes: Tensor, K: int) -> np.ndarray:
-    """How often each class 0..K-1 occurs in `classes` (n,) -> array (K,)."""
-    return np.bincount(np.asarray(torch.as_tensor(classes, dtype=torch.long).cpu()), minlength=K)
+def joint_counts(classes: list, shape: tuple[int, ...]) -> np.ndarray:
+    """How often each joint class occurs: classes (n,) long of each of A attributes -> array (K_1, ..., K_A)."""
+    index = np.ravel_multi_index([np.asarray(of_one.cpu()) for of_one in classes], shape)
+    return np.bincount(index, minlength=int(np.prod(shape))).reshape(shape)
 
 
-def bias(counts: np.ndarray) -> np.ndarray:
+def bias(counts: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
     """bias(P) = 1/(K(K-1)/2) Σ_{i<j} |freq(i) - freq(j)| of counts or frequencies (..., K) -> (...).
 
-    0 for equal shares, 2/K for a single class. Raises ValueError where there is no image.
+    0 for equal shares, 2/K for a single class. With a target (K,), its shares are taken from the frequencies: 0 where
+    it is met, and for equal shares the same. Raises ValueError where there is no image.
     """
     counts = np.asarray(counts, np.float64)
     total = counts.sum(-1, keepdims=True)
     if counts.shape[-1] < 2 or not (total > 0).all():
         raise ValueError(f"counts are {counts.tolist()}; a bias needs at least two classes and one image.")
-    freq = counts / total
+    freq = counts / total - (0 if target is None else np.asarray(target))
     i, j = np.triu_indices(counts.shape[-1], 1)  # all pairs i < j
     return np.abs(freq[..., i] - freq[..., j]).mean(-1)
 
@@ -54,6 +56,6 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a, b, dim=1).mean().item()
 
 
-def blends(logits: Tensor) -> int:
-    """How many images (n, K) have no class of probability 0.8 or more."""
-    return int((logits.softmax(1).amax(1) < BLEND).sum())
+def blends(logits: list[Tensor]) -> int:
+    """How many images have, in one of the attributes (n, K_a), no class of probability 0.8 or more."""
+    return int(torch.stack([of_one.softmax(1).amax(1) < BLEND for of_one in logits]).any(0).sum())

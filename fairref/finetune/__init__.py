@@ -1,1 +1,1 @@
-"""Finetuning: the one room that knows both the sampler and fairness. Read recipes, adapters, trainer."""
+"""Finetuning: the one room that knows both the sampler and fairness. Read recipes, adapters, iteration, trainer."""

@@ -1,28 +1,37 @@
-"""LoRA on the text encoder, and its file.
+"""What finetuning trains, and its file: LoRA on the text encoder or the U-Net, or soft tokens before the prompt.
 
-W x becomes W x + up down x, with up (out, r) = 0 and down (r, in) ~ N(0, 1/r^2) at the start, scale 1, no
-alpha: the first adapted embedding is the frozen one bit for bit. A file holds the two matrices of each
-adapted layer in float32, as `text_encoder.<name of the layer>.lora_down.weight` and `.lora_up.weight`, and,
-as metadata, what it was made from. A run's adapter.safetensors is the moving average (`average`: "ema"), its
-adapter_raw.safetensors the last value ("raw").
+LoRA: W x becomes W x + up down x, with up (out, r) = 0 and down (r, in) ~ N(0, 1/r^2) at the start, scale 1, no
+alpha, so the adapted network starts as the frozen one bit for bit. Prefix: P token embeddings after BOS, each at
+first the embedding of a random token (`rollout.embed` puts them in).
+
+A file holds, in float32, `<network>.<layer>.lora_down.weight` and `.lora_up.weight` of each adapted layer, or
+`prefix` (P, D), and what it was made from. A run's adapter.safetensors is the moving average (`average`: "ema"),
+its adapter_raw.safetensors the last value ("raw").
 """
 
 import copy
-import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fairref.bundle import Bundle
 from fairref.errors import UserError
-from fairref.weights_io import load_strict, read
+from fairref.weights_io import load_strict, read, read_info, write
 
-ADAPTED = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-FORMAT = "fairref-lora-1"
+COMPONENTS = {  # name -> what of the bundle is adapted
+    "prefix": ("prefix",),
+    "text_encoder": ("text_encoder",),
+    "unet": ("unet",),
+    "both": ("text_encoder", "unet"),
+}
+LAYERS = {  # network -> the ends of its adapted layers' names: attention, and in the text encoder the MLP
+    "text_encoder": (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2"),
+    "unet": (".to_q", ".to_k", ".to_v", ".to_out.0"),
+}
+FORMAT = "fairref-adapter-1"
 FILE = "adapter.safetensors"
-PREFIX = "text_encoder."
 
 
 class LoRALinear(nn.Module):
@@ -42,54 +51,74 @@ class LoRALinear(nn.Module):
 
 
 class Adapter(nn.Module):
-    """The matrices of all adapted layers, the parameters that the text encoder uses, named as in the file."""
+    """All that is trained: the parameters that the adapted bundle uses, named as in the file."""
 
-    def __init__(self, layers: dict[str, LoRALinear]):
-        super().__init__()
-        for name, layer in layers.items():
-            place = self
-            for part in f"{PREFIX}{name}".split("."):
-                if part not in place._modules:
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
-            place.lora_down, place.lora_up = layer.lora_down, layer.lora_up
+    def put(self, name: str, layer: LoRALinear) -> None:
+        """Takes in the two matrices of the layer with this name."""
+        place = self
+        for part in name.split("."):
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.lora_down, place.lora_up = layer.lora_down, layer.lora_up
 
 
 def adapt(
-    text_encoder: nn.Module, rank: int, generator: torch.Generator | None = None
-) -> tuple[nn.Module, Adapter]:
-    """A text encoder with LoRA and its adapter, whose parameters require grad; the frozen weights are shared.
+    bundle: Bundle,
+    component: str,
+    rank: int = 50,
+    tokens: int = 5,
+    generator: torch.Generator | None = None,
+) -> tuple[Bundle, Adapter]:
+    """An adapted bundle, which shares its frozen weights with the one given, and the adapter that is to be trained.
 
-    The encoder given stays as it is. `generator` (on the CPU) draws down.
+    The bundle given stays as it is. `rank` of LoRA, `tokens` of the prefix; `generator` (on the CPU) draws the start.
     """
-    shared = {id(tensor): tensor for tensor in (*text_encoder.parameters(), *text_encoder.buffers())}
-    adapted = copy.deepcopy(text_encoder, shared)
-    targets = [
-        name
-        for name, m in adapted.named_modules()
-        if name.split(".")[-1] in ADAPTED and isinstance(m, nn.Linear)
-    ]
-    layers = {}
-    for name in targets:
-        parent = adapted.get_submodule(name.rpartition(".")[0])
-        layers[name] = LoRALinear(adapted.get_submodule(name), rank)
-        down = layers[name].lora_down.weight
-        values = torch.randn(down.shape, generator=generator) / rank
-        down.data.copy_(values)
-        setattr(parent, name.rpartition(".")[2], layers[name])
-    return adapted.eval(), Adapter(layers)
+    adapter, changed = Adapter(), {}
+    for part in COMPONENTS[component]:
+        if part == "prefix":
+            adapter.prefix = nn.Parameter(first_tokens(bundle, tokens, generator))
+            changed[part] = adapter.prefix
+            continue
+        changed[part], layers = with_lora(getattr(bundle, part), LAYERS[part], rank, generator)
+        for name, layer in layers.items():
+            adapter.put(f"{part}.{name}", layer)
+    return replace(bundle, **changed), adapter
 
 
-def save_adapter(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes adapter tensors under the names of the file, by way of a temporary name."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()
-    }
-    rank = next(tensor.shape[0] for name, tensor in tensors.items() if "lora_down" in name)
-    save_file(tensors, temporary, metadata={**metadata, "format": FORMAT, "rank": str(rank), "scale": "1"})
-    os.replace(temporary, path)
+def with_lora(
+    network: nn.Module, ends: tuple[str, ...], rank: int, generator: torch.Generator | None
+) -> tuple[nn.Module, dict[str, LoRALinear]]:
+    """The network with LoRA on the layers whose names have these ends, and those layers by name."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    adapted, layers = copy.deepcopy(network, shared), {}
+    for name, layer in list(adapted.named_modules()):
+        if name.endswith(ends) and isinstance(layer, nn.Linear):
+            layers[name] = LoRALinear(layer, rank)
+            down = layers[name].lora_down.weight
+            down.data.copy_(torch.randn(down.shape, generator=generator) / rank)
+            parent, _, last = name.rpartition(".")
+            setattr(adapted.get_submodule(parent), last, layers[name])
+    return adapted.eval(), layers
+
+
+def first_tokens(bundle: Bundle, tokens: int, generator: torch.Generator | None) -> Tensor:
+    """The embeddings (tokens, D) of random tokens that are neither BOS nor EOS, in at least float32."""
+    tokenizer, encoder = bundle.tokenizer, bundle.text_encoder
+    if not 1 <= tokens <= tokenizer.length - 3:
+        raise UserError(
+            f"The prefix has {tokens} tokens; expected 1 to {tokenizer.length - 3}, which leave room."
+        )
+    ids = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in (tokenizer.bos, tokenizer.eos)])
+    ids = ids[torch.randint(len(ids), (tokens,), generator=generator)]
+    rows = encoder.embed(ids.to(next(encoder.parameters()).device)).detach()
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def save_adapter(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
+    """Writes an adapter's tensors under their names; `info` says what they were made from. Raises UserError."""
+    tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+    write(path, tensors, {**info, "format": FORMAT})
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -103,21 +132,34 @@ def adapter_file(path: str | Path) -> Path:
     return file
 
 
-def load_adapter(text_encoder: nn.Module, path: str | Path) -> nn.Module:
-    """The text encoder with the adapter of a file or a run's folder, frozen. Raises UserError."""
+def load_adapter(bundle: Bundle, path: str | Path) -> Bundle:
+    """The bundle with the adapter of a file or a run's folder, frozen. Raises UserError."""
     file = adapter_file(path)
-    tensors = read(file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
-    if metadata.get("format") != FORMAT or metadata.get("scale") != "1":
-        found = metadata.get("format", "another format")
+    tensors, found = read(file), read_info(file).get("format", "another format")
+    if found != FORMAT:
         raise UserError(f"{file}: found {found}, expected an adapter that train.py wrote ({FORMAT}).")
-    down = next((tensor for name, tensor in tensors.items() if name.endswith(".lora_down.weight")), None)
-    if down is None or down.dim() != 2:
-        raise UserError(f"{file}: no matrix lora_down.weight in it; use a file that train.py wrote.")
-    adapted, adapter = adapt(text_encoder, down.shape[0])
+    component, size = _shape(file, tensors)
     try:
-        load_strict(adapter, tensors, str(file))
+        adapted, adapter = adapt(bundle, component, size, size)
+        load_strict(adapter, tensors, "the adapter")
     except UserError as error:
-        raise UserError(f"{error} An adapter fits only the weights it was made from.") from None
-    return adapted.requires_grad_(False)
+        raise UserError(f"{file}: {error} An adapter fits only the weights it was made from.") from None
+    adapter.requires_grad_(False)
+    return adapted
+
+
+def _shape(file, tensors):
+    """Component, and the rank or the number of tokens, of an adapter."""
+    parts = {name.split(".")[0] for name in tensors}
+    component = next((name for name, of in COMPONENTS.items() if set(of) == parts), None)
+    sizes = [
+        t.shape[0]
+        for name, t in tensors.items()
+        if name.endswith(("prefix", "lora_down.weight")) and t.dim() == 2
+    ]
+    if component is None or not sizes:
+        known = ", ".join(LAYERS)
+        raise UserError(
+            f"{file}: found no prefix or lora_down.weight of {known} alone; use a file that train.py wrote."
+        )
+    return component, sizes[0]

@@ -1,8 +1,8 @@
 """What a run leaves in its folder, so that it can be stopped at any time and resumed.
 
-checkpoint.safetensors: adapter, moving average, AdamW's two averages, each tensor under `adapter.`, `ema.`,
-`exp_avg.` or `exp_avg_sq.` and its name in the adapter; metadata: iteration (how many are done), updates (of
-the optimizer). settings.json: the resolved settings. metrics.jsonl: one line an iteration.
+checkpoint-000200.safetensors, of iteration 200 and so on: adapter, moving average, AdamW's two averages, each tensor
+under `adapter.`, `ema.`, `exp_avg.` or `exp_avg_sq.` and its name in the adapter; metadata: State's other fields.
+settings.json: the resolved settings. metrics.jsonl: one line an iteration.
 """
 
 import json
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fairref.errors import UserError
-from fairref.weights_io import read, read_json
+from fairref.weights_io import read, read_info, read_json, write
 
-CHECKPOINT, SETTINGS, METRICS = "checkpoint.safetensors", "settings.json", "metrics.jsonl"
+SETTINGS, METRICS = "settings.json", "metrics.jsonl"
+NUMBERS = ("iteration", "updates", "best", "streak", "unusable")  # of a State, in a checkpoint's metadata
 
 
 @dataclass
@@ -30,14 +29,22 @@ class State:
     optimizer: torch.optim.AdamW
     iteration: int = 0  # iterations done
     updates: int = 0  # iterations that changed the adapter
+    best: dict | None = None  # iteration, bias and CLIP-I of the best validation
+    streak: int = 0  # validations in a row that were fair enough
+    unusable: int = 0  # iterations in a row whose gradient was not finite
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name in the file -> parameter."""
         return dict(self.adapter.named_parameters())
 
 
-def save(folder: Path, state: State) -> None:
-    """Writes the checkpoint under a temporary name and renames it."""
+def saved(folder: Path) -> list[Path]:
+    """The folder's checkpoints, the newest last."""
+    return sorted(folder.glob("checkpoint-*.safetensors"))
+
+
+def save(folder: Path, state: State, keep: int = 1) -> None:
+    """Writes a checkpoint, and removes those before the newest `keep`. Raises UserError."""
     tensors = {}
     for name, parameter in state.parameters().items():
         tensors[f"adapter.{name}"], tensors[f"ema.{name}"] = parameter.detach(), state.ema[name]
@@ -45,21 +52,19 @@ def save(folder: Path, state: State) -> None:
             tensors[f"{key}.{name}"] = state.optimizer.state.get(parameter, {}).get(
                 key, torch.zeros_like(parameter)
             )
-    temporary = folder / f"{CHECKPOINT}.part"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata={"iteration": str(state.iteration), "updates": str(state.updates)})
-    os.replace(temporary, folder / CHECKPOINT)
+    path = folder / f"checkpoint-{state.iteration:06d}.safetensors"
+    write(path, tensors, {name: getattr(state, name) for name in NUMBERS})
+    for old in saved(folder)[:-keep]:
+        old.unlink()
 
 
 @torch.no_grad()
 def restore(folder: Path, state: State) -> None:
-    """Fills `state` from the folder's checkpoint; without one it stays as it is. Raises UserError."""
-    path = folder / CHECKPOINT
-    if not path.is_file():
+    """Fills `state` from the folder's newest checkpoint; without one it stays as it is. Raises UserError."""
+    if not saved(folder):
         return
-    tensors = read(path)
-    with safe_open(path, "pt") as opened:
-        metadata = opened.metadata() or {}
+    path = saved(folder)[-1]
+    tensors, info = read(path), read_info(path)
     parameters = state.parameters()
     wanted = {
         f"{kind}.{name}": p
@@ -67,11 +72,10 @@ def restore(folder: Path, state: State) -> None:
         for name, p in parameters.items()
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != {name: p.shape for name, p in wanted.items()} or not {"iteration", "updates"} <= set(
-        metadata
-    ):
+    if shapes != {name: p.shape for name, p in wanted.items()} or not set(NUMBERS) <= set(info):
         raise UserError(f"{path}: doesn't belong to the settings beside it; start a new run.")
-    state.iteration, state.updates = int(metadata["iteration"]), int(metadata["updates"])
+    for name in NUMBERS:
+        setattr(state, name, info[name])
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"adapter.{name}"])
         state.ema[name] = tensors[f"ema.{name}"].to(parameter)

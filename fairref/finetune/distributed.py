@@ -2,10 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fairref.errors import UserError
+
+PATIENCE = timedelta(
+    minutes=30
+)  # with a process that is alive and silent; one that is dead is noticed at once
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,21 @@ class Processes:
         whole = torch.zeros(N, *rows.shape[1:], dtype=rows.dtype, device=self.device)
         part = self.part(N)
         whole[part.start : part.stop] = rows.to(self.device)
-        dist.all_reduce(whole)  # x + 0 is x exactly
+        _together(dist.all_reduce, whole)  # x + 0 is x exactly
         return whole.to(rows.device)
 
     def total(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sums over processes, in one message."""
         if self.world == 1:
             return tensors
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self.device)
-        dist.all_reduce(flat)
+        flat = torch.cat([tensor.reshape(-1).to(self.device) for tensor in tensors])
+        _together(dist.all_reduce, flat)
         pieces = flat.split([tensor.numel() for tensor in tensors])
         return [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors)]
+
+    def any(self, flag: bool) -> bool:
+        """Whether one of the processes says so."""
+        return bool(self.total([torch.tensor(float(flag))])[0]) if self.world > 1 else flag
 
     def share(self, text: str) -> str:
         """The first process's text, for all."""
@@ -51,20 +62,31 @@ class Processes:
             return text
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         length = torch.tensor(len(data), device=self.device)
-        dist.broadcast(length, 0)
+        _together(dist.broadcast, length, 0)
         data = data if self.first else torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, 0)
+        _together(dist.broadcast, data, 0)
         return bytes(data.tolist()).decode()
 
     def wait(self) -> None:
         """Until all processes are here: what the first one wrote before can be read after."""
         if self.world > 1:
-            dist.barrier()
+            _together(dist.barrier)
 
     def stop(self) -> None:
         """Ends the process group."""
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def _together(collective, *arguments):
+    """A collective call. Raises UserError where another process is gone, which would else be a library's complaint."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"another process of this run has ended, see its message ({reason}); go on with --resume."
+        ) from error
 
 
 def start(device: torch.device) -> tuple[Processes, torch.device]:
@@ -77,5 +99,5 @@ def start(device: torch.device) -> tuple[Processes, torch.device]:
         return Processes(), device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), world, device), device

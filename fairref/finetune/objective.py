@@ -1,18 +1,23 @@
 """What the pictures of an iteration are held against, and the gradient of the loss at the end of their path.
 
-N images of one prompt over all processes, n of them here, m of these in one micro-batch, K classes. With a face
-detector only faces count for L_align and L_face: M of the images show one. Without, the whole picture does.
+N images of one prompt over all processes, n of them here, m of these in one micro-batch; A attributes, K_a classes
+of each. With a face detector only faces count for L_align and L_face: M of the images show one. Without, the whole
+picture does.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fairref.bundle import Bundle
+from fairref.diffusion.gradient import loss_gradient, pull
+from fairref.diffusion.sampler import network_dtype
 from fairref.errors import UserError
 from fairref.fairness import losses
-from fairref.fairness.attributes import Attribute
+from fairref.fairness.attributes import JointTarget
 from fairref.fairness.faces import (
     Faces,
     aligned,
@@ -35,12 +40,13 @@ SUMS = ("loss", "align", "image", "face", "confident", "faces")  # what `picture
 class Setup:
     """What stays the same in a run."""
 
-    bundle: object  # fairref.bundle.Bundle with clip and classifiers["finetune"]
+    bundle: Bundle  # the frozen model, with clip and classifiers["finetune"]
     recipe: Recipe
-    attribute: Attribute  # what is made fair, and its target
-    prompts: tuple[str, ...]  # P of finetuning, all neutral
+    target: JointTarget  # what is made fair, and the shares of it
+    prompts: tuple[tuple[str, ...], ...]  # of finetuning, all neutral: those of each concept
     processes: Processes = Processes()
-    named: tuple[tuple[str, int], ...] = ()  # prompts that name a class, and its index
+    named: tuple[tuple[str, str, int], ...] = ()  # prompts that name a class, its attribute, and its index
+    validation: tuple[str, ...] = ()  # V prompts by which adapters are compared; none: they are not
 
     def __post_init__(self):
         for found, what in (
@@ -51,6 +57,8 @@ class Setup:
                 raise UserError(
                     f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one."
                 )
+        if not self.prompts or not all(self.prompts):
+            raise UserError("--prompts names a concept without a prompt for finetuning; give another one.")
         if self.recipe.batch < self.processes.world:
             raise UserError(
                 f"--batch is {self.recipe.batch} for {self.processes.world} processes; give each an image."
@@ -61,15 +69,25 @@ class Setup:
         """What L_img compares pictures by: CLIP, and DINO where the bundle has it."""
         return [f for f in (self.bundle.clip.encode_image, self.bundle.dino) if f is not None]
 
-    def classify(self, x: Tensor, faces: Faces | None) -> Tensor:
-        """Logits of the attribute by the classifier for finetuning: `classify`."""
+    def classify(self, x: Tensor, faces: Faces | None) -> dict[str, Tensor]:
+        """Logits of each attribute by the classifier for finetuning: `classify`."""
         classifier = self.bundle.classifiers["finetune"]
-        return classify(classifier, self.attribute.name, x, faces, self.recipe.micro_batch)
+        return classify(classifier, tuple(self.target.classes), x, faces, self.recipe.micro_batch)
 
     @property
     def judges_faces(self) -> bool:
         """Whether there is an L_face."""
         return self.bundle.embedder is not None and self.recipe.lambda_face > 0
+
+
+class Task(NamedTuple):
+    """What one iteration draws."""
+
+    prompt: str
+    target: JointTarget
+    named: bool  # whether the prompt names a class
+    S: int
+    guidance: float
 
 
 @dataclass(frozen=True)
@@ -81,8 +99,8 @@ class Pictures:
     faces: Faces | None  # of x; None without a detector
     o: Tensor  # (n, 3, H, W) the frozen model's
     o_faces: Faces | None
-    o_class: Tensor  # (n,) of o; says nothing where o shows no face
-    o_sure: Tensor  # (n,) bool: o shows a face, if faces count, whose class has p >= SURE
+    o_class: Tensor  # (n, A) of o; says nothing where o shows no face
+    o_sure: Tensor  # (n,) bool: o shows a face, if faces count, each of whose classes has p >= SURE
     o_embedding: Tensor | None  # (n, D) of o's face, zero where there is none; None without L_face
 
     def part(self, rows: Tensor) -> "Pictures":
@@ -90,76 +108,83 @@ class Pictures:
         return Pictures(*(None if v is None else v[rows] for v in vars(self).values()))
 
 
-def look(setup: Setup, table, z_T: Tensor, path: list, prompt: str, adapted: Tensor) -> Pictures:
-    """The pictures at the end of the path, and the frozen model's; `adapted` (2, T, d) is [c, c_empty]."""
+def look(setup: Setup, model: Bundle, table, path: list, task: Task, both: Tensor) -> Pictures:
+    """The pictures at the end of the adapted model's path, and the frozen model's; `both` is its [c, c_empty]."""
     bundle, recipe = setup.bundle, setup.recipe
     with torch.no_grad():
         z_0 = path[-1].z
         x = in_parts(lambda part: decode(bundle, part), z_0, recipe.micro_batch)
-        frozen = embed(bundle, bundle.text_encoder, [prompt, ""])
-        if torch.equal(frozen, adapted):  # an adapter at its start: the two models draw the same
+        frozen = embed(bundle, task.prompt)
+        if model.unet is bundle.unet and torch.equal(frozen, both):  # both models draw the same
             o = x
         else:
-            c, c_empty = frozen.split(1)
-            z_o = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)[-1].z
+            z_o = rollout(bundle, table, path[0].z, *frozen.split(1), task.guidance)[-1].z
             o = in_parts(lambda part: decode(bundle, part), z_o, recipe.micro_batch)
         faces, o_faces = faces_of(bundle, x), faces_of(bundle, o)
-        o_p, o_class = setup.classify(o, o_faces).softmax(1).max(1)
+        o_logits = setup.classify(o, o_faces).values()
+        o_p, o_class = (torch.stack(v, 1) for v in zip(*(logits.softmax(1).max(1) for logits in o_logits)))
         found = None if o_faces is None else o_faces.found
         o_embedding = spread(embeddings(setup, o, o_faces), found) if setup.judges_faces else None
-        return Pictures(
-            z_0, x, faces, o, o_faces, spread(o_class, found), spread(o_p >= SURE, found), o_embedding
-        )
+        sure = (o_p >= SURE).all(1)
+        return Pictures(z_0, x, faces, o, o_faces, spread(o_class, found), spread(sure, found), o_embedding)
 
 
-def picture_gradient(setup: Setup, pictures: Pictures, q: Tensor) -> tuple[Tensor, Tensor]:
+def picture_gradient(setup: Setup, pictures: Pictures, q: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """g = dL/dz_0 (n, 4, h, w) of L = L_align + lambda_img L_img + lambda_face L_face, and its SUMS over images.
 
-    `q` (n, K) are these images' rows of eq 5. L and its terms are already divided by N.
+    `q` (n, K_a) are these images' rows of eq 5. L and its terms are already divided by N.
     """
-    q = q.to(pictures.x.device)
+    q = {name: rows.to(pictures.x.device) for name, rows in q.items()}
     g, sums = torch.zeros_like(pictures.z_0), pictures.x.new_zeros(len(SUMS), dtype=torch.float64)
-    for rows in torch.arange(len(q)).split(setup.recipe.micro_batch or max(len(q), 1)):
+    for rows in torch.arange(len(g)).split(setup.recipe.micro_batch or max(len(g), 1)):
         part = pictures.part(rows)
         x = part.x.requires_grad_(True)
-        loss, values = loss_of(setup, x, part, q[rows])
-        (dx,) = torch.autograd.grad(loss, x)
+        loss, values = loss_of(setup, x, part, {name: of_all[rows] for name, of_all in q.items()})
+        dtype = network_dtype(setup.bundle.vae, x)
+        dx = loss_gradient(loss, x, dtype)
         z_0 = part.z_0.requires_grad_(True)
-        (g[rows],) = torch.autograd.grad(decode(setup.bundle, z_0), z_0, dx)
+        (g[rows],) = pull(decode(setup.bundle, z_0), [z_0], dx, dtype)
         sums += values
     return g, sums
 
 
-def loss_of(setup: Setup, x: Tensor, p: Pictures, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of images x = p.x with target rows q (m, K), summed, and the SUMS (METHOD.md §5)."""
-    recipe, name, N = setup.recipe, setup.attribute.name, setup.recipe.batch
+def loss_of(setup: Setup, x: Tensor, p: Pictures, q: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss of images x = p.x with target rows q (m, K_a), summed, and the SUMS (METHOD.md §5)."""
+    recipe, N = setup.recipe, setup.recipe.batch
     found, o_found = (None if f is None else f.found for f in (p.faces, p.o_faces))
-    align, confident = losses.align_loss(setup.classify(x, p.faces), at(q, found), recipe.C, N)  # (M,)
-    confident = spread(confident, found)  # (m,)
-    agrees = {name: losses.agreement(q.argmax(1), confident, p.o_class)}
+    logits, align, sure, agrees = setup.classify(x, p.faces), 0, [], {}
+    for a, (name, rows) in enumerate(q.items()):
+        values, confident = losses.align_loss(logits[name], at(rows, found), recipe.C, N)  # (M,)
+        align = align + values
+        sure.append(spread(confident, found))  # (m,)
+        agrees[name] = losses.agreement(rows.argmax(1), sure[-1], p.o_class[:, a])
+    sure = torch.stack(sure)  # (A, m)
 
-    weights = losses.dynamic_weights(
-        agrees, recipe.lambda_img, {name: recipe.lambda_img * recipe.lambda_2}, found, o_found
-    )
+    lambda_2 = {name: recipe.lambda_img * share for name, share in recipe.lambda_2.items()}
+    weights = losses.dynamic_weights(agrees, recipe.lambda_img, lambda_2, found, o_found)
     pixels = x
     if p.faces is not None:
-        factors = losses.region_factors(agrees, {name: recipe.lambda_3})
+        factors = losses.region_factors(agrees, recipe.lambda_3)
         pixels = scale_gradient(x, shared_boxes(p.faces, p.o_faces), factors)
     image = losses.image_loss(pixels, p.o, setup.features, N)  # (m,)
 
-    face = x.new_zeros(0)
-    if setup.judges_faces:
-        judged = p.faces.only(confident)
-        e = embeddings(setup, x, judged)  # (those judged, D)
-        own_counts = (agrees[name] & p.o_sure) if recipe.face_reference == "original" else confident & False
-        references = losses.face_references(
-            e, p.o_embedding[judged.found], own_counts[judged.found], setup.bundle.face_features
-        )
-        face = losses.face_loss(e, references, N)
+    face = face_part(setup, x, p, sure.any(0), torch.stack(list(agrees.values())).all(0))
     loss = losses.total_loss(align, image, weights.to(image), recipe.lambda_face * face)
     seen = len(x) if found is None else found.sum()
-    parts = [loss, align.sum(), image.sum(), face.sum(), confident.sum(), torch.as_tensor(seen)]
+    parts = [loss, align.sum(), image.sum(), face.sum(), sure.double().mean(0).sum(), torch.as_tensor(seen)]
     return loss, torch.stack([part.detach().double().to(x.device) for part in parts])
+
+
+def face_part(setup: Setup, x: Tensor, p: Pictures, confident: Tensor, agree: Tensor) -> Tensor:
+    """L_face of the faces in x that have a confident (m,) target; `agree` (m,): the original has all of its classes."""
+    if not setup.judges_faces:
+        return x.new_zeros(0)
+    judged = p.faces.only(confident)
+    e = embeddings(setup, x, judged)  # (those judged, D)
+    own = (agree & p.o_sure)[judged.found] & (setup.recipe.face_reference == "original")
+    external = setup.bundle.face_features
+    references = losses.face_references(e, p.o_embedding[judged.found], own, external)
+    return losses.face_loss(e, references, setup.recipe.batch)
 
 
 def faces_of(bundle, x: Tensor) -> Faces | None:
@@ -167,11 +192,15 @@ def faces_of(bundle, x: Tensor) -> Faces | None:
     return None if bundle.detector is None else find(bundle.detector, x)
 
 
-def classify(classifier: Classifier, name: str, x: Tensor, faces: Faces | None, most: int = 0) -> Tensor:
-    """Logits of an attribute, in at least float32: of the faces (M, K), or of the whole pictures (n, K)."""
+def classify(
+    classifier: Classifier, names: tuple[str, ...], x: Tensor, faces: Faces | None, most: int = 0
+) -> dict[str, Tensor]:
+    """Logits of attributes, in at least float32: of the faces (M, K_a), or of the whole pictures (n, K_a)."""
     rows = x if faces is None else crops(x, faces, classifier.network.config.input_size)
-    logits = in_parts(lambda part: classifier(part)[name], rows, most)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = in_parts(lambda part: torch.cat([classifier(part)[name] for name in names], 1), rows, most)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    sizes = [len(classifier.attributes[name]) for name in names]
+    return dict(zip(names, logits.split(sizes, 1)))
 
 
 def embeddings(setup: Setup, x: Tensor, faces: Faces) -> Tensor:

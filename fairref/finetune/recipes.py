@@ -3,15 +3,58 @@
 import argparse
 import math
 from dataclasses import asdict, dataclass, field, fields
+from typing import NamedTuple
 
 from fairref.errors import UserError
 
 CHOICES = {
+    "component": ("prefix", "text_encoder", "unet", "both"),
     "end": ("zero", "sigma_min"),
-    "standardise": ("paper", "solver", "none"),
+    "gradient": ("paper", "solver", "none", "exact"),
     "face_reference": ("original", "nearest"),
-    "evaluate": ("both", "ema", "raw", "none"),
+    "evaluate": ("both", "best", "ema", "raw", "none"),
 }
+
+
+class Range(NamedTuple):
+    """What is drawn anew at each iteration, from low to high."""
+
+    low: float
+    high: float
+
+
+Shares = float | dict  # one number for every attribute, or attribute -> number
+
+
+def read_range(value) -> Range:
+    """7.5, "19:23" or [19, 23] as a Range; a number is both ends. Raises ValueError."""
+    ends = (
+        value.split(":") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    )
+    if not 1 <= len(ends) <= 2:
+        raise ValueError(value)
+    return Range(*map(_number, (ends[0], ends[-1])))
+
+
+def read_shares(value) -> Shares:
+    """0.2, "gender=0.2,race=0.6" or an object of the same as Shares. Raises ValueError."""
+    if isinstance(value, str) and "=" in value:
+        value = dict(pair.split("=") for pair in value.split(","))
+    if isinstance(value, dict):
+        return {str(name).strip(): float(_number(share)) for name, share in value.items()}
+    return float(_number(value))
+
+
+def _number(value):
+    """A whole number stays whole. Raises ValueError."""
+    if isinstance(value, str):
+        return int(value) if value.strip().isdigit() else float(value)
+    if type(value) not in (int, float):
+        raise ValueError(value)
+    return value
+
+
+READERS = {Range: read_range, Shares: read_shares}  # of the types that a text can hold
 
 
 def setting(default, explanation):
@@ -40,15 +83,25 @@ class Recipe:
     )
     C: float = setting(0.8, "images with a target less certain than this have no L_align (eq 6)")
     lambda_img: float = setting(8.0, "lambda_img,1: weight of L_img (eq 7) where target and original agree")
-    lambda_2: float = setting(0.2, "lambda_2 / lambda_1: share of that weight where they disagree")
-    lambda_3: float = setting(0.2, "lambda_3 / lambda_2: the same inside the face, where they disagree")
+    lambda_2: Shares = setting(
+        0.2,
+        "lambda_2 / lambda_1: share of that weight where they disagree; or by attribute: gender=0.2,race=0.6",
+    )
+    lambda_3: Shares = setting(
+        0.2, "lambda_3 / lambda_2: the same inside the face, where they disagree; or by attribute"
+    )
     lambda_face: float = setting(1.0, "weight of L_face; 0: none")
     face_reference: str = setting(
         "original",
         "whom L_face makes a face like where target and original surely agree: original, or nearest of the external"
         " faces as everywhere else",
     )
+    component: str = setting(
+        "text_encoder",
+        "what is trained: prefix (soft tokens before the prompt), or LoRA on text_encoder, unet or both",
+    )
     rank: int = setting(50, "rank of the LoRA matrices")
+    tokens: int = setting(5, "soft tokens of the prefix")
     lr: float = setting(5e-5, "AdamW's learning rate")
     lr_end: float = setting(1.0, "share of lr at the last iteration, reached along a cosine; 1 is constant")
     warmup: int = setting(0, "iterations over which lr rises linearly")
@@ -60,102 +113,207 @@ class Recipe:
     ema: float = setting(
         0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i"
     )
-    steps_min: int = setting(19, "fewest sampling steps S of an iteration")
-    steps_max: int = setting(23, "most sampling steps S of an iteration")
-    guidance: float = setting(7.5, "classifier-free guidance scale s")
+    steps: Range = setting(
+        Range(19, 23), "sampling steps S, or a range from which each iteration draws, as 19:23"
+    )
+    guidance: Range = setting(
+        Range(7.5, 7.5),
+        "classifier-free guidance scale s, or a range from which each iteration draws, as 1:12",
+    )
     end: str = setting("zero", "end of the solver: zero or sigma_min")
-    standardise: str = setting("paper", "weights of the steps in the gradient: paper, solver or none")
-    grad_steps: int = setting(0, "steps drawn for the gradient, which stays unbiased; 0: all of them")
+    gradient: str = setting(
+        "paper", "weights of the steps in the adjusted gradient: paper, solver or none; or the exact gradient"
+    )
+    grad_steps: int = setting(
+        0, "steps drawn for the adjusted gradient, which stays unbiased; 0: all of them"
+    )
     micro_batch: int = setting(
         0, "most U-Net inputs at once in the gradient, and images decoded at once; 0: all"
     )
     checkpoint_every: int = setting(200, "iterations between checkpoints")
-    evaluate: str = setting("both", "adapters evaluated after the run: both, ema, raw or none")
+    keep: int = setting(1, "checkpoints that are kept, the newest ones")
+    validate_every: int = setting(
+        200, "iterations between validations, which choose the best adapter (of the moving average); 0: never"
+    )
+    validate_prompts: int = setting(10, "prompts of a validation")
+    validate_images: int = setting(30, "images of each")
+    until_bias: float = setting(
+        0.0,
+        "stop at this bias in validation, or at what a fair model measures there, if that is more; 0: never",
+    )
+    patience: int = setting(2, "validations in a row that must find no more than until_bias")
+    grid_every: int = setting(200, "iterations between sample grids; 0: never")
+    tensorboard: bool = setting(False, "write the metrics for TensorBoard, too (extra log)")
+    compile: bool = setting(False, "torch.compile the U-Net")
+    recompute: bool = setting(
+        False,
+        "compute a U-Net block again in its backward pass instead of keeping what it needs: less memory",
+    )
+    evaluate: str = setting(
+        "both", "adapters evaluated after the run: both (ema and raw), best, ema, raw or none"
+    )
     eval_steps: int = setting(25, "sampling steps of evaluation and of sample.py")
+    eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py")
     eval_images: int = setting(60, "images of each unseen occupation in evaluation")
     eval_images_train: int = setting(60, "images of each finetuning occupation in evaluation; 0: none")
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))
-            elif type(value) is not f.type:
-                raise UserError(f"recipe: {f.name} is {value!r}; expected a value of type {f.type.__name__}.")
-            if f.type is not str and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"recipe: {f.name} is {value}; expected a number from 0 up.")
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"recipe: {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}."
                 )
-        at_least_1 = (
-            "iterations",
-            "batch",
-            "group",
-            "rank",
-            "steps_min",
-            "eval_steps",
-            "eval_images",
-            "checkpoint_every",
-        )
-        for name in at_least_1:
+        for name in AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("C", "lambda_2", "lambda_3", "lr_end", "beta_1", "beta_2", "ema"):
-            if getattr(self, name) > 1:
+        for name in AT_MOST_1:
+            if any(value > 1 for value in _numbers(getattr(self, name))):
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most 1.")
-        if self.steps_max < self.steps_min:
+        if not all(type(S) is int and S >= 1 for S in self.steps):
+            raise UserError(f"recipe: steps is {shown(self.steps)}; expected whole numbers from 1 up.")
+        for name in ("steps", "guidance"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise UserError(f"recipe: {name} is {low}:{high}, which falls; write {high}:{low}.")
+        if self.until_bias and not self.validate_every:
+            raise UserError("recipe: until_bias needs validations; give validate_every.")
+        if self.gradient == "exact" and self.grad_steps:
             raise UserError(
-                f"recipe: steps_max is {self.steps_max}, less than steps_min {self.steps_min}; raise it."
+                "recipe: grad_steps draws steps of an adjusted gradient; exact needs all: leave it out."
             )
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
-# What METHOD.md §6 gives for other attributes than gender; skin tone stands where the source has race.
-RACE = {
-    "batch": 32,
-    "lambda_img": 6.0,
-    "lambda_2": 0.6,
-    "lambda_3": 0.3,
-    "lambda_face": 0.1,
-    "iterations": 12_000,
+AT_LEAST_1 = (
+    "iterations",
+    "batch",
+    "group",
+    "rank",
+    "tokens",
+    "eval_steps",
+    "eval_images",
+    "checkpoint_every",
+    "keep",
+    "validate_prompts",
+    "validate_images",
+    "patience",
+)
+AT_MOST_1 = ("C", "lambda_2", "lambda_3", "lr_end", "beta_1", "beta_2", "ema")
+
+
+def shown(value) -> str:
+    """A setting as its option takes it."""
+    if isinstance(value, Range):
+        return str(value.low) if value.low == value.high else f"{value.low}:{value.high}"
+    return ",".join(f"{key}={v}" for key, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _checked(f, value):
+    """A field's value in the field's type, its numbers finite and from 0 up. Raises UserError."""
+    try:
+        if f.type in READERS:
+            value = READERS[f.type](value)
+        elif f.type is float and type(value) is int:
+            value = float(value)
+        elif type(value) is not f.type:
+            raise ValueError
+    except ValueError:
+        expected = {Range: "a number or two as 19:23", Shares: "a number or some as gender=0.2,race=0.6"}
+        kind = expected.get(f.type) or f"a value of type {f.type.__name__}"
+        raise UserError(f"recipe: {f.name} is {value!r}; expected {kind}.") from None
+    if not all(math.isfinite(v) and v >= 0 for v in _numbers(value)):
+        raise UserError(f"recipe: {f.name} is {shown(value)}; expected a number from 0 up.")
+    return value
+
+
+def _numbers(value):
+    """The numbers in a setting's value; none in a text."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return [] if isinstance(value, str) else list(value) if isinstance(value, Range) else [value]
+
+
+# METHOD.md §6, beside the defaults above, which are the gender run's. Skin tone stands where the source has race.
+RACE = {"batch": 32, "lambda_img": 6.0, "lambda_face": 0.1, "iterations": 12_000}
+GENDER_RACE = {"batch": 32, "C": 0.6, "lambda_face": 0.1, "iterations": 14_000}
+WITH_AGE = {"batch": 40, "lambda_face": 0.1, "iterations": 15_000}
+RUNS = {
+    frozenset({"gender"}): {},
+    frozenset({"race"}): RACE,
+    frozenset({"gender", "race"}): GENDER_RACE,
+    frozenset({"gender", "race", "age"}): WITH_AGE,
 }
-BY_ATTRIBUTE = {"gender": {}, "race": RACE, "skin_tone": RACE}
+LAMBDA_2 = {"gender": 0.2, "race": 0.6, "age": 0.6}
+LAMBDA_3 = {"gender": 0.2, "race": 0.3, "age": 0.3}
 
 
-def resolve(attribute: str, bundle_recipe: dict, overrides: dict, source: str = "bundle.json") -> Recipe:
-    """The recipe of a run: METHOD.md's, the bundle's, the bundle's for the attribute, the user's; later wins.
+def methods(attributes: tuple[str, ...]) -> dict:
+    """What METHOD.md §6 says of a run for these attributes; the gender run's numbers where it says nothing."""
+    known = {name: "race" if name == "skin_tone" else name for name in attributes}
+    return {
+        **RUNS.get(frozenset(known.values()), {}),
+        "lambda_2": {name: LAMBDA_2.get(of, LAMBDA_2["gender"]) for name, of in known.items()},
+        "lambda_3": {name: LAMBDA_3.get(of, LAMBDA_3["gender"]) for name, of in known.items()},
+    }
 
-    In `bundle_recipe` a key whose value is an object holds the settings for the attribute of that name.
-    Raises UserError for unknown keys; `source` names the manifest.
+
+def resolve(
+    attributes: tuple[str, ...], bundle_recipe: dict, overrides: dict, source: str = "bundle.json"
+) -> Recipe:
+    """The recipe of a run: METHOD.md's, the bundle's, the bundle's for the attributes, the user's; later wins.
+
+    In `bundle_recipe` a key that is no setting, with an object, is for the run of the attributes it names, as
+    "gender" or "gender,race". lambda_2 and lambda_3 become a number for each attribute. Raises UserError for unknown
+    keys; `source` names the manifest.
     """
-    general = {key: value for key, value in bundle_recipe.items() if not isinstance(value, dict)}
-    specific = bundle_recipe.get(attribute, {})
     known = {f.name for f in fields(Recipe)}
-    for settings, where in (
-        (general, f"{source}: recipe"),
-        (specific, f"{source}: recipe of {attribute}"),
+    runs = {
+        key: value for key, value in bundle_recipe.items() if key not in known and isinstance(value, dict)
+    }
+    specific = [value for key, value in runs.items() if set(key.split(",")) == set(attributes)]
+    layers = [
+        (methods(attributes), "METHOD.md"),
+        ({key: value for key, value in bundle_recipe.items() if key not in runs}, f"{source}: recipe"),
+        *((value, f"{source}: recipe of {','.join(attributes)}") for value in specific),
         (overrides, "options"),
-    ):
-        unknown = sorted(set(settings) - known)
+    ]
+    settings = {}
+    for layer, where in layers:
+        unknown = sorted(set(layer) - known)
         if unknown:
             raise UserError(
                 f"{where} has the unknown key {unknown[0]!r}; expected some of {', '.join(sorted(known))}."
             )
-    return Recipe(**{**BY_ATTRIBUTE.get(attribute, {}), **general, **specific, **overrides})
+        shares = {name: _for_each(name, layer, settings, attributes) for name in ("lambda_2", "lambda_3")}
+        settings |= {**layer, **{name: value for name, value in shares.items() if value}}
+    return Recipe(**settings)
+
+
+def _for_each(name, layer, settings, attributes):
+    """lambda_2 or lambda_3 for each attribute, where the layer has it: over what was set before."""
+    try:
+        value = read_shares(layer[name]) if name in layer else {}
+    except ValueError:
+        raise UserError(
+            f"recipe: {name} is {layer[name]!r}; expected a number or some as gender=0.2,race=0.6."
+        ) from None
+    value = value if isinstance(value, dict) else dict.fromkeys(attributes, value)
+    strangers = sorted(set(value) - set(attributes)) if attributes else []
+    if strangers:
+        raise UserError(f"recipe: {name} names {strangers[0]}; the run is for {', '.join(attributes)}.")
+    return {**settings.get(name, {}), **value}
 
 
 def add_options(parser) -> None:
     """Every field of Recipe as an option; one that is not given is absent from the parsed namespace."""
     for f in fields(Recipe):
         flag = "--" + f.name.replace("_", "-")
-        explanation = f"{f.metadata['help']} (SD-1.5: {f.default})"
-        parser.add_argument(flag, type=f.type, dest=f.name, default=argparse.SUPPRESS, help=explanation)
-
-
-def given_options(namespace) -> dict:
-    """The fields of Recipe that the user gave."""
-    return {f.name: getattr(namespace, f.name) for f in fields(Recipe) if hasattr(namespace, f.name)}
+        explanation = f"{f.metadata['help']} (SD-1.5: {shown(f.default)})"
+        how = {"type": READERS.get(f.type, f.type)}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=explanation, **how)

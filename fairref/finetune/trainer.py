@@ -1,70 +1,30 @@
-"""Finetuning: one iteration as in DESIGN.md's "way of the data", and the loop around it.
-
-N images of one prompt over all processes, n of them here, K classes, S sampling steps, T tokens, d width.
-"""
+"""Finetuning: the loop around an iteration, with the optimizer, the moving average, checkpoints, and the best adapter."""
 
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fairref.diffusion.gradient import adjusted_gradient, step_weights, subsample
-from fairref.diffusion.solver import solver_table
-from fairref.fairness.metrics import bias, class_counts
-from fairref.fairness.transport import expected_ot
+from fairref.bundle import Bundle
+from fairref.errors import UserError
 from fairref.finetune import checkpoints
 from fairref.finetune.adapters import FILE, adapt, save_adapter
 from fairref.finetune.checkpoints import State
-from fairref.finetune.objective import (
-    SUMS,
-    Pictures,
-    Setup,
-    look,
-    picture_gradient,
-    spread,
-)
+from fairref.finetune.grids import draw_grid
+from fairref.finetune.iteration import iteration_gradient
+from fairref.finetune.logs import Log
+from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe
-from fairref.finetune.rollout import embed, first_noise, rollout
-from fairref.progress import Progress
+from fairref.finetune.signals import StopRequest
+from fairref.finetune.validation import Validation, aligned, note
+from fairref.nets.unet import recomputed
 
-RAW_FILE = "adapter_raw.safetensors"
-# what a draw is for: the order of prompts, S, the steps of the gradient, the order of prompts that name a class
-ORDER, STEPS, GRAD_STEPS, NAMED = 1, 2, 3, 4
-RUNNING = 20  # iterations that the shown bias is a mean of
-
-
-def task_of(setup: Setup, iteration: int) -> tuple[str, tuple[float, ...], bool]:
-    """Prompt and target shares of an iteration, and whether the prompt names a class.
-
-    Every `named_every`-th iteration takes a prompt that does; its target is that class alone.
-    """
-    recipe, K = setup.recipe, len(setup.attribute.classes)
-    rounds, place = divmod(iteration, recipe.named_every) if recipe.named_every and setup.named else (0, None)
-    if place is not None and place == recipe.named_every - 1:
-        prompt, k = setup.named[prompt_of(recipe.seed, rounds, len(setup.named), 1, NAMED)]
-        return prompt, tuple(float(j == k) for j in range(K)), True
-    count = len(setup.prompts)
-    prompt = setup.prompts[prompt_of(recipe.seed, iteration - rounds, count, recipe.group)]
-    return prompt, setup.attribute.target, False
-
-
-def prompt_of(seed: int, iteration: int, count: int, group: int = 1, stream: int = ORDER) -> int:
-    """Index of the iteration's prompt: each epoch goes once through all `count`, in an order of its own.
-
-    The order is one of groups of `group` consecutive prompts (the last may be smaller), which stay together.
-    """
-    epoch, place = divmod(iteration, count)
-    groups = torch.arange(count).split(group)
-    order = np.random.default_rng((seed, stream, epoch)).permutation(len(groups))
-    return int(torch.cat([groups[i] for i in order])[place])
-
-
-def steps_of(recipe: Recipe, iteration: int) -> int:
-    """S of the iteration, uniform between the recipe's two ends."""
-    rng = np.random.default_rng((recipe.seed, STEPS, iteration))
-    return int(rng.integers(recipe.steps_min, recipe.steps_max, endpoint=True))
+RAW_FILE, BEST_FILE = "adapter_raw.safetensors", "adapter_best.safetensors"
+HOPELESS = 20  # gradients in a row that are not finite, after which a run ends
 
 
 def learning_rate(recipe: Recipe, iteration: int) -> float:
@@ -74,66 +34,11 @@ def learning_rate(recipe: Recipe, iteration: int) -> float:
     return float(recipe.lr * rise * (recipe.lr_end + (1 - recipe.lr_end) * cosine))
 
 
-def iteration_gradient(
-    setup: Setup, text_encoder: nn.Module, parameters: list, i: int
-) -> tuple[list[Tensor], dict]:
-    """dL/dparameters of iteration i, summed over processes, and its metrics.
-
-    `text_encoder` is the adapted one; grad mode must be on. Without finite logits the gradient is NaN.
-    """
-    bundle, recipe, processes = setup.bundle, setup.recipe, setup.processes
-    prompt, target, named = task_of(setup, i)
-    S = steps_of(recipe, i)
-    table = solver_table(bundle.schedule, S, recipe.end)
-    z_T = first_noise(bundle, recipe.seed, i, processes.part(recipe.batch))  # (n, 4, h, w)
-    both = embed(bundle, text_encoder, [prompt, ""])  # (2, T, d), with graph
-    c, c_empty = both.detach().split(1)  # (1, T, d) each
-
-    path = rollout(bundle, table, z_T, c, c_empty, recipe.guidance)
-    pictures = look(setup, table, z_T, path, prompt, torch.cat([c, c_empty]))
-    logits, found = all_logits(setup, pictures)
-    if not torch.isfinite(logits).all():
-        return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": prompt, "S": S}
-    ot = expected_ot(logits, target, found)
-    rows = processes.part(recipe.batch)
-    g, sums = picture_gradient(setup, pictures, ot.q[rows.start : rows.stop])  # (n, 4, h, w)
-
-    w = step_weights(bundle.schedule, table, recipe.standardise)
-    if 0 < recipe.grad_steps < S:
-        w = subsample(w, recipe.grad_steps, np.random.default_rng((recipe.seed, GRAD_STEPS, i)).random())
-    micro_batch = recipe.micro_batch or None
-    dc, dc_empty = adjusted_gradient(bundle.unet, table, w, path, g, c, c_empty, recipe.guidance, micro_batch)
-    gradient = torch.autograd.grad(both, parameters, torch.cat([dc, dc_empty]).to(both.dtype))
-    *gradient, sums = processes.total([*gradient, sums])
-    return gradient, {"prompt": prompt, "S": S, **_metrics(setup, ot.cost, logits[found], sums, named)}
-
-
-def all_logits(setup: Setup, pictures: Pictures) -> tuple[Tensor, Tensor]:
-    """What the classifier says of all N pictures, (N, K) and zero without a face, and which show one (N,)."""
-    N, faces = setup.recipe.batch, pictures.faces
-    found = torch.ones(len(pictures.x), device=pictures.x.device) if faces is None else faces.found
-    with torch.no_grad():
-        logits = spread(setup.classify(pictures.x, faces), None if faces is None else found)
-    return setup.processes.gather(logits, N), setup.processes.gather(found.float(), N) > 0
-
-
-def _metrics(setup, cost, logits, sums, named):
-    sums = dict(zip(SUMS, sums.tolist()))
-    sums["confident"] /= setup.recipe.batch
-    sums["faces"] /= setup.recipe.batch
-    for name, there in (("face", setup.judges_faces), ("faces", setup.bundle.detector is not None)):
-        if not there:
-            del sums[name]
-    counts = class_counts(logits.argmax(1), logits.shape[1])
-    shares = {} if named or not len(logits) else {"bias": float(bias(counts))}
-    return {**sums, "cost": cost, "counts": counts.tolist(), **shares}
-
-
-def new_state(setup: Setup) -> tuple[nn.Module, State]:
-    """The adapted text encoder and the state before the first iteration."""
+def new_state(setup: Setup) -> tuple[Bundle, State]:
+    """The adapted bundle and the state before the first iteration."""
     recipe = setup.recipe
     generator = torch.Generator().manual_seed(recipe.seed)
-    text_encoder, adapter = adapt(setup.bundle.text_encoder, recipe.rank, generator)
+    model, adapter = adapt(setup.bundle, recipe.component, recipe.rank, recipe.tokens, generator)
     optimizer = torch.optim.AdamW(
         adapter.parameters(),
         lr=recipe.lr,
@@ -142,7 +47,7 @@ def new_state(setup: Setup) -> tuple[nn.Module, State]:
         weight_decay=recipe.weight_decay,
     )
     ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    return text_encoder, State(adapter, ema, optimizer)
+    return model, State(adapter, ema, optimizer)
 
 
 def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float, bool]:
@@ -168,46 +73,98 @@ def update(recipe: Recipe, state: State, gradient: list[Tensor]) -> tuple[float,
     return float(norm), finite
 
 
-def train(setup: Setup, folder: Path, metadata: dict[str, str]) -> dict[str, Path]:
-    """The run in `folder`, from its checkpoint if it has one -> the adapters' files {"ema", "raw"}."""
-    recipe, first = setup.recipe, setup.processes.first
-    text_encoder, state = new_state(setup)
+def train(setup: Setup, folder: Path, info: dict) -> dict[str, Path]:
+    """The run in `folder`, from its checkpoint if it has one -> the adapters' files: "ema", "raw", perhaps "best".
+
+    Asked to stop, it writes a checkpoint and raises KeyboardInterrupt.
+    """
+    recipe, processes = setup.recipe, setup.processes
+    model, state = new_state(setup)
     checkpoints.restore(folder, state)
-    if first:
-        checkpoints.cut_metrics(folder, state.iteration)
-    parameters, recent, skipped = list(state.adapter.parameters()), [], state.iteration - state.updates
-    with Progress(recipe.iterations, "finetuning", first, state.iteration) as progress:
-        while state.iteration < recipe.iterations:
-            began = time.monotonic()
-            metrics = {"iteration": state.iteration, "lr": learning_rate(recipe, state.iteration)}
-            with torch.enable_grad():
-                gradient, found = iteration_gradient(setup, text_encoder, parameters, state.iteration)
-            norm, finite = update(recipe, state, gradient)
-            skipped += not finite
-            recent = [*recent, found["bias"]][-RUNNING:] if "bias" in found else recent
-            metrics |= {
-                **found,
-                "norm": norm if finite else None,
-                "seconds": round(time.monotonic() - began, 3),
-            }
-            if first:
-                checkpoints.append_metrics(folder, metrics)
-                if state.iteration % recipe.checkpoint_every == 0:
-                    checkpoints.save(folder, state)
-            progress.step(_note(found, recent, skipped))
+    setup, model = prepared(setup, model)
+    chooser = Chooser(setup, folder, info)
+    with Log(setup, folder, state) as log, StopRequest() as stop:
+        while state.iteration < recipe.iterations and not aligned(recipe, state):
+            log.add(iterate(setup, model, state) | chooser.look(model, state), state)
+            stopping = processes.any(stop.asked)
+            if processes.first and (stopping or state.iteration % recipe.checkpoint_every == 0):
+                checkpoints.save(folder, state, recipe.keep)
+            if stopping:
+                raise KeyboardInterrupt(
+                    f"stopped after iteration {state.iteration}; go on with --resume {folder}"
+                )
     files = {"ema": folder / FILE, "raw": folder / RAW_FILE}
-    if first:
-        checkpoints.save(folder, state)
-        metadata = {**metadata, "iterations": str(state.iteration)}
-        save_adapter(files["ema"], state.ema, {**metadata, "average": "ema"})
-        save_adapter(files["raw"], state.parameters(), {**metadata, "average": "raw"})
-    setup.processes.wait()
-    return files
+    if processes.first:
+        checkpoints.save(folder, state, recipe.keep)
+        info = {**info, "iterations": state.iteration}
+        save_adapter(files["ema"], state.ema, {**info, "average": "ema"})
+        save_adapter(files["raw"], state.parameters(), {**info, "average": "raw"})
+    processes.wait()
+    return {**files, "best": folder / BEST_FILE} if state.best else files
 
 
-def _note(found, recent, skipped):
-    parts = [
-        f"{name} {found[name]:.3f}" for name in ("align", "image", "face", "cost", "faces") if name in found
-    ]
-    parts += [f"bias {np.mean(recent):.2f}"] if recent else []
-    return "  ".join(parts + ([f"skipped {skipped}"] if skipped else []))
+def iterate(setup: Setup, model: Bundle, state: State) -> dict:
+    """One iteration, in `state` -> its metrics. Raises UserError where gradients stay useless."""
+    began = time.monotonic()
+    metrics = {"iteration": state.iteration, "lr": learning_rate(setup.recipe, state.iteration)}
+    parameters = list(state.adapter.parameters())
+    with torch.enable_grad():
+        gradient, found = iteration_gradient(setup, model, parameters, state.iteration)
+    norm, finite = update(setup.recipe, state, gradient)
+    state.unusable = 0 if finite else state.unusable + 1
+    if state.unusable == HOPELESS:
+        raise UserError(
+            f"{HOPELESS} gradients in a row were not finite, the last at iteration {state.iteration}; try --dtype"
+            " float32 or a smaller --lr."
+        )
+    seconds = round(time.monotonic() - began, 3)
+    skipped = state.iteration - state.updates
+    return {**metrics, **found, "norm": norm if finite else None, "skipped": skipped, "seconds": seconds}
+
+
+class Chooser:
+    """Validations, the best adapter's file, and sample grids, at the iterations that are due."""
+
+    def __init__(self, setup: Setup, folder: Path, info: dict):
+        self.setup, self.folder, self.info, self.validation = setup, folder, info, None
+
+    def look(self, model: Bundle, state: State) -> dict:
+        """What is due after the state's iterations -> {"validation": ...} if one was made. It looks at the average."""
+        setup, recipe, i = self.setup, self.setup.recipe, state.iteration
+        validate, draw = (every and i % every == 0 for every in (recipe.validate_every, recipe.grid_every))
+        if not setup.validation or not (validate or draw):
+            return {}
+        with averaged(state):
+            if draw and setup.processes.first:
+                draw_grid(setup, model, self.folder / "grids" / f"{i:06d}.png", i)
+            if not validate:
+                return {}
+            self.validation = self.validation or Validation.start(setup)
+            found = self.validation.measure(model)
+        if note(setup, state, found) and setup.processes.first:
+            info = {**self.info, "iterations": i, "average": "ema", "validation": found}
+            save_adapter(self.folder / BEST_FILE, state.ema, info)
+        return {"validation": found}
+
+
+@contextmanager
+def averaged(state: State):
+    """The adapter with its moving average in it."""
+    raw = {name: p.data for name, p in state.parameters().items()}
+    try:
+        for name, p in state.parameters().items():
+            p.data = state.ema[name]
+        yield
+    finally:
+        for name, p in state.parameters().items():
+            p.data = raw[name]
+
+
+def prepared(setup: Setup, model: Bundle) -> tuple[Setup, Bundle]:
+    """Both models' U-Nets compiled and with recomputed blocks, where the recipe asks for it."""
+    unets = {}
+    for bundle in (setup.bundle, model):
+        unet = recomputed(bundle.unet) if setup.recipe.recompute else bundle.unet
+        unets.setdefault(id(bundle.unet), torch.compile(unet) if setup.recipe.compile else unet)
+    frozen, adapted = (replace(bundle, unet=unets[id(bundle.unet)]) for bundle in (setup.bundle, model))
+    return replace(setup, bundle=frozen), adapted

@@ -218,11 +218,12 @@ class Classifier(nn.Module):
                 )
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), normalised as the network knows pixels."""
+        """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), normalised as the network knows pixels, in its
+        own dtype."""
         size = (self.network.config.input_size,) * 2
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
-        return ((x + 1) / 2 - self.mean) / self.std
+        return (((x + 1) / 2 - self.mean) / self.std).to(next(self.network.parameters()).dtype)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         logits = self.network(self.preprocess(x))  # (B, M)

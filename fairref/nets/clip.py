@@ -283,7 +283,8 @@ class ClipImage(nn.Module):
 
     def encode_image(self, x):
         """x (B, 3, H, W) in [-1, 1] -> (B, P) of unit norm, differentiable."""
-        pooled = self.vision_model(clip_pixels(x, self.vision_config.image_size))
+        pixels = clip_pixels(x, self.vision_config.image_size).to(self.visual_projection.weight.dtype)
+        pooled = self.vision_model(pixels)
         return F.normalize(self.visual_projection(pooled), dim=-1)
 
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gender.py [--seeds 0 1 2] [--folder runs/benchmark]
 
-Runs what is not there yet, so it can be stopped and started again; then prints the table. About 50 minutes a
+Runs what is not there yet, so it can be stopped and started again; then prints the table. About 45 minutes a
 seed on two cores, half of them evaluation.
 """
 
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+IMAGES = 60  # of each occupation
 PARTS = {"test": 4, "train": 0}  # occupations -> images of each named class
 
 
@@ -32,9 +33,9 @@ def finetune(folder: Path, seed: int) -> None:
 
 def evaluate(file: Path, part: str, adapter: Path | None) -> dict:
     if not file.exists():
-        named = ["--named-images", PARTS[part]]
+        named = ["--num-images", IMAGES, "--named-images", PARTS[part]]
         which = ["--adapter", adapter] if adapter else []
-        call("-m", "fairref.evaluate", "--occupations", part, *named, *which, "--out", file)
+        call("-m", "fairref.evaluate", "--part", part, *named, *which, "--out", file)
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,11 @@
-"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, in disjoint parts."""
+"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, and four lists for any model.
 
+The lists are the CSV files beside this one, written for this project; each has disjoint parts.
+"""
+
+import csv
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from fairref.errors import UserError
@@ -11,19 +16,53 @@ PARTS = ("train", "validation", "test")
 TEMPLATE = "a photo of the face of a {occupation}, a person"
 NAMED_TEMPLATE = "a photo of the face of a {name} {occupation}, a person"
 
+CONCEPTS = ("occupations", "sports", "style_context", "descriptors")
+NAMES = {  # concept -> what makes a prompt of a name; the other lists hold whole prompts
+    "occupations": TEMPLATE.replace("{occupation}", "{name}"),
+    "sports": "a person playing {name}",
+}
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Whole prompts, in disjoint parts; only occupations have some for validation."""
+
+    name: str  # one of CONCEPTS
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+@cache
+def concept(name: str) -> Concept:
+    """The prompts of one of CONCEPTS. Raises UserError."""
+    if name not in CONCEPTS:
+        raise UserError(f"There is no concept {name!r}; give one of {', '.join(CONCEPTS)}.")
+    with Path(__file__).with_name(f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    prompts = [NAMES[name].format(name=row["name"]) if name in NAMES else row["prompt"] for row in rows]
+    return Concept(
+        name,
+        **{part: tuple(p for p, row in zip(prompts, rows) if row["split"] == part) for part in PARTS},
+    )
+
 
 @dataclass(frozen=True)
 class Occupations:
     """A bundle's prompts.json:
 
     {"occupations": {"train": [...], "validation": [...], "test": [...]},
-     "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}}}   optional
+     "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}},   optional
+     "concepts": {"sports": {"train": [...], "test": [...]}},   optional: whole prompts
+     "showing": {"age": [...]}}   optional: the occupations whose pictures show an attribute, where not all do
     """
 
     train: tuple[str, ...]  # finetuning sees these only
     validation: tuple[str, ...]  # to choose settings by
     test: tuple[str, ...]  # unseen in finetuning
     named: dict = field(default_factory=dict)  # attribute -> class -> template that names the class
+    concepts: dict = field(default_factory=dict)  # name -> part -> prompts
+    showing: dict = field(default_factory=dict)  # attribute -> occupations
 
     def named_prompt(self, attribute: str, name: str, occupation: str) -> str:
         """The prompt that asks for the class `name` of an attribute."""
@@ -42,7 +81,8 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     path = (Path(bundle_path) if Path(bundle_path).is_dir() else Path(bundle_path).parent) / FILE
     d = read_json(path)
     parts = d.get("occupations")
-    unknown = sorted(set(d) - {"occupations", "named"})
+    extras = {"named", "concepts", "showing"}
+    unknown = sorted(set(d) - {"occupations", *extras})
     if unknown or not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
         raise UserError(
             f'{path}: expected {{"occupations": {{"train", "validation", "test"}}}}; write it like that.'
@@ -58,4 +98,5 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     twice = next((name for name in everyone if everyone.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}: {twice!r} is in it twice; every occupation belongs into one part, once.")
-    return Occupations(**{part: tuple(parts[part]) for part in PARTS}, named=d.get("named", {}))
+    extras = {key: d[key] for key in extras & set(d)}
+    return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)

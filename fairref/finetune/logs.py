@@ -1,0 +1,73 @@
+"""What a run says of itself: the progress bar, metrics.jsonl, TensorBoard."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fairref.errors import UserError
+from fairref.finetune import checkpoints
+from fairref.finetune.checkpoints import State
+from fairref.finetune.objective import Setup
+from fairref.progress import Progress
+
+RUNNING = 20  # iterations that the shown bias is a mean of
+SHOWN = ("align", "image", "face", "cost", "faces", "confident", "blended")
+
+
+class Log:
+    """`with Log(setup, folder, state) as log: ... log.add(metrics, state)`; only the first process writes."""
+
+    def __init__(self, setup: Setup, folder: Path, state: State):
+        self.first, self.folder, self.recent = setup.processes.first, folder, []
+        self.progress = Progress(setup.recipe.iterations, "finetuning", self.first, state.iteration)
+        self.board = None
+        if self.first:
+            checkpoints.cut_metrics(folder, state.iteration)
+            if setup.recipe.tensorboard:
+                self.board = board(folder / "tensorboard", state.iteration)
+
+    def __enter__(self):
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.progress.__exit__(*error)
+        if self.board:
+            self.board.close()
+
+    def add(self, metrics: dict, state: State) -> None:
+        """One more iteration, which `state` has behind it."""
+        if "bias" in metrics:
+            self.recent = [*self.recent, metrics["bias"]][-RUNNING:]
+        if self.first:
+            checkpoints.append_metrics(self.folder, metrics)
+        if self.board:
+            for name, value in flat(metrics).items():
+                self.board.add_scalar(name, value, state.iteration)
+        skipped = state.iteration - state.updates
+        parts = [f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
+        parts += [f"bias {np.mean(self.recent):.2f}"] if self.recent else []
+        parts += [f"best {state.best['bias']:.2f} at {state.best['iteration']}"] if state.best else []
+        self.progress.step("  ".join(parts + ([f"skipped {skipped}"] if skipped else [])))
+
+
+def flat(metrics: dict, before: str = "") -> dict[str, float]:
+    """The numbers of nested metrics, by their path."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{name}/")
+        elif isinstance(value, int | float):
+            found[f"{before}{name}"] = value
+    return found
+
+
+def board(folder: Path, iteration: int):
+    """TensorBoard's writer; what a resumed run does again is dropped there. Raises UserError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            '--tensorboard needs TensorBoard; install it with pip install "fairref[log]", or leave the option out.'
+        ) from None
+    return SummaryWriter(folder, purge_step=iteration + 1)

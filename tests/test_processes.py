@@ -1,0 +1,263 @@
+"""Any number of processes and any micro-batch make the same run; one that ends, ends all, with a message."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_trainer import make_setup, moved
+from tiny_bundle import write_tiny_bundle
+
+from fairref.bundle import load_bundle
+from fairref.finetune import distributed, iteration
+from fairref.finetune.iteration import iteration_gradient
+from fairref.finetune.trainer import update
+
+ROOT = Path(__file__).parents[1]
+N, ITERATIONS = 5, 3  # of two and four processes, none have the same number of images
+
+
+def environments(count):
+    """What torchrun tells each of its processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    base = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(common if count > 1 else {})}
+    return [{**base, **({"RANK": str(r), "LOCAL_RANK": str(r)} if count > 1 else {})} for r in range(count)]
+
+
+def start(count, *command, **options):
+    return [
+        subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, **options)
+        for env in environments(count)
+    ]
+
+
+def ends(processes, timeout=300):
+    """Exit codes and what was said on stderr."""
+    said = [process.communicate(timeout=timeout)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def gradients(folder, out):
+    """What one process does: gradients and pictures' targets of some iterations, an update after each."""
+    processes, device = distributed.start(torch.device("cpu"))
+    torch.set_num_threads(1)
+    found, counts = {}, []
+    real = iteration.joint_ot
+    iteration.joint_ot = lambda *args: counts.append(real(*args)) or counts[-1]
+    for dtype in (torch.float32, torch.float64):
+        bundle = load_bundle(folder, device, dtype)
+        for micro_batch in (0, 3):
+            setup = make_setup(
+                bundle, "gender,skin_tone", batch=N, C=0.5, component="both", micro_batch=micro_batch, lr=1e-3
+            )
+            setup = replace(setup, processes=processes)
+            model, state = moved(setup)
+            for i in range(ITERATIONS):
+                parameters = list(state.adapter.parameters())
+                gradient, metrics = iteration_gradient(setup, model, parameters, i)
+                key = f"{str(dtype).removeprefix('torch.')}.{micro_batch}.{i}"
+                found[f"gradient.{key}"] = torch.cat([g.flatten() for g in gradient])
+                found[f"loss.{key}"] = torch.tensor([metrics["loss"], metrics["cost"]], dtype=torch.float64)
+                found[f"q.{key}"] = torch.cat([ot.q for ot in counts[-1].values()], 1)
+                if dtype == torch.float64:  # float32's rounding would become AdamW's signs
+                    update(setup.recipe, state, gradient)
+            found[f"end.{key}"] = torch.cat([p.detach().flatten() for p in state.adapter.parameters()])
+    if processes.first:
+        save_file(found, out)
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """Worlds of 1, 2 and 4 processes -> what they found."""
+    found, out = {}, tmp_path_factory.mktemp("gradients")
+    for count in (1, 2, 4):
+        code = f"import test_processes as t; t.gradients({str(folder)!r}, {str(out / str(count))!r})"
+        codes, said = ends(start(count, "-c", code, stderr=subprocess.PIPE))
+        assert codes == [0] * count, said
+        found[count] = load_file(out / str(count))
+    return found
+
+
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_processes_or_micro_batches(runs):
+    whole = runs[1]
+    for count, found in runs.items():
+        assert found.keys() == whole.keys()
+        for name, value in found.items():
+            kind, dtype, _, *i = name.split(".")
+            wanted = whole[f"{kind}.{dtype}.0.{i[0]}"]
+            tolerance = 1e-10 if dtype == "float64" else 1e-5
+            assert float((value - wanted).norm() / wanted.norm()) < tolerance, (count, name)
+            assert kind != "gradient" or float(wanted.norm()) > 1e-3
+
+
+def launch(count, weights, out, *options, **popen):
+    common = ["--weights", weights, "--attr", "gender", "--device", "cpu", "--evaluate", "none", "--out", out]
+    return start(
+        count, ROOT / "train.py", *common, *options, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **popen
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def lines(folder):
+    path = Path(folder) / "metrics.jsonl"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def resumed(folder):
+    codes, said = ends(
+        start(1, ROOT / "train.py", "--resume", folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    )
+    assert codes == [0], said
+
+
+FILES = ("adapter.safetensors", "adapter_raw.safetensors", "adapter_best.safetensors")
+LONG = ("--iterations", "12", "--checkpoint-every", "3", "--validate-every", "4", "--validate-images", "3")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The adapters of a run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    codes, said = ends(launch(1, folder, out, *LONG))
+    assert codes == [0], said
+    return {name: (out / name).read_bytes() for name in FILES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 4, 8])
+def test_kill_in_the_middle_of_an_iteration(folder, whole, tmp_path, after):
+    (process,) = launch(1, folder, tmp_path / "run", *LONG)
+    wait_for(lambda: len(lines(tmp_path / "run")) >= after)
+    process.kill()
+    process.communicate()
+    assert len(lines(tmp_path / "run")) < 12
+    resumed(tmp_path / "run")
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == whole
+    assert [json.loads(line)["iteration"] for line in lines(tmp_path / "run")] == list(range(12))
+
+
+@pytest.mark.slow
+def test_kill_in_the_middle_of_writing_a_checkpoint(folder, whole, tmp_path):
+    """The file under its temporary name is whole or half, and the process dies before the renaming."""
+    for half in (False, True):
+        out = tmp_path / str(half)
+        argv = [
+            "--weights",
+            str(folder),
+            "--attr",
+            "gender",
+            "--device",
+            "cpu",
+            "--evaluate",
+            "none",
+            "--out",
+            str(out),
+        ]
+        code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from fairref import weights_io
+import train
+real = os.replace
+def replace(old, new):
+    if 'checkpoint-000006' in str(new):
+        if {half}:
+            os.truncate(old, os.path.getsize(old) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(old, new)
+weights_io.os.replace = replace
+train.main({argv!r} + {list(LONG)!r})
+"""
+        (process,) = start(1, "-c", code, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert ends([process])[0] == [-signal.SIGKILL]
+        assert (out / "checkpoint-000006.safetensors.part").exists()
+        resumed(out)
+        assert {name: (out / name).read_bytes() for name in FILES} == whole
+        assert not list(out.glob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(folder, whole, tmp_path, number, count):
+    processes = launch(count, folder, tmp_path / "run", *LONG)
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 2)
+    processes[-1].send_signal(number)  # one of them: they agree
+    codes, said = ends(processes)
+    assert codes == [130] * count
+    done = len(lines(tmp_path / "run"))
+    assert f"stopped after iteration {done}; go on with --resume {tmp_path / 'run'}" in said[0]
+    assert (tmp_path / "run" / f"checkpoint-{done:06d}.safetensors").exists() and "Traceback" not in said[0]
+    if count == 1:
+        resumed(tmp_path / "run")
+        assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_with_a_message(folder, tmp_path, victim):
+    processes = launch(3, folder, tmp_path / "run", "--iterations", "1000", "--batch", "6")
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 2)
+    processes[victim].kill()
+    codes, said = ends(processes, timeout=60)
+    for rank in {0, 1, 2} - {victim}:
+        assert codes[rank] == 2 and "another process of this run has ended" in said[rank], said[rank]
+        assert "Traceback" not in said[rank]
+
+
+def test_a_second_signal_ends_it_at_once():
+    from fairref.finetune.signals import StopRequest
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "room", [700, 40_000]
+)  # bytes of a file: less than the settings, or than a checkpoint
+def test_a_full_disk_ends_a_run_with_one_sentence(folder, tmp_path, room):
+    """A limit on the size of a file stands for the disk's."""
+    limit = (room, room)
+    processes = launch(
+        1,
+        folder,
+        tmp_path / "run",
+        *LONG,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    codes, (said,) = ends(processes)
+    assert codes == [2] and "Traceback" not in said
+    message = said.strip().splitlines()[-1]
+    assert "can't be written" in message and "make room" in message
+    assert not list((tmp_path / "run").glob("*.safetensors"))
