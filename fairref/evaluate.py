@@ -36,6 +36,7 @@ from fairref.prompts import PARTS
 
 SEED = 1_000_000  # of evaluation noise, far from the seeds of finetuning
 NAMED_IMAGES = 4  # of each occupation and named class
+SO_FAR = "evaluation-so-far.json"
 GRID = (6, 8)  # before/after grid: prompts, images of each
 JUDGES = ("classifier", "templates")
 COLOURED = ("background", "clothes")  # parts of a picture whose colours should stay
@@ -318,8 +319,10 @@ def before_after(setup: Setup, adapters: dict[str, Path], concepts: list[Prompts
             results.setdefault(label, {})[key] = report
             if setup.processes.first:
                 print("\n  ".join([f"{label}:", *lines(report)]))
+                write_json(folder / SO_FAR, results)  # what there is, should the run be stopped
     if setup.processes.first:
         write_json(folder / "evaluation.json", results)
+        (folder / SO_FAR).unlink(missing_ok=True)
         texts = [prompt for prompts in concepts for prompt in (prompts.test or prompts.train)]
         _before_after_grid(how, models, texts[:: max(1, len(texts) // GRID[0])], folder / "before_after.png")
     return results
@@ -372,6 +375,8 @@ def _options(argv):
 def main(argv=None):
     """The command line."""
     options = _options(argv)
+    if options.out and not Path(options.out).parent.is_dir():
+        raise UserError(f"--out is {options.out}, whose folder doesn't exist; make it first.")
     bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])
     target = product_target(parse_attributes(options.attr, bundle.attributes))
     given = {

@@ -17,7 +17,7 @@ from fairref.finetune import checkpoints, distributed
 from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts, validation_prompts
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe, resolve
-from fairref.finetune.trainer import train
+from fairref.finetune.trainer import check, train
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Options:
 
 def run(options: Options) -> Path:
     """The whole run -> its folder. Raises UserError."""
-    processes, device = distributed.start(cli.device(options.device))
+    resumed = checkpoints.read_settings(options.resume) if options.resume and options.device == "auto" else {}
+    processes, device = distributed.start(cli.device(resumed.get("device", options.device)))
     try:
         return _run(options, processes, device)
     except OSError as error:
@@ -71,10 +72,12 @@ def _run(options, processes, device):
     looks = recipe.validate_every or recipe.grid_every
     validation = validation_prompts(concepts, recipe.validate_prompts) if looks else ()
     setup = Setup(bundle, recipe, target, train_prompts, processes, named, validation)
-    _check_batch(target, recipe)
+    check(setup)
     if recipe.evaluate != "none" or looks:  # what it lacks is better said before the run
         How(bundle, target, recipe.eval_steps, recipe.eval_guidance)
 
+    if settings and processes.first:
+        _say_what_differs(settings, processes, device)
     settings = settings or {
         "weights": weights,
         "dtype": dtype,
@@ -101,26 +104,29 @@ def _run(options, processes, device):
     if processes.first and "best" in files:
         print(f"of the validated adapters {files['best']} has the least bias")
     if recipe.evaluate != "none":
-        names = ("ema", "raw") if recipe.evaluate == "both" else (recipe.evaluate,)
-        adapters = {
-            name: files.get(name, files["ema"]) for name in names
-        }  # not validated: the last is the best
-        before_after(setup, adapters, concepts, folder)
+        before_after(setup, _evaluated(setup, files), concepts, folder)
     if processes.first:
         prompt = (concepts[0].test or concepts[0].train)[0]
         print(f"draw with it: {_sample_command(prompt, folder, weights)}")
     return folder
 
 
-def _check_batch(target, recipe):
-    """Whether targets can be confident at all: an image's is a class at most as surely as one of N draws is."""
-    for name in target.classes:
-        share = max(target.marginal(name).target)
-        if 1 - (1 - share) ** recipe.batch < recipe.C:
-            raise UserError(
-                f"--batch is {recipe.batch}: of so few images no target of {name} is as certain as C ="
-                f" {recipe.C:g}; raise it."
-            )
+def _evaluated(setup, files):
+    """The adapters that the recipe wants evaluated: name -> file."""
+    wanted = setup.recipe.evaluate
+    if wanted == "best" and "best" not in files:
+        if setup.processes.first:
+            print("no validation chose a best adapter: the moving average at the end is evaluated instead")
+        wanted = "ema"
+    return {name: files[name] for name in (("ema", "raw") if wanted == "both" else (wanted,))}
+
+
+def _say_what_differs(settings, processes, device):
+    """Of what a resumed run's last digits depend on."""
+    here = {"processes": processes.world, "device": device.type, "torch": torch.__version__}
+    before = {key: settings.get(key, settings.get("versions", {}).get(key)) for key in here}
+    for key in (key for key in here if here[key] != before[key]):
+        print(f"{key} was {before[key]} and is {here[key]}: the run goes on, but not to the same last digits")
 
 
 def _sample_command(prompt, folder, weights):

@@ -264,6 +264,11 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         (["--attr", "gender", "--lambda-2", "race=0.5"], "lambda_2 names race; the run is for gender"),
         (["--attr", "gender", "--lambda-2", "gender=2"], "expected at most 1"),
         (["--attr", "gender", "--component", "vae"], "expected one of prefix, text_encoder, unet, both"),
+        (["--attr", "gender", "--seed", "5000000000"], "seed is 5000000000"),
+        (["--attr", "gender", "--beta-1", "1"], "beta_1 is 1.0; expected less than 1"),
+        (["--attr", "gender", "--steps", "2000"], "2000"),
+        (["--attr", "gender", "--eval-steps", "2000"], "2000"),
+        (["--attr", "gender", "--component", "prefix", "--tokens", "80"], "has 80 tokens"),
         (["--attr", "gender", "--speed", "9"], "unrecognized arguments: --speed"),
         (["--attr", "gender", "--device", "abacus"], "--device is 'abacus'"),
         (["--attr", "gender", "--dtype", "int8"], "--dtype"),
@@ -273,6 +278,14 @@ def test_mistakes_of_train(weights, tmp_path, capsys, argv, words):
     message = refused(capsys, train.main, *argv, "--weights", weights, "--out", str(tmp_path / "run"))
     assert words in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-000020.safetensors", "adapter.safetensors", "metrics.jsonl"])
+def test_a_folder_with_remains_of_a_run_is_refused(weights, tmp_path, capsys, name):
+    (tmp_path / name).touch()
+    assert cli.run(train.main, ["--attr", "gender", "--weights", weights, "--out", str(tmp_path)]) == 2
+    assert f"holds {name} of another run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_folder_that_holds_another_run_is_refused(run_folder, weights, capsys):

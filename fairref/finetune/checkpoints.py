@@ -40,7 +40,9 @@ class State:
 
 def saved(folder: Path) -> list[Path]:
     """The folder's checkpoints, the newest last."""
-    return sorted(folder.glob("checkpoint-*.safetensors"))
+    return sorted(
+        folder.glob("checkpoint-*.safetensors"), key=lambda path: int(path.stem.removeprefix("checkpoint-"))
+    )
 
 
 def save(folder: Path, state: State, keep: int = 1) -> None:
@@ -99,6 +101,9 @@ def new_folder(path: str | None, default: str) -> Path:
             raise UserError(
                 f"{folder}: holds another run; give another --out, or continue it with --resume {folder}."
             )
+        remains = [path for pattern in (METRICS, "*.safetensors") for path in folder.glob(pattern)]
+        if remains:
+            raise UserError(f"{folder}: holds {remains[0].name} of another run; give another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

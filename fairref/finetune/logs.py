@@ -62,12 +62,17 @@ def flat(metrics: dict, before: str = "") -> dict[str, float]:
     return found
 
 
-def board(folder: Path, iteration: int):
-    """TensorBoard's writer; what a resumed run does again is dropped there. Raises UserError."""
+def need_tensorboard():
+    """TensorBoard's class of writers. Raises UserError."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
             '--tensorboard needs TensorBoard; install it with pip install "fairref[log]", or leave the option out.'
         ) from None
-    return SummaryWriter(folder, purge_step=iteration + 1)
+    return SummaryWriter
+
+
+def board(folder: Path, iteration: int):
+    """TensorBoard's writer; what a resumed run does again is dropped there. Raises UserError."""
+    return need_tensorboard()(folder, purge_step=iteration + 1)

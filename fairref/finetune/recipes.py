@@ -155,7 +155,7 @@ class Recipe:
     eval_steps: int = setting(25, "sampling steps of evaluation and of sample.py")
     eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py")
     eval_images: int = setting(60, "images of each unseen occupation in evaluation")
-    eval_images_train: int = setting(60, "images of each finetuning occupation in evaluation; 0: none")
+    eval_images_train: int = setting(0, "images of each finetuning prompt in evaluation; 0: none")
 
     def __post_init__(self):
         for f in fields(self):
@@ -171,6 +171,11 @@ class Recipe:
         for name in AT_MOST_1:
             if any(value > 1 for value in _numbers(getattr(self, name))):
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most 1.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"recipe: seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
+        for name in BELOW_1:
+            if getattr(self, name) >= 1:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}; expected less than 1.")
         if not all(type(S) is int and S >= 1 for S in self.steps):
             raise UserError(f"recipe: steps is {shown(self.steps)}; expected whole numbers from 1 up.")
         for name in ("steps", "guidance"):
@@ -202,7 +207,8 @@ AT_LEAST_1 = (
     "validate_images",
     "patience",
 )
-AT_MOST_1 = ("C", "lambda_2", "lambda_3", "lr_end", "beta_1", "beta_2", "ema")
+AT_MOST_1 = ("C", "lambda_2", "lambda_3", "lr_end", "ema")
+BELOW_1 = ("beta_1", "beta_2")
 
 
 def shown(value) -> str:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fairref.bundle import Bundle
+from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
 from fairref.finetune import checkpoints
-from fairref.finetune.adapters import FILE, adapt, save_adapter
+from fairref.finetune.adapters import FILE, adapt, first_tokens, save_adapter
 from fairref.finetune.checkpoints import State
 from fairref.finetune.grids import draw_grid
 from fairref.finetune.iteration import iteration_gradient
-from fairref.finetune.logs import Log
+from fairref.finetune.logs import Log, need_tensorboard
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe
 from fairref.finetune.signals import StopRequest
@@ -25,6 +26,25 @@ from fairref.nets.unet import recomputed
 
 RAW_FILE, BEST_FILE = "adapter_raw.safetensors", "adapter_best.safetensors"
 HOPELESS = 20  # gradients in a row that are not finite, after which a run ends
+
+
+def check(setup: Setup) -> None:
+    """What only shows in the middle of a run is said before its folder is made. Raises UserError."""
+    bundle, target, recipe = setup.bundle, setup.target, setup.recipe
+    for S in (*recipe.steps, recipe.eval_steps):
+        solver_table(bundle.schedule, S, recipe.end)
+    if recipe.component == "prefix":
+        first_tokens(bundle, recipe.tokens, None)
+    if recipe.tensorboard:
+        need_tensorboard()
+    # whether targets can be confident at all: an image's is a class at most as surely as one of N draws is
+    for name in target.classes:
+        share = max(target.marginal(name).target)
+        if 1 - (1 - share) ** recipe.batch < recipe.C:
+            raise UserError(
+                f"--batch is {recipe.batch}: of so few images no target of {name} is as certain as C ="
+                f" {recipe.C:g}; raise it."
+            )
 
 
 def learning_rate(recipe: Recipe, iteration: int) -> float:

@@ -1,4 +1,5 @@
-"""The adapters of a run compared with one another: fixed prompts and noise, which finetuning does not see.
+"""The adapters of a run compared with one another: fixed noise, which finetuning does not see, and fixed prompts, which
+it does not see where a concept has some for validation.
 
 V prompts, n images of each, K joint classes, D width of CLIP's features.
 """
