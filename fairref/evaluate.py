@@ -142,20 +142,28 @@ def joint_names(classes: dict[str, tuple[str, ...]]) -> list[str]:
     return [", ".join(names) for names in product(*classes.values())]
 
 
-def bias_report(seen: list[Seen], names: list[str], classes: dict[str, tuple[str, ...]], n: int) -> dict:
+def bias_report(
+    seen: list[Seen],
+    names: list[str],
+    classes: dict[str, tuple[str, ...]],
+    n: int,
+    table: np.ndarray | None = None,
+) -> dict:
     """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
 
-    Of several attributes, also of each alone, under "attributes".
+    Of several attributes, also of each alone, under "attributes". Where the target's joint `table` (K_1, ..., K_A) is
+    not one of equal shares, also "from_target", the same measure with its shares taken from the frequencies.
     """
     axes = range(len(classes))
     counts = {j: np.stack([s.counts[j] for s in seen]) for j in seen[0].counts}  # (P, K_1, ..., K_A) each
-    report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n)}
+    report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n, table)}
     if len(classes) > 1:
         report["attributes"] = {}
         for axis, (attribute, of_one) in enumerate(classes.items()):
             others = tuple(1 + a for a in axes if a != axis)
-            alone = {j: table.sum(others) for j, table in counts.items()}
-            report["attributes"][attribute] = _biases(alone, names, list(of_one), n)
+            alone = {j: of_judge.sum(others) for j, of_judge in counts.items()}
+            marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
+            report["attributes"][attribute] = _biases(alone, names, list(of_one), n, marginal)
     if "templates" in report["judges"]:
         report["none"] = sum(s.none for s in seen) / (n * len(seen))
     report["faceless"] = sum(s.faceless for s in seen) / (n * len(seen))
@@ -163,22 +171,29 @@ def bias_report(seen: list[Seen], names: list[str], classes: dict[str, tuple[str
     return report
 
 
-def _biases(counts, names, classes, n):
+def _biases(counts, names, classes, n, table):
     """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
     floor, scatter = noise_floor(len(classes), n)
+    unequal = table is not None and not np.allclose(table, 1 / len(classes))
     judges = {}
-    for judge, table in counts.items():
-        rows = table.reshape(len(names), -1)  # (P, K)
+    for judge, of_judge in counts.items():
+        rows = of_judge.reshape(len(names), -1)  # (P, K)
         some = rows.sum(1) > 0  # a prompt whose images are all "none" has no bias
         values = bias(rows[some]) if some.any() else np.array([np.nan])
         judges[judge] = {
             "mean": _number(values.mean()),
             "std": _number(values.std()),
             "without_bias": int((~some).sum()),
+            **({"from_target": _number(_mean_bias(rows[some], table.reshape(-1)))} if unequal else {}),
             "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist())),
             "counts": {prompt: row.tolist() for prompt, row in zip(names, rows)},
         }
     return {"noise_floor": {"mean": floor, "std": scatter}, "judges": judges}
+
+
+def _mean_bias(rows, target):
+    """Mean of bias(P) from a target (K,) over the prompts' counts (P, K); NaN without any."""
+    return float(bias(rows, target).mean()) if len(rows) else float("nan")
 
 
 def clip_t(how: How, seen: list[Seen], prompts: list[str]) -> dict | None:
@@ -250,7 +265,7 @@ def evaluate(
         "steps": how.steps,
         "guidance": how.guidance,
         "seed": how.seed,
-        **bias_report(seen, list(map(prompts.short, texts)), how.target.classes, n),
+        **bias_report(seen, list(map(prompts.short, texts)), how.target.classes, n, how.target.table),
         "clip_t": clip_t(how, seen, texts),
     }
     if named_images and prompts.occupations:
@@ -294,7 +309,9 @@ def _said(biases):
         for name, values in biases["judges"].items()
     ]
     floor = biases["noise_floor"]
-    return f"{', '.join(found)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
+    text = f"{', '.join(found)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
+    far = [f"{v['from_target']:.3f} ({name})" for name, v in biases["judges"].items() if v.get("from_target")]
+    return text + (f"; from the target: {', '.join(far)}" if far else "")
 
 
 def before_after(setup: Setup, adapters: dict[str, Path], concepts: list[Prompts], folder: Path) -> dict:

@@ -74,6 +74,15 @@ def test_how_much_of_the_colours_stays():
         assert found["background"] == (pytest.approx(1 - part / (1 - part)) if part < 1 else None)
 
 
+def test_how_far_from_a_target_that_is_not_even():
+    seen = seen_of([3, 1], [4, 0])
+    report = bias_report(seen, ["a", "b"], CLASSES, 4, np.array([0.75, 0.25]))
+    judged = report["judges"]["classifier"]
+    assert judged["mean"] == pytest.approx((0.5 + 1) / 2) and judged["from_target"] == pytest.approx((0 + 0.5) / 2)
+    even = bias_report(seen, ["a", "b"], CLASSES, 4, np.array([0.5, 0.5]))
+    assert "from_target" not in even["judges"]["classifier"]
+
+
 def test_prompts_without_a_person_have_no_bias():
     seen = seen_of([0, 0], [3, 1], none=2)
     report = bias_report(seen, ["a", "b"], CLASSES, 4)

@@ -145,9 +145,10 @@ def _sums(setup, sums):
 
 
 def _shares(setup, logits, named):
-    """Joint counts of the images' classes, the share that blends them; and the bias, unless the prompt named a class."""
+    """Joint counts of the images' classes, the share that blends them; and their bias from the target, unless the
+    prompt named a class."""
     counts = joint_counts([of_one.argmax(1) for of_one in logits], setup.target.table.shape)
     found = {"counts": counts.tolist(), "blended": blends(logits) / max(1, len(logits[0]))}
     if named or not counts.any():
         return found
-    return {**found, "bias": float(bias(counts.reshape(-1)))}
+    return {**found, "bias": float(bias(counts.reshape(-1), setup.target.table.reshape(-1)))}
