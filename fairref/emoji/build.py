@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE_PICTURES = 2048  # by which the template judge is set
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
-    "iterations": 400,
+    "iterations": 300,
     "group": 2,
     "lr": 3e-3,
     "lr_end": 0.2,
@@ -36,14 +36,16 @@ RECIPE = {
     "guidance": 2.5,
     "eval_steps": 12,
     "eval_guidance": 2.5,
-    "eval_images_train": 12,
+    "eval_images": 30,
+    "eval_images_train": 6,
+    "evaluate": "ema",
     "checkpoint_every": 20,
     "validate_every": 100,
     "validate_prompts": 12,
     "grid_every": 100,
     "clip": 0.02,
-    "lambda_img": 0.25,
-    "lambda_face": 0.05,
+    "lambda_img": 1.0,
+    "lambda_face": 0.1,
     "named_every": 3,
 }
 SCHEDULER = {
