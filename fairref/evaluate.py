@@ -1,7 +1,8 @@
 """How fair, and how faithful, the pictures of a model are (METHOD.md §8).
 
-P prompts, n images of each, K classes. Two judges count classes: the evaluation classifier, which no
-finetuning has seen, and the nearest-template judge, through which no gradient can flow. Noise depends on
+P prompts, n images of each, K classes. Two judges count classes: the evaluation classifier, whose
+gradient no finetuning has seen (validation asks it which adapter is best, on other prompts and noise), and the
+nearest-template judge, through which no gradient can flow. Noise depends on
 (seed, prompt, image), so two models are measured on the same noise, whatever else is measured with it.
 
     python -m fairref.evaluate --adapter runs/gender --part test --num-images 60
@@ -27,7 +28,7 @@ from fairref.finetune.adapters import load_adapter
 from fairref.finetune.checkpoints import write_json
 from fairref.finetune.distributed import Processes
 from fairref.finetune.mixture import OCCUPATIONS, Prompts, read_prompts
-from fairref.finetune.objective import Setup, classify, faces_of
+from fairref.finetune.objective import Setup, classify, faces_of, knows_all
 from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import fixed_pictures
 from fairref.images import grid, save_png
@@ -59,6 +60,7 @@ class How:
             raise UserError(
                 f"{self.bundle.path}: has no classifier for evaluation; use a bundle that names one."
             )
+        knows_all(self.bundle, "evaluate", self.target)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Seen:
     """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
 
     counts: dict[str, np.ndarray]  # judge -> (K_1, ..., K_A) images of each joint class
-    none: int = 0  # images far from every template, or a blend of genders
+    none: int = 0  # images far from every template, or a blend of genders, whatever is counted
     faceless: int = 0  # images without a face, which the classifier leaves out where faces count
     blended: int = 0  # images whose largest class probability is low
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm

@@ -28,6 +28,8 @@ from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Found
 from fairref.finetune import rollout
 from fairref.finetune.mixture import Prompts
+from fairref.finetune.objective import Setup
+from fairref.finetune.recipes import resolve
 from fairref.prompts import Occupations, occupation_prompt, read_occupations
 
 CLASSES = {"gender": ("woman", "man")}
@@ -243,3 +245,14 @@ def test_occupations_are_read_and_checked(how, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="prompts.json"):
         read_occupations(tmp_path)
+
+
+def test_an_attribute_that_a_classifier_does_not_know_is_refused(how):
+    class Knows:
+        attributes = {"height": ("tall", "short")}
+
+    bundle = replace(how.bundle, classifiers={"finetune": Knows, "evaluate": Knows})
+    with pytest.raises(UserError, match="'evaluate' doesn't know gender, only height"):
+        replace(how, bundle=bundle)
+    with pytest.raises(UserError, match="'finetune' doesn't know gender"):
+        Setup(bundle, resolve(("gender",), bundle.recipe, {}), how.target, (("a",),))

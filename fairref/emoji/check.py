@@ -61,11 +61,11 @@ class Gate:
     def to_dict(self) -> dict:
         """Ready for JSON."""
         value = round(float(self.value), 4) if self.value is not None and math.isfinite(self.value) else None
-        return {"claim": self.claim, "value": value, "bar": self.bar, "holds": self.holds}
+        return {"claim": self.claim, "value": value, "bar": self.bar, "at_most": self.at_most, "holds": self.holds}
 
 
 def networks_gates(bundle, count: int = 512) -> list[Gate]:
-    """What can be measured without sampling: autoencoder and classifiers."""
+    """What can be measured without sampling: autoencoder, classifiers and detector."""
     gates = [
         Gate(
             "VAE, mean PSNR on unseen pictures, dB",
@@ -95,7 +95,7 @@ def held_out_accuracy(classifier, count: int) -> dict[str, float]:
 
 @torch.no_grad()
 def real_face_gates(bundle, count: int) -> list[Gate]:
-    """The detector on pictures of all kinds, seen through the VAE."""
+    """The detector on pictures of all views, in no style, seen through the VAE."""
     scene = stages.balanced_scene(count, stages.generator_for(0, UNSEEN, 2))
     scene = replace(scene, style=torch.zeros_like(scene.style))
     faces = find(bundle.detector, through(bundle, scene))

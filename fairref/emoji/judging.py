@@ -290,9 +290,8 @@ class SelfDistillation(nn.Module):
             return nn.ModuleDict({"dino": Dino(DinoConfig(**DINO_CONFIG)), "head": head})
 
         self.student, self.teacher = tower(), tower()
-        for dino in (self.student["dino"],):
-            for embedding in (dino.cls_token, dino.pos_embed):
-                nn.init.normal_(embedding, std=0.1)
+        for embedding in (self.student["dino"].cls_token, self.student["dino"].pos_embed):
+            nn.init.normal_(embedding, std=0.1)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.directions = nn.Parameter(torch.randn(prototypes, bottleneck))

@@ -4,7 +4,7 @@ A template is a sprite (colour T premultiplied by its coverage a). The backgroun
 it is fitted to the picture, affine in its two axes, on the pixels that no person of that look covers. The error
 of a template is |picture - T - (1 - a) b|, smallest over shifts, sizes and hair colours, relative to what a
 background without anybody leaves of the picture: 0 is a perfect person, 1 is no better than nobody. The upper
-corners, where things lie, do not count.
+corners of a template, where things lie, do not count.
 
 A picture must also take sides. With P the best template and P' the same person in the other gender, both on b,
 share = <picture - P', P - P'> / |P - P'|^2 is 1 for the person and 1/2 for an even blend; what both miss cancels.

@@ -57,6 +57,7 @@ class Setup:
                 raise UserError(
                     f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one."
                 )
+        knows_all(self.bundle, "finetune", self.target)
         if not self.prompts or not all(self.prompts):
             raise UserError("--prompts names a concept without a prompt for finetuning; give another one.")
         if self.recipe.batch < self.processes.world:
@@ -78,6 +79,17 @@ class Setup:
     def judges_faces(self) -> bool:
         """Whether there is an L_face."""
         return self.bundle.embedder is not None and self.recipe.lambda_face > 0
+
+
+def knows_all(bundle: Bundle, role: str, target: JointTarget) -> None:
+    """Refuses a target with an attribute that the bundle's classifier of this role doesn't know. Raises UserError."""
+    known = bundle.classifiers[role].attributes
+    unknown = [name for name in target.classes if name not in known]
+    if unknown:
+        raise UserError(
+            f"{bundle.path}: the classifier {role!r} doesn't know {unknown[0]}, only {', '.join(known)}; use one"
+            " that does."
+        )
 
 
 class Task(NamedTuple):
