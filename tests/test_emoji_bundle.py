@@ -1,5 +1,7 @@
 """The committed bundle: what it must do before anything is finetuned on it, and what diffusers makes of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fairref.emoji import check
 from fairref.emoji.build import concept_prompts
 from fairref.emoji.captions import occupations
 from fairref.emoji.judging import face_features
+from fairref.emoji.stages import balanced_scene, generator_for
 from fairref.finetune.rollout import draw, latent_shape
 from fairref.prompts import read_occupations
 
@@ -58,6 +61,20 @@ def test_autoencoder_and_judges_pass_their_gates(bundle):
 def test_the_finetuning_and_the_evaluation_classifier_are_two_networks(bundle):
     one, other = (list(c.network.state_dict().values()) for c in bundle.classifiers.values())
     assert [w.shape for w in one] != [w.shape for w in other]
+
+
+@torch.no_grad()
+def test_the_template_judge_as_it_is_set_knows_people_from_what_is_none(bundle):
+    """Through the VAE: real people are known; noise, people upside down or in opposite colours, and blends are not."""
+    scene = balanced_scene(192, generator_for(0, "a test", 0), portraits=True)
+    other = replace(scene, person=replace(scene.person, gender=1 - scene.person.gender))
+    x, opposite = check.through(bundle, scene), check.through(bundle, other)
+    noise_ = torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    none = {"real": x, "noise": noise_, "upside down": x.flip(2), "inverted": -x}
+    none |= {"genders": (x + opposite) / 2, "people": (x + x.roll(1, 0)) / 2}
+    none = {name: bundle.templates(pictures)["none"].float().mean().item() for name, pictures in none.items()}
+    assert none.pop("real") < 0.03 and none.pop("noise") == 1
+    assert min(none.values()) > 0.85, none
 
 
 def test_diffusers_draws_the_same_picture(bundle):

@@ -184,7 +184,7 @@ def concept_prompts() -> dict[str, dict[str, list[str]]]:
 @torch.no_grad()
 def template_settings(vae: nn.Module) -> dict:
     """What the template judge finds in real pictures, seen through the VAE: the error below which 99.9 % fall, plus a
-    fifth, and the mean share of each look."""
+    twentieth, and the mean share of each look."""
     judge = Templates(float("inf"))
     scenes = stages.balanced_scene(TEMPLATE_PICTURES, stages.generator_for(0, "threshold", 0), portraits=True)
     parts = [scenes[part] for part in torch.arange(len(scenes)).split(128)]
@@ -192,7 +192,7 @@ def template_settings(vae: nn.Module) -> dict:
     error, share = (torch.cat([f[name] for f in found]) for name in ("error", "share"))
     shares = {name: share[scenes.person.look == k].mean().item() for k, name in enumerate(LOOKS)}
     return {
-        "threshold": round(1.2 * error.quantile(0.999).item(), 4),
+        "threshold": round(1.05 * error.quantile(0.999).item(), 4),
         "shares": {name: round(value, 3) for name, value in shares.items()},
     }
 
