@@ -207,10 +207,27 @@ def test_resume_goes_on_with_a_runs_own_settings(run_folder, weights, tmp_path, 
     assert cli.run(train.main, ["--resume", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "adapter.safetensors").exists()
     assert (tmp_path / "run" / "settings.json").read_bytes() == settings
+    assert "not to the same last digits" not in capsys.readouterr().out
+    changed = json.loads(settings) | {"processes": 8}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(changed))
+    assert cli.run(train.main, ["--resume", str(tmp_path / "run")]) == 0
+    assert "processes was 8 and is 1: the run goes on, but not" in capsys.readouterr().out
+    changed |= {"device": "abacus"}  # a run stays on its device, unless another is asked for
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(changed))
+    assert "abacus" in refused(capsys, train.main, "--resume", str(tmp_path / "run"))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert "--lr" in refused(capsys, train.main, "--resume", str(run_folder), "--lr", "1")
     assert "--weights" in refused(capsys, train.main, "--resume", str(run_folder), "--weights", "x")
     assert "no settings.json" in refused(capsys, train.main, "--resume", str(run_folder / "nowhere"))
+
+
+def test_without_a_validation_the_average_stands_for_the_best(weights, tmp_path, capsys):
+    options = ["--attr", "gender", "--weights", weights, "--iterations", "1", "--evaluate", "best"]
+    options += ["--validate-every", "0", "--out", str(tmp_path)]
+    assert cli.run(train.main, options) == 0
+    assert "no validation chose a best adapter" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"before", "after (ema)"}
+    assert not (tmp_path / "evaluation-so-far.json").exists()
 
 
 def test_a_target_may_be_a_joint_table(weights, tmp_path, capsys):
