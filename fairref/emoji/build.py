@@ -188,7 +188,7 @@ def template_settings(vae: nn.Module) -> dict:
     judge = Templates(float("inf"))
     scenes = stages.balanced_scene(TEMPLATE_PICTURES, stages.generator_for(0, "threshold", 0), portraits=True)
     parts = [scenes[part] for part in torch.arange(len(scenes)).split(128)]
-    found = [judge(vae.decode(vae.encode(draw(part))).clamp(-1, 1)) for part in parts]
+    found = [judge(stages.reconstructed(vae, draw(part))) for part in parts]
     error, share = (torch.cat([f[name] for f in found]) for name in ("error", "share"))
     shares = {name: share[scenes.person.look == k].mean().item() for k, name in enumerate(LOOKS)}
     return {

@@ -125,7 +125,7 @@ def nobody_scene(B: int, generator: torch.Generator) -> Scene:
 def through(bundle, scene: Scene) -> Tensor:
     """The scenes' pictures as the VAE gives them back."""
     parts = torch.arange(len(scene)).split(64)
-    return torch.cat([bundle.vae.decode(bundle.vae.encode(draw(scene[p]))).clamp(-1, 1) for p in parts])
+    return torch.cat([stages.reconstructed(bundle.vae, draw(scene[p])) for p in parts])
 
 
 def centre_errors(faces: Faces, person: Person) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fairref.emoji.fit import fit, generator_for
 from fairref.emoji.pictures import RESOLUTION, VIEWS, Scene, draw, face_points
 from fairref.emoji.sheet import GENDERS, LOOKS, TONES
-from fairref.emoji.stages import ATTRIBUTES, balanced_scene, labels
+from fairref.emoji.stages import ATTRIBUTES, balanced_scene, labels, reconstructed
 from fairref.fairness.faces import Faces, aligned, area, crops, square_around, to_bytes
 from fairref.judges import mtcnn
 from fairref.judges.dino import Dino, DinoConfig
@@ -49,10 +49,10 @@ def held_out(look: Tensor, tone: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def through(vae: VAE, x: Tensor) -> Tensor:
+def half_through(vae: VAE, x: Tensor) -> Tensor:
     """Pictures of which the first half was encoded and decoded, so that a judge knows what that does to them."""
     half = len(x) // 2
-    return torch.cat([vae.decode(vae.encode(x[:half])).clamp(-1, 1), x[half:]])
+    return torch.cat([reconstructed(vae, x[:half]), x[half:]])
 
 
 def true_faces(scene: Scene, generator: torch.Generator | None = None, jitter: float = 0.0) -> Faces:
@@ -105,7 +105,7 @@ def train_classifier(folder: Path, role: str, vae: VAE, batch: int = 64) -> Clas
         scene = balanced_scene(2 * batch, generator)
         seen = scene.shown & ~held_out(scene.person.look, scene.person.tone)
         scene = scene[seen.nonzero()[:batch, 0]]
-        x = through(vae, draw(scene))
+        x = half_through(vae, draw(scene))
         near = torch.rand(len(x), generator=generator) < 0.35
         faces = closer(true_faces(scene, generator, 0.04), generator, near)
         x = crops(x, faces, size)
@@ -213,7 +213,7 @@ def train_detector(folder: Path, vae: VAE, steps: int = 700, batch: int = 12) ->
 
         def loss_of(network, generator):
             scene = balanced_scene(batch, generator)
-            x = to_bytes(noisy(through(vae, draw(scene)), generator, 0.05)).float()
+            x = to_bytes(noisy(half_through(vae, draw(scene)), generator, 0.05)).float()
             pixels, seen, targets, landmarks, shares = [], [], [], [], []
             for image, (truth, points) in zip(x, all_faces(scene)):
                 with torch.no_grad():
@@ -254,7 +254,7 @@ def train_embedder(
         scene = balanced_scene(batch, generator)
         scene = scene[scene.shown.nonzero()[:, 0]]
         faces = true_faces(scene, generator, 0.03)
-        x = noisy(aligned(through(vae, draw(scene)), faces, EMBEDDER_CONFIG["side"]), generator)
+        x = noisy(aligned(half_through(vae, draw(scene)), faces, EMBEDDER_CONFIG["side"]), generator)
         cosine = embed_faces(identities.embedder, x) @ F.normalize(identities.directions, dim=1).T
         p = scene.person
         who = (p.look * len(GENDERS) + p.gender) * len(TONES) + p.tone

@@ -303,8 +303,14 @@ def train_clip(folder: Path, steps: int = 900, batch: int = 96, lr: float = 1e-3
 
 
 @torch.no_grad()
+def reconstructed(vae: VAE, x: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as the VAE gives them back."""
+    return vae.decode(vae.encode(x)).clamp(-1, 1)
+
+
+@torch.no_grad()
 def psnr(vae, generator: torch.Generator, count: int = 256) -> float:
     """Mean peak signal-to-noise ratio of reconstructions, dB, peak-to-peak 2."""
     x = draw(balanced_scene(count, generator))
-    error = F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x, reduction="none").mean((1, 2, 3))
+    error = F.mse_loss(reconstructed(vae, x), x, reduction="none").mean((1, 2, 3))
     return (10 * torch.log10(4 / error)).mean().item()
