@@ -12,18 +12,7 @@ from tiny_bundle import OCCUPATIONS, write_tiny_bundle
 from fairref import evaluate
 from fairref.bundle import load_bundle
 from fairref.errors import UserError
-from fairref.evaluate import (
-    How,
-    Seen,
-    bias_report,
-    clip_t,
-    judge,
-    likeness,
-    lines,
-    look_at,
-    obedience,
-    pictures,
-)
+from fairref.evaluate import How, clip_t, judge, look_at, obedience, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Found
 from fairref.finetune import rollout
@@ -31,6 +20,7 @@ from fairref.finetune.mixture import Prompts
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
 from fairref.prompts import Occupations, occupation_prompt, read_occupations
+from fairref.report import Seen, bias_report, likeness, lines
 
 CLASSES = {"gender": ("woman", "man")}
 PROMPTS = [occupation_prompt(name) for name in OCCUPATIONS["train"]]

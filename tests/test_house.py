@@ -37,6 +37,7 @@ ROWS = (
     ("fairref.checks",),
     ("fairref.evaluate", "fairref.study", "fairref.train_classifier", "fairref.face_features"),
     ("fairref.generate",),
+    ("fairref.report",),
     ("fairref.emoji",),
     ("fairref.finetune",),
     ("fairref.inventory",),

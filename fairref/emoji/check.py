@@ -28,7 +28,7 @@ from fairref.emoji.captions import (
 )
 from fairref.emoji.pictures import VIEWS, Person, Scene, draw, face_points, random_scene, sprites
 from fairref.emoji.sheet import LOOKS, things
-from fairref.evaluate import How, bias_report, look_at, pictures
+from fairref.evaluate import How, look_at, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
 from fairref.finetune.checkpoints import write_json
@@ -36,6 +36,7 @@ from fairref.finetune.objective import classify, faces_of
 from fairref.finetune.recipes import resolve
 from fairref.images import grid
 from fairref.prompts import occupation_prompt, read_occupations
+from fairref.report import bias_report
 
 UNSEEN = "check"  # names a stream of randomness that no training stage uses
 

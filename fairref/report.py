@@ -1,0 +1,152 @@
+"""What was seen of a model's pictures -> a report of numbers (METHOD.md §8), and the report in a few lines of text.
+
+P prompts, n images of each, K classes.
+"""
+
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairref.fairness.metrics import BLEND, bias, mean_cosine, noise_floor
+
+JUDGES = ("classifier", "templates")
+COLOURED = ("background", "clothes")  # parts of a picture whose colours should stay
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
+
+    counts: dict[str, np.ndarray]  # judge -> (K_1, ..., K_A) images of each joint class
+    none: int = 0  # images far from every template, or a blend of genders, whatever is counted
+    faceless: int = 0  # images without a face, which the classifier leaves out where faces count
+    blended: int = 0  # images whose largest class probability is low
+    features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
+    colours: dict[str, Tensor] = field(default_factory=dict)  # of COLOURED -> (n, 3), NaN: not known
+
+
+def joint_names(classes: dict[str, tuple[str, ...]]) -> list[str]:
+    """The joint classes' names, in the order of a flattened table: "woman", or "woman, dark"."""
+    return [", ".join(names) for names in product(*classes.values())]
+
+
+def bias_report(
+    seen: list[Seen],
+    names: list[str],
+    classes: dict[str, tuple[str, ...]],
+    n: int,
+    table: np.ndarray | None = None,
+) -> dict:
+    """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
+
+    Of several attributes, also of each alone, under "attributes". Where the target's joint `table` (K_1, ..., K_A) is
+    not one of equal shares, also "from_target", the same measure with its shares taken from the frequencies.
+    """
+    axes = range(len(classes))
+    counts = {j: np.stack([s.counts[j] for s in seen]) for j in seen[0].counts}  # (P, K_1, ..., K_A) each
+    report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n, table)}
+    if len(classes) > 1:
+        report["attributes"] = {}
+        for axis, (attribute, of_one) in enumerate(classes.items()):
+            others = tuple(1 + a for a in axes if a != axis)
+            alone = {j: of_judge.sum(others) for j, of_judge in counts.items()}
+            marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
+            report["attributes"][attribute] = _biases(alone, names, list(of_one), n, marginal)
+    if "templates" in report["judges"]:
+        report["none"] = sum(s.none for s in seen) / (n * len(seen))
+    report["faceless"] = sum(s.faceless for s in seen) / (n * len(seen))
+    report["blended"] = sum(s.blended for s in seen) / max(n * len(seen) - sum(s.faceless for s in seen), 1)
+    return report
+
+
+def _biases(counts, names, classes, n, table):
+    """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
+    floor, scatter = noise_floor(len(classes), n)
+    unequal = table is not None and not np.allclose(table, 1 / len(classes))
+    judges = {}
+    for judge, of_judge in counts.items():
+        rows = of_judge.reshape(len(names), -1)  # (P, K)
+        some = rows.sum(1) > 0  # a prompt whose images are all "none" has no bias
+        values = bias(rows[some]) if some.any() else np.array([np.nan])
+        judges[judge] = {
+            "mean": _number(values.mean()),
+            "std": _number(values.std()),
+            "without_bias": int((~some).sum()),
+            **({"from_target": _number(_mean_bias(rows[some], table.reshape(-1)))} if unequal else {}),
+            "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist())),
+            "counts": {prompt: row.tolist() for prompt, row in zip(names, rows)},
+        }
+    return {"noise_floor": {"mean": floor, "std": scatter}, "judges": judges}
+
+
+def _mean_bias(rows, target):
+    """Mean of bias(P) from a target (K,) over the prompts' counts (P, K); NaN without any."""
+    return float(bias(rows, target).mean()) if len(rows) else float("nan")
+
+
+def likeness(seen: list[Seen], originals: list[Seen]) -> dict[str, float]:
+    """CLIP-I and DINO: mean cosine of images with the original model's from the same noise. And how much of the
+    colour of background and clothes is the original's: 1 - distance to it / distance to the next image's."""
+    pairs = [(s.features, o.features) for s, o in zip(seen, originals)]
+    found = {
+        name: float(np.mean([mean_cosine(s[feature], o[feature]) for s, o in pairs]))
+        for name, feature in (("clip_i", "clip"), ("dino", "dino"))
+        if feature in pairs[0][0]
+    }
+    for name in COLOURED if seen[0].colours else ():
+        x, o = (torch.cat([s.colours[name] for s in part]) for part in (seen, originals))  # (P n, 3)
+        near, far = (
+            (x - other).norm(dim=1)
+            for other in (o, torch.cat([s.colours[name].roll(1, 0) for s in originals]))
+        )
+        known = near.isfinite() & far.isfinite()
+        found[name] = _number(1 - float(near[known].mean() / far[known].mean()))
+    return found
+
+
+def lines(report: dict) -> list[str]:
+    """A report in a few lines of text."""
+    about = f"{report['prompts']} {report['part']} {report['concept']} x {report['images']} images"
+    text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
+    text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
+    if report.get("none") is not None:
+        text.append(f"none for the template judge: {report['none']:.1%}")
+    if report["faceless"]:
+        text.append(f"without a face: {report['faceless']:.1%}")
+    text.append(f"largest class probability below {BLEND}: {report['blended']:.1%}")
+    if report["clip_t"]:
+        text.append(
+            f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}"
+        )
+    for key, what in (
+        ("clip_i", "CLIP-I"),
+        ("dino", "DINO"),
+        *((name, f"{name}'s colour") for name in COLOURED),
+    ):
+        if report.get(key) is not None:
+            text.append(f"{what} with the original images: {report[key]:.4f}")
+    if "named" in report:
+        shares = [f"{report['named'][j]:.1%} ({j})" for j in JUDGES if j in report["named"]]
+        text.append(f"named classes drawn as asked: {', '.join(shares)}")
+    return text
+
+
+def _said(biases):
+    """Each judge's bias, and what a fair model measures."""
+    found = [
+        f"{values['mean']:.3f} ± {values['std']:.3f} ({name})"
+        if values["mean"] is not None
+        else f"none ({name})"
+        for name, values in biases["judges"].items()
+    ]
+    floor = biases["noise_floor"]
+    text = f"{', '.join(found)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
+    far = [f"{v['from_target']:.3f} ({name})" for name, v in biases["judges"].items() if v.get("from_target")]
+    return text + (f"; from the target: {', '.join(far)}" if far else "")
+
+
+def _number(value):
+    return float(value) if np.isfinite(value) else None
