@@ -59,9 +59,7 @@ def _run(options, processes, device):
     dtype = settings["dtype"] if settings else options.dtype or "float32"
     bundle = load_bundle(weights, device, cli.DTYPES[dtype])
     if settings:
-        classes = {name: tuple(of_one) for name, of_one in settings["target"]["classes"].items()}
-        target = JointTarget(classes, np.array(settings["target"]["table"]))
-        recipe = Recipe(**settings["recipe"])
+        target, recipe = of_settings(settings)
     else:
         target = _target(options, bundle)
         recipe = resolve(tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path))
@@ -109,6 +107,12 @@ def _run(options, processes, device):
         prompt = (concepts[0].test or concepts[0].train)[0]
         print(f"draw with it: {_sample_command(prompt, folder, weights)}")
     return folder
+
+
+def of_settings(settings: dict) -> tuple[JointTarget, Recipe]:
+    """What a run's settings.json says that it aims at, and how."""
+    classes = {name: tuple(of_one) for name, of_one in settings["target"]["classes"].items()}
+    return JointTarget(classes, np.array(settings["target"]["table"])), Recipe(**settings["recipe"])
 
 
 def _evaluated(setup, files):

@@ -1,5 +1,7 @@
 """What of the benchmarks needs no quiet machine: both ways give one gradient, and the counts and tables are right."""
 
+import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,8 @@ import torch
 from tiny_bundle import write_tiny_bundle
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fairref.finetune.mixture import read_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -99,25 +103,33 @@ def test_the_cost_page_has_the_scripts_tables():
     assert unet["parameters"] == 859_520_964 and 0.7e12 < unet["forward"] < 0.85e12
 
 
-def report(women, clip_i=None):
-    """As evaluation.json has it, for one prompt."""
+def report(women, clip_t=0.6, **kept):
+    """As an evaluation has it, for one prompt."""
     judged = {"mean": 0.5, "std": 0.25, "share": {"woman": women, "man": 1 - women}}
     judged["counts"] = {"pilot": [round(60 * women), 60 - round(60 * women)]}
     biases = {"noise_floor": {"mean": 0.1, "std": 0.08}, "judges": {j: judged for j in results.JUDGES}}
-    return {**biases, "clip_t": {"matched": 0.6, "shuffled": 0.01}} | ({"clip_i": clip_i} if clip_i else {})
+    named = {judge: 0.98 for judge in results.JUDGES}
+    return {**biases, "clip_t": {"matched": clip_t, "shuffled": 0.1}, "named": named, "none": 0.04, **kept}
 
 
 def test_the_tables_of_results():
-    run = {"before": {"test": report(0.75)}, "after": {"test": report(0.5, 0.9)}, "minutes": 12.0}
-    lines = results.shown({"gender": run}).splitlines()
+    after = report(0.5, 0.55, clip_i=0.9, dino=0.8, background=0.7, clothes=0.95)
+    run = {"before": {"test": report(0.75), "train": report(0.75)}, "minutes": 12.0}
+    lines = results.shown({"gender": {**run, "after": {"test": after, "train": after}}}).splitlines()
     assert "| original | .50 ± .25 | .50 ± .25 | .10 ± .08 | 0.600 | – | – | – | – |" in lines
-    row = "| text encoder | .50 ± .25 | .50 ± .25 | .10 ± .08 | 0.600 | 0.900 | – | 12 | `python train.py --attr gender` |"
+    row = "| text encoder | .50 ± .25 | .50 ± .25 | .10 ± .08 | 0.550 | 0.900 | 0.800 | 12 | `python train.py --attr gender` |"
     assert row in lines
-    assert [line for line in lines if line.startswith("#")] == [
-        "### components",
-        "### seeds",
-        "### gradients",
-    ]
+    biases = ".50 ± .25 / .50 ± .25"
+    assert f"| original | {biases} | {biases} | 0.600 | 0.0% | 98.0% / 98.0% | 4.0% |" in lines
+    assert f"| seed 0 | {biases} | {biases} | 0.550 | 10.0% | 98.0% / 98.0% | 4.0% |" in lines, (
+        ".05 of a gap of .5"
+    )
+    row = (
+        "| .50 ± .25 | .50 ± .25 | 0.550 | 0.900 | 0.800 | 0.700 | 0.950 | `python train.py --attr gender` |"
+    )
+    assert f"| align + img + face {row}" in lines
+    titles = [line for line in lines if line.startswith("#")]
+    assert titles == ["### components", "### seeds", "### losses", "### gradients"]
 
 
 def test_several_attributes_in_the_tables_of_results():
@@ -131,6 +143,38 @@ def test_several_attributes_in_the_tables_of_results():
     run = {when: {f"{name}, test": joint for name in results.CONCEPTS} for when in ("before", "after")}
     text = results.shown({"concepts": {**run, "minutes": 1.0}})
     assert "| sports, after | .50 ± .25 / .50 ± .25 | .50 ± .25 / .50 ± .25 |" in text
+
+
+def test_the_original_is_evaluated_once_for_all_runs_and_the_finetuning_prompts_are_thinned(
+    folder, monkeypatch, tmp_path
+):
+    made = []
+
+    def evaluated(how, model, prompts, part, n, label, named):
+        made.append((label, part, len(getattr(prompts, part))))
+        return {"label": label}, label
+
+    monkeypatch.setattr(results, "evaluate", evaluated)
+    monkeypatch.setattr(results, "likeness", lambda seen, originals: {"like": (seen, originals)})
+    monkeypatch.setattr(results, "lines", lambda report: [])
+    monkeypatch.setattr(results, "load_adapter", lambda bundle, file: None)
+    bundle = measure.bundle_of(folder)
+    setup = measure.setup_of(bundle)
+    settings = {"prompts": "occupations", "prompt_template": None, "recipe": setup.recipe.to_dict()}
+    settings["target"] = {"classes": setup.target.classes, "table": setup.target.table.tolist()}
+    (tmp_path / results.SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / results.METRICS).write_text('{"seconds": 30}\n{"seconds": 60}\n', encoding="utf-8")
+    evaluator = results.Evaluator(bundle)
+    found = [evaluator(name, tmp_path) for name in ("gender", "gender-1", "unet")]
+    assert [label for label, *_ in made] == ["original", "gender"] * 2 + ["gender-1"] * 2 + ["unet"]
+    bundle_prompts = read_prompts("occupations", None, bundle, ["gender"])[0]
+    assert {(part, n) for _, part, n in made} == {
+        ("test", len(bundle_prompts.test)),
+        ("train", math.ceil(len(bundle_prompts.train) / results.EVERY)),
+    }
+    assert found[1]["before"] == {"test": {"label": "original"}, "train": {"label": "original"}}
+    assert found[1]["after"]["test"] == {"label": "gender-1", "like": ("gender-1", "original")}
+    assert found[2]["minutes"] == 1.5 and list(found[2]["after"]) == ["test"]
 
 
 def test_the_queue_names_every_run_of_a_table():

@@ -39,6 +39,7 @@ from fairref.prompts import occupation_prompt, read_occupations
 from fairref.report import bias_report
 
 UNSEEN = "check"  # names a stream of randomness that no training stage uses
+NEAR = 3  # pixels from the middle of a face, for it to be the one that was found
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,13 @@ class Gate:
     def to_dict(self) -> dict:
         """Ready for JSON."""
         value = round(float(self.value), 4) if self.value is not None and math.isfinite(self.value) else None
-        return {"claim": self.claim, "value": value, "bar": self.bar, "at_most": self.at_most, "holds": self.holds}
+        return {
+            "claim": self.claim,
+            "value": value,
+            "bar": self.bar,
+            "at_most": self.at_most,
+            "holds": self.holds,
+        }
 
 
 def networks_gates(bundle, count: int = 512) -> list[Gate]:
@@ -77,7 +84,7 @@ def networks_gates(bundle, count: int = 512) -> list[Gate]:
     for role, classifier in bundle.classifiers.items():
         for name, share in held_out_accuracy(classifier, count).items():
             gates.append(Gate(f"{role} classifier, {name}, faces of held-out look x tone", share, 0.98))
-    return gates + real_face_gates(bundle, count)
+    return gates + real_face_gates(bundle, 2 * count)
 
 
 @torch.no_grad()
@@ -100,18 +107,11 @@ def real_face_gates(bundle, count: int) -> list[Gate]:
     scene = stages.balanced_scene(count, stages.generator_for(0, UNSEEN, 2))
     scene = replace(scene, style=torch.zeros_like(scene.style))
     faces = find(bundle.detector, through(bundle, scene))
-    errors = centre_errors(faces, scene.person)[scene.shown[faces.found]]
-    nobody = nobody_scene(2 * count, stages.generator_for(0, UNSEEN, 3))
+    right = found_right(faces, scene.person)[scene.shown].float().mean().item()
+    nobody = nobody_scene(count, stages.generator_for(0, UNSEEN, 3))
     none = 1 - find(bundle.detector, through(bundle, nobody)).found.float().mean().item()
-    found = faces.found[scene.shown].float().mean().item()
     return [
-        Gate("detector, faces found, all views", found, 0.98),
-        Gate(
-            "detector, centre error of the largest face, all views, mean, pixels",
-            errors.mean().item(),
-            3,
-            True,
-        ),
+        Gate(f"detector, faces found to {NEAR} pixels, all views", right, 0.98),
         Gate("detector, no face on plain backgrounds and things", none, 0.98),
     ]
 
@@ -129,10 +129,13 @@ def through(bundle, scene: Scene) -> Tensor:
     return torch.cat([stages.reconstructed(bundle.vae, draw(scene[p])) for p in parts])
 
 
-def centre_errors(faces: Faces, person: Person) -> Tensor:
-    """How far from the middle of the people's faces those found are, (M,) pixels."""
+def found_right(faces: Faces, person: Person) -> Tensor:
+    """Whether a face was found whose middle is that of the person's face, to NEAR pixels, (B,) bool."""
     boxes = face_points(person[faces.found.nonzero()[:, 0]])[0]
-    return ((faces.boxes[:, :2] + faces.boxes[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2).norm(dim=1)
+    errors = ((faces.boxes[:, :2] + faces.boxes[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2).norm(dim=1)
+    right = faces.found.clone()
+    right[faces.found] = errors <= NEAR
+    return right
 
 
 def sampling_gates(
@@ -193,16 +196,15 @@ def face_gates(bundle, how: How, images: int = 8) -> Iterator[Gate]:
     x = torch.cat([pictures(how, bundle, prompt, images) for prompt in prompts])
     seen = bundle.templates(x)
     x = x[~seen["none"]]
-    faces = find(bundle.detector, x)
     seen = {name: values[~seen["none"]] for name, values in seen.items()}
     zero = torch.zeros_like(seen["scale"])
     colour = zero[:, None].expand(-1, 3)
     who = seen["look"], seen["gender"], seen["skin_tone"], seen["age"]
     person = Person(*who, colour, zero, zero, seen["place"], seen["scale"])
-    found = faces.found.float().mean().item()
-    errors = centre_errors(faces, person)
-    yield Gate(f"detector, faces found in {len(x)} generated pictures of people", found, 0.98)
-    yield Gate("detector, centre error in generated pictures, mean, pixels", errors.mean().item(), 3, True)
+    right = found_right(find(bundle.detector, x), person).float().mean().item()
+    yield Gate(
+        f"detector, faces found to {NEAR} pixels in {len(x)} generated pictures of people", right, 0.98
+    )
     prompts = [NOBODY.format(thing=name.replace("_", " ")) for name in things()]
     x = torch.cat([pictures(how, bundle, prompt, 4) for prompt in prompts])
     none = 1 - find(bundle.detector, x).found.float().mean().item()
