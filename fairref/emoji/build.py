@@ -44,7 +44,7 @@ RECIPE = {
     "validate_prompts": 12,
     "grid_every": 100,
     "clip": 0.02,
-    "lambda_img": 1.0,
+    "lambda_img": 0.5,
     "lambda_face": 0.1,
     "named_every": 3,
 }

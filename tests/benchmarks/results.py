@@ -32,7 +32,7 @@ from fairref.run import of_settings
 JUDGES = ("classifier", "templates")
 LONGEST = 30  # minutes of finetuning
 IMAGES = 60  # of each prompt
-EVERY = 3  # of the finetuning prompts so many are looked at once; odd, since neighbours lean opposite ways
+EVERY = 5  # of the finetuning prompts so many are looked at once; odd, since neighbours lean opposite ways
 CONCEPTS = ("occupations", "sports", "style_context", "descriptors")
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
