@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fairref import cli
@@ -23,6 +22,7 @@ from fairref.fairness.faces import Detector, aligned, find
 from fairref.judge_files import FACE_FEATURES, load_detector, load_embedder
 from fairref.judges.sfnet import embed_faces
 from fairref.progress import Progress
+from fairref.weights_io import write
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 LARGEST = 1024  # pixels of the longer side that a photograph is reduced to
@@ -124,9 +124,7 @@ def main(argv=None) -> int:
             print(f"left out {len(out)}, {reason}, such as {out[0]}", file=sys.stderr)
     if not found:
         raise UserError(f"{options.images}: found no face in {len(files)} images; check the folder.")
-    part = options.out.with_name(options.out.name + ".part")
-    save_file({FACE_FEATURES: torch.stack(found)}, part)
-    part.rename(options.out)
+    write(options.out, {FACE_FEATURES: torch.stack(found)}, {})
     print(f"{len(found)} faces of {len(files)} photographs: {options.out}")
     return 0
 

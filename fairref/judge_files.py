@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fairref.errors import UserError
@@ -25,7 +24,7 @@ from fairref.nets.clip import (
     ClipVisionConfig,
 )
 from fairref.tokenizer import Tokenizer
-from fairref.weights_io import load_strict, open_clip_names, read, read_json, read_judge
+from fairref.weights_io import load_strict, open_clip_names, read, read_json, read_judge, write
 
 FACE_FEATURES = "embeddings"  # the tensor of D_F's file
 
@@ -139,7 +138,7 @@ def save_classifier(classifier: Classifier, folder: str | Path, dtype: torch.dty
         key: (value.detach().to(dtype) if value.dim() >= 2 else value.detach()).cpu().contiguous()
         for key, value in classifier.network.state_dict().items()
     }
-    save_file(tensors, folder / "model.safetensors")
+    write(folder / "model.safetensors", tensors, {})
     config = classifier.network.config.to_dict()
     config["attributes"] = {name: list(classes) for name, classes in classifier.attributes.items()}
     if classifier.logits is None:

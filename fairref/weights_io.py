@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fairref.errors import UserError
@@ -286,9 +286,10 @@ def write(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
     temporary = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, temporary, metadata={INFO: json.dumps(info, sort_keys=True)})
+        # not save_file, whose files no other user may read
+        temporary.write_bytes(save(tensors, metadata={INFO: json.dumps(info, sort_keys=True)}))
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written ({error}); make room there or choose another folder.") from None
 

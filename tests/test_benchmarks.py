@@ -107,29 +107,39 @@ def report(women, clip_t=0.6, **kept):
     """As an evaluation has it, for one prompt."""
     judged = {"mean": 0.5, "std": 0.25, "share": {"woman": women, "man": 1 - women}}
     judged["counts"] = {"pilot": [round(60 * women), 60 - round(60 * women)]}
-    biases = {"noise_floor": {"mean": 0.1, "std": 0.08}, "judges": {j: judged for j in results.JUDGES}}
-    named = {judge: 0.98 for judge in results.JUDGES}
+    biases = {
+        "noise_floor": {"mean": 0.1, "std": 0.08},
+        "judges": {j: judged for j in ("classifier", "templates")},
+    }
+    named = {judge: 0.98 for judge in ("classifier", "templates")}
     return {**biases, "clip_t": {"matched": clip_t, "shuffled": 0.1}, "named": named, "none": 0.04, **kept}
+
+
+def table(title, **found):
+    """The rows of one table of results."""
+    return results.tables(found).get(title, "").splitlines()
 
 
 def test_the_tables_of_results():
     after = report(0.5, 0.55, clip_i=0.9, dino=0.8, background=0.7, clothes=0.95)
     run = {"before": {"test": report(0.75), "train": report(0.75)}, "minutes": 12.0}
-    lines = results.shown({"gender": {**run, "after": {"test": after, "train": after}}}).splitlines()
-    assert "| original | .50 ± .25 | .50 ± .25 | .10 ± .08 | 0.600 | – | – | – | – |" in lines
-    row = "| text encoder | .50 ± .25 | .50 ± .25 | .10 ± .08 | 0.550 | 0.900 | 0.800 | 12 | `python train.py --attr gender` |"
-    assert row in lines
+    run["after"] = {"test": after, "train": after}
+    gender, command = "| text encoder | .50 ± .25 | .50 ± .25 | .10 ± .08", "`python train.py --attr gender`"
+    assert table("components", gender=run)[2:] == [
+        "| original | .50 ± .25 | .50 ± .25 | .10 ± .08 | 0.600 | – | – | – | – |",
+        f"{gender} | 0.550 | 0.900 | 0.800 | 12 | {command} |",
+    ]
     biases = ".50 ± .25 / .50 ± .25"
-    assert f"| original | {biases} | {biases} | 0.600 | 0.0% | 98.0% / 98.0% | 4.0% |" in lines
-    assert f"| seed 0 | {biases} | {biases} | 0.550 | 10.0% | 98.0% / 98.0% | 4.0% |" in lines, (
-        ".05 of a gap of .5"
-    )
-    row = (
-        "| .50 ± .25 | .50 ± .25 | 0.550 | 0.900 | 0.800 | 0.700 | 0.950 | `python train.py --attr gender` |"
-    )
-    assert f"| align + img + face {row}" in lines
-    titles = [line for line in lines if line.startswith("#")]
-    assert titles == ["### components", "### seeds", "### losses", "### gradients"]
+    assert table("seeds", gender=run)[2:] == [
+        f"| original | {biases} | {biases} | 0.600 | 0.0% | 98.0% / 98.0% | 4.0% |",
+        f"| seed 0 | {biases} | {biases} | 0.550 | 10.0% | 98.0% / 98.0% | 4.0% |",  # .05 of a gap of .5
+    ]
+    row = f".50 ± .25 | .50 ± .25 | 0.550 | 0.900 | 0.800 | 0.700 | 0.950 | {command} |"
+    assert f"| align + img + face | {row}" in table("losses", gender=run)
+    assert list(results.tables({"gender": run})) == ["components", "seeds", "losses", "gradients"]
+    scaled = {look.key: after for look in results.SCALED}
+    run = {"before": {**run["before"], **scaled}, "after": {**run["after"], **scaled}, "minutes": 12.0}
+    assert table("scales", gender=run)[-1] == f"| the bundle's | {' | '.join([biases] * 5)} | {command} |"
 
 
 def test_several_attributes_in_the_tables_of_results():
@@ -139,19 +149,20 @@ def test_several_attributes_in_the_tables_of_results():
         of_one["counts"] = {"pilot": [45, 15], "nurse": [0, 0]}
     joint = {**report(0.5), "attributes": {"gender": report(0.5), "age": age}}
     run = {"before": {"test": joint}, "after": {"test": joint}, "minutes": None}
-    assert "| … age alone, 25% ± 0% / 25% ± 0% old |" in results.shown({"gender-skin_tone-age": run})
-    run = {when: {f"{name}, test": joint for name in results.CONCEPTS} for when in ("before", "after")}
-    text = results.shown({"concepts": {**run, "minutes": 1.0}})
-    assert "| sports, after | .50 ± .25 / .50 ± .25 | .50 ± .25 / .50 ± .25 |" in text
+    rows = table("attributes", **{"gender-skin_tone-age": run})
+    assert any(row.startswith("| … age alone, 25% ± 0% / 25% ± 0% old |") for row in rows)
+    reports = {look.key: joint for look in results.OF_CONCEPTS}
+    rows = table("concepts", concepts={"before": reports, "after": reports, "minutes": 1.0})
+    assert any(
+        row.startswith("| sports, after | .50 ± .25 / .50 ± .25 | .50 ± .25 / .50 ± .25 |") for row in rows
+    )
 
 
-def test_the_original_is_evaluated_once_for_all_runs_and_the_finetuning_prompts_are_thinned(
-    folder, monkeypatch, tmp_path
-):
-    made = []
+def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(folder, monkeypatch, tmp_path):
+    made, saves = [], []
 
     def evaluated(how, model, prompts, part, n, label, named):
-        made.append((label, part, len(getattr(prompts, part))))
+        made.append((label, part, how.guidance, len(getattr(prompts, part)), named))
         return {"label": label}, label
 
     monkeypatch.setattr(results, "evaluate", evaluated)
@@ -164,17 +175,29 @@ def test_the_original_is_evaluated_once_for_all_runs_and_the_finetuning_prompts_
     settings["target"] = {"classes": setup.target.classes, "table": setup.target.table.tolist()}
     (tmp_path / results.SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     (tmp_path / results.METRICS).write_text('{"seconds": 30}\n{"seconds": 60}\n', encoding="utf-8")
-    evaluator = results.Evaluator(bundle)
-    found = [evaluator(name, tmp_path) for name in ("gender", "gender-1", "unet")]
-    assert [label for label, *_ in made] == ["original", "gender"] * 2 + ["gender-1"] * 2 + ["unet"]
-    bundle_prompts = read_prompts("occupations", None, bundle, ["gender"])[0]
-    assert {(part, n) for _, part, n in made} == {
-        ("test", len(bundle_prompts.test)),
-        ("train", math.ceil(len(bundle_prompts.train) / results.EVERY)),
+    evaluator, found = results.Evaluator(bundle), {}
+    found["gender-1"] = {"before": {}, "after": {}}
+    found["gender"] = {"before": {"test": 1}, "after": {"test": 2}}
+    found["unet"] = {"before": {}, "after": {}}
+    for name, of_one in found.items():
+        evaluator(name, tmp_path, of_one, lambda now: saves.append(list(now["after"])))
+    labels = [label for label, *_ in made]
+    assert labels == ["original", "gender-1"] * 2 + ["gender"] + ["original", "gender"] * 5 + ["unet"]
+    prompts = read_prompts("occupations", None, bundle, ["gender"])[0]
+    guidance, few = (
+        setup.recipe.eval_guidance,
+        [math.ceil(n / results.EVERY) for n in map(len, (prompts.test, prompts.train))],
+    )
+    assert {row[1:] for row in made} == {
+        ("test", guidance, len(prompts.test), results.NAMED_IMAGES),
+        ("train", guidance, few[1], 0),
+        *(("test", scale, few[0], 0) for scale in (1.0, 3.0, 5.0, 7.5, 12.0)),
     }
-    assert found[1]["before"] == {"test": {"label": "original"}, "train": {"label": "original"}}
-    assert found[1]["after"]["test"] == {"label": "gender-1", "like": ("gender-1", "original")}
-    assert found[2]["minutes"] == 1.5 and list(found[2]["after"]) == ["test"]
+    assert found["gender-1"]["before"] == {"test": {"label": "original"}, "train": {"label": "original"}}
+    assert found["gender-1"]["after"]["test"] == {"label": "gender-1", "like": ("gender-1", "original")}
+    assert found["gender"]["after"]["test"] == 2 and not results.RUNS["gender"].missing(found["gender"])
+    assert found["unet"]["minutes"] == 1.5 and list(found["unet"]["after"]) == ["test"]
+    assert saves[:3] == [["test"], ["test", "train"], ["test", "train"]]
 
 
 def test_the_queue_names_every_run_of_a_table():

@@ -186,6 +186,14 @@ def test_reading_gives_the_tensors_back(tmp_path):
     assert set(found) == set(tensors) and all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
+def test_what_is_written_can_be_read_by_whoever_may_read_other_files(tmp_path):
+    (tmp_path / "other").touch()
+    weights_io.write(tmp_path / "w.safetensors", {"a": torch.ones(2)}, {"iteration": 3})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert weights_io.read_info(tmp_path / "w.safetensors") == {"iteration": 3}
+    assert [path.name for path in tmp_path.glob("w*")] == ["w.safetensors"]
+
+
 @pytest.mark.parametrize("length", [0x0280, 0x0480])
 def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path, length):
     path = tmp_path / "w.safetensors"
