@@ -59,6 +59,18 @@ def device(name: str) -> torch.device:
     return found
 
 
+def warn_of_cut(tokenizer, prompts: list[str], prefix: int = 0) -> None:
+    """Says on stderr that prompts, with `prefix` soft tokens before them, are longer than the tokenizer takes."""
+    ends = [end for end in tokenizer.cut(prompts, prefix) if end]
+    if len(ends) == 1:
+        print(f"warning: a prompt is too long, its end is not used: {ends[0]!r}", file=sys.stderr)
+    elif ends:
+        print(
+            f"warning: {len(ends)} prompts are too long, their ends are not used, as in: {ends[0]!r}",
+            file=sys.stderr,
+        )
+
+
 def whole(low: int, high: int = 2**32 - 1):
     """An argparse type: a whole number from low to high."""
 

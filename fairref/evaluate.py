@@ -22,7 +22,7 @@ from torch import Tensor
 from fairref import cli
 from fairref.bundle import Bundle, load_bundle
 from fairref.errors import UserError
-from fairref.fairness.attributes import JointTarget, parse_attributes, product_target
+from fairref.fairness.attributes import JointTarget, wanted_target
 from fairref.fairness.metrics import blends, joint_counts
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.checkpoints import write_json
@@ -229,7 +229,12 @@ def _options(argv):
     parser.add_argument(
         "--adapter", help="a run's folder or an adapter file; without it the bundle itself is measured"
     )
-    parser.add_argument("--attr", default="gender", help="attributes, as in train.py")
+    parser.add_argument(
+        "--attr", help="attributes, as in train.py (None: gender, where --target is not given)"
+    )
+    parser.add_argument(
+        "--target", action="append", help="the shares that were aimed at, as in train.py (None: equal shares)"
+    )
     parser.add_argument(
         "--prompts",
         default=OCCUPATIONS,
@@ -258,7 +263,8 @@ def main(argv=None):
     if options.out and not Path(options.out).parent.is_dir():
         raise UserError(f"--out is {options.out}, whose folder doesn't exist; make it first.")
     bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])
-    target = product_target(parse_attributes(options.attr, bundle.attributes))
+    attr = options.attr or (None if options.target else "gender")
+    target = wanted_target(attr, options.target, bundle.attributes, str(bundle.path))
     given = {
         "eval_steps": options.steps,
         "eval_guidance": options.guidance,
@@ -273,6 +279,8 @@ def main(argv=None):
                 f"--part is {options.part}, of which {prompts.name} has no prompt; give another part."
             )
     model = load_adapter(bundle, options.adapter) if options.adapter else bundle
+    texts = [text for prompts in concepts for text in getattr(prompts, options.part)]
+    cli.warn_of_cut(bundle.tokenizer, texts, 0 if model.prefix is None else len(model.prefix))
     how = How(bundle, target, recipe.eval_steps, recipe.eval_guidance, recipe.end, options.seed)
     reports, n = {}, recipe.eval_images
     for prompts in concepts:

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,8 +48,7 @@ def generate(settings: Settings) -> list[Path]:
     texts = (settings.prompt, settings.negative_prompt)
     prefix = 0 if bundle.prefix is None else len(bundle.prefix)
     for text, soft in zip(texts, (prefix, 0)):
-        if cut := bundle.tokenizer.cut([text], soft)[0]:
-            print(f"warning: the prompt is too long, its end is not used: {cut!r}", file=sys.stderr)
+        cli.warn_of_cut(bundle.tokenizer, [text], soft)
 
     folder = _folder(settings)
     resolved = {**asdict(settings), "steps": steps, "guidance": guidance, "end": recipe.end}

@@ -12,7 +12,7 @@ from fairref import __version__, cli
 from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.evaluate import How, before_after
-from fairref.fairness.attributes import JointTarget, parse_attributes, parse_targets, product_target
+from fairref.fairness.attributes import JointTarget, wanted_target
 from fairref.finetune import checkpoints, distributed
 from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts, validation_prompts
 from fairref.finetune.objective import Setup
@@ -61,7 +61,7 @@ def _run(options, processes, device):
     if settings:
         target, recipe = of_settings(settings)
     else:
-        target = _target(options, bundle)
+        target = wanted_target(options.attr, options.target, bundle.attributes, str(bundle.path))
         recipe = resolve(tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path))
     wanted, template = _prompts(settings or vars(options))
     concepts = read_prompts(wanted, template, bundle, list(target.classes))
@@ -89,6 +89,8 @@ def _run(options, processes, device):
     }
     folder = Path(options.resume).expanduser() if options.resume else _folder(options, target, processes)
     if processes.first:
+        soft = recipe.tokens if recipe.component == "prefix" else 0
+        cli.warn_of_cut(bundle.tokenizer, [text for of_one in train_prompts for text in of_one], soft)
         print(f"the run is in {folder}")
         if not options.resume:
             checkpoints.write_json(folder / checkpoints.SETTINGS, settings)
@@ -136,28 +138,6 @@ def _say_what_differs(settings, processes, device):
 def _sample_command(prompt, folder, weights):
     command = ["python", "sample.py", prompt, "--adapter", str(folder)]
     return shlex.join(command + (["--weights", str(weights)] if weights != cli.WEIGHTS else []))
-
-
-def _target(options, bundle):
-    """What --attr and --target ask for; an attribute without shares gets equal ones, in every group of the others."""
-    if not options.attr and not options.target:
-        known = ", ".join(bundle.attributes) or "none"
-        raise UserError(f"--attr is missing: it says what to make fair; {bundle.path} knows: {known}.")
-    wanted = parse_attributes(options.attr, bundle.attributes) if options.attr else []
-    if not options.target:
-        return product_target(wanted)
-    target, names = parse_targets(options.target, bundle.attributes), [attribute.name for attribute in wanted]
-    if wanted and "=" in options.attr:
-        raise UserError(f"--attr {options.attr} and --target both give shares; leave one out.")
-    strangers = [name for name in target.classes if name not in names]
-    if wanted and strangers:
-        raise UserError(
-            f"--attr is {options.attr} and --target is for {strangers[0]}; name it in --attr, too."
-        )
-    for attribute in wanted:
-        if attribute.name not in target.classes:
-            target = target.and_in_every_group(attribute)
-    return target.ordered(names) if wanted else target
 
 
 def _prompts(settings):

@@ -168,6 +168,19 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(weights, tmp_path, caps
     assert "too long" in error and "in a hat" in error
 
 
+def test_prompts_that_are_too_long_are_named_before_a_run_and_an_evaluation(weights, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cook\n" + "a pilot " * 60 + "in a hat\n" + "a cook " * 70 + "\n")
+    options = ["--weights", weights, "--prompts", str(tmp_path / "prompts.txt")]
+    run = ["--attr", "gender", "--iterations", "1", "--evaluate", "none", "--out", str(tmp_path / "run")]
+    assert cli.run(train.main, [*options, *run]) == 0
+    assert "2 prompts are too long" in (error := capsys.readouterr().err) and "in a hat" in error
+    measured = ["--part", "train", "--num-images", "1", "--target", "gender=0.3,0.7"]
+    assert cli.run(evaluate.main, [*options, *measured]) == 0
+    captured = capsys.readouterr()
+    assert "2 prompts are too long" in captured.err
+    assert "from_target" in json.loads(captured.out)["judges"]["classifier"]
+
+
 def test_evaluate(weights, run_folder, tmp_path, capsys):
     out = tmp_path / "report.json"
     options = [

@@ -147,6 +147,29 @@ def parse_targets(texts: list[str], attributes: dict[str, tuple[str, ...]]) -> J
     return product_target([parse_target(text, attributes) for text in texts])
 
 
+def wanted_target(
+    attr: str | None, targets: list[str] | None, attributes: dict[str, tuple[str, ...]], where: str
+) -> JointTarget:
+    """What --attr and --target ask of a bundle, `where`, together: --attr says which, in which order, and --target
+    the shares; an attribute without shares gets equal ones, in every group of the others. Raises UserError."""
+    if not attr and not targets:
+        known = ", ".join(attributes) or "none"
+        raise UserError(f"--attr is missing: it says what to make fair; {where} knows: {known}.")
+    wanted = parse_attributes(attr, attributes) if attr else []
+    if not targets:
+        return product_target(wanted)
+    target, names = parse_targets(targets, attributes), [attribute.name for attribute in wanted]
+    if wanted and "=" in attr:
+        raise UserError(f"--attr {attr} and --target both give shares; leave one out.")
+    strangers = [name for name in target.classes if name not in names]
+    if wanted and strangers:
+        raise UserError(f"--attr is {attr} and --target is for {strangers[0]}; name it in --attr, too.")
+    for attribute in wanted:
+        if attribute.name not in target.classes:
+            target = target.and_in_every_group(attribute)
+    return target.ordered(names) if wanted else target
+
+
 def read_joint_target(path: Path, attributes: dict[str, tuple[str, ...]]) -> JointTarget:
     """The joint table of a JSON file, as in `parse_targets`. Raises UserError."""
     try:
