@@ -25,7 +25,6 @@ from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget, wanted_target
 from fairref.fairness.metrics import blends, joint_counts
 from fairref.finetune.adapters import load_adapter
-from fairref.finetune.checkpoints import write_json
 from fairref.finetune.distributed import Processes
 from fairref.finetune.mixture import OCCUPATIONS, Prompts, read_prompts
 from fairref.finetune.objective import Setup, classify, faces_of, knows_all
@@ -35,6 +34,7 @@ from fairref.images import grid, save_png
 from fairref.progress import Progress
 from fairref.prompts import PARTS
 from fairref.report import COLOURED, JUDGES, Seen, bias_report, joint_names, likeness, lines
+from fairref.weights_io import write_json
 
 SEED = 1_000_000  # of evaluation noise, far from the seeds of finetuning
 NAMED_IMAGES = 4  # of each occupation and named class

@@ -18,6 +18,7 @@ from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prom
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe, resolve
 from fairref.finetune.trainer import check, train
+from fairref.weights_io import write_json
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _run(options, processes, device):
         cli.warn_of_cut(bundle.tokenizer, [text for of_one in train_prompts for text in of_one], soft)
         print(f"the run is in {folder}")
         if not options.resume:
-            checkpoints.write_json(folder / checkpoints.SETTINGS, settings)
+            write_json(folder / checkpoints.SETTINGS, settings)
     info = {
         "weights": bundle.manifest.get("name", str(weights)),
         "component": recipe.component,

@@ -24,11 +24,10 @@ from torch import Tensor
 from fairref import cli
 from fairref.datasets import Photographs, Row, describe_bad, read_photographs
 from fairref.errors import UserError
-from fairref.finetune.checkpoints import write_json
 from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.progress import Progress
-from fairref.weights_io import read
+from fairref.weights_io import read, write_json
 
 TURN = 10.0  # degrees, at most, either way
 JITTER = 0.2  # of brightness and contrast, at most, either way

@@ -305,6 +305,14 @@ def read_info(path: str | Path) -> dict:
     return info if isinstance(info, dict) else {}
 
 
+def write_json(path: Path, content: dict | list) -> None:
+    """A JSON file, in a folder that is made if need be, by way of a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def read_judge(folder: str | Path, name: str = "model") -> tuple[dict[str, Tensor], str]:
     """The tensors of NAME.safetensors in a judge's folder, else of the one .pth, .pt or .bin file there, and its path.
 

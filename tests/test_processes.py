@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from tiny_bundle import write_tiny_bundle
 from fairref.bundle import load_bundle
 from fairref.finetune import distributed, iteration
 from fairref.finetune.iteration import iteration_gradient
-from fairref.finetune.trainer import update
+from fairref.finetune.trainer import new_state, update
 
 ROOT = Path(__file__).parents[1]
 N, ITERATIONS = 5, 3  # of two and four processes, none have the same number of images
@@ -115,6 +116,28 @@ def launch(count, weights, out, *options, **popen):
     return start(
         count, ROOT / "train.py", *common, *options, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **popen
     )
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(folder, tmp_path):
+    """Whole runs, with the evaluation at their end."""
+    options = ["--batch", "5", "--iterations", "2", "--evaluate", "ema", "--eval-images-train", "0"]
+    for count in (1, 2):
+        codes, said = ends(launch(count, folder, tmp_path / str(count), *options))
+        assert codes == [0] * count, said
+    one, two = (load_file(tmp_path / name / "adapter_raw.safetensors") for name in ("1", "2"))
+    begun = new_state(make_setup(load_bundle(folder)))[1].parameters()
+    for name in one:
+        change = float((one[name] - begun[name].detach()).abs().max())
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-2 * change)
+    for a, b in zip(
+        *([json.loads(line) for line in lines(tmp_path / name)] for name in ("1", "2")), strict=True
+    ):
+        assert a["counts"] == b["counts"]
+        np.testing.assert_allclose([a["loss"], a["cost"]], [b["loss"], b["cost"]], rtol=1e-4)
+        assert b["norm"] == pytest.approx(a["norm"], rel=1e-3)
+    evaluations = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("1", "2")]
+    assert evaluations[0]["before"] == evaluations[1]["before"]
 
 
 def wait_for(condition, seconds=60):

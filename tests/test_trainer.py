@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -475,60 +471,3 @@ def test_what_a_bundle_lacks_is_said(bundles):
         replace(setup, bundle=replace(setup.bundle, clip=None))
     with pytest.raises(UserError, match="no classifier for finetuning"):
         replace(setup, bundle=replace(setup.bundle, classifiers={}))
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does(folder, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    options = [
-        "--weights",
-        folder,
-        "--attr",
-        "gender",
-        "--batch",
-        "5",
-        "--iterations",
-        "2",
-        "--eval-images-train",
-        "0",
-    ]
-    base = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "train.py", *options, "--device", "cpu", "--out"]
-    subprocess.run([*command, tmp_path / "one"], env=base, check=True, cwd=tmp_path)
-    ranks = [
-        subprocess.Popen(
-            [*command, tmp_path / "two"],
-            cwd=tmp_path,
-            env={
-                **base,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    one, two = (load_file(tmp_path / name / "adapter_raw.safetensors") for name in ("one", "two"))
-    start = {
-        name: p.detach()
-        for name, p in new_state(make_setup(load_bundle(folder)))[1].adapter.named_parameters()
-    }
-    for name in one:
-        torch.testing.assert_close(
-            two[name], one[name], rtol=0, atol=1e-2 * float((one[name] - start[name]).abs().max())
-        )
-    metrics = [
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("one", "two")
-    ]
-    for a, b in zip(*metrics):
-        assert a["counts"] == b["counts"]
-        np.testing.assert_allclose([a["loss"], a["cost"]], [b["loss"], b["cost"]], rtol=1e-4)
-        assert b["norm"] == pytest.approx(a["norm"], rel=1e-3)
-    evaluations = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "two")]
-    assert evaluations[0]["before"] == evaluations[1]["before"]

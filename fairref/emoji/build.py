@@ -6,7 +6,6 @@
 A stage that was interrupted goes on from its last file; delete build/emoji to start anew.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fairref.emoji.pictures import AGES, RESOLUTION, draw, sprites
 from fairref.emoji.sheet import LOOKS
 from fairref.emoji.templates import Templates
 from fairref.judge_files import FACE_FEATURES, load_embedder, save_classifier
+from fairref.weights_io import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE_PICTURES = 2048  # by which the template judge is set
@@ -117,11 +117,6 @@ def train(folder: Path) -> dict[str, nn.Module]:
         "dino": judging.train_dino(folder),
     }
     return {"vae": vae, "clip": clip, "unet": painter.unet, "text_encoder": painter.text_encoder, **judges}
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_half(network: nn.Module, path: Path, limit: int = LARGEST_FILE) -> None:

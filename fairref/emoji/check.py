@@ -31,12 +31,12 @@ from fairref.emoji.sheet import LOOKS, things
 from fairref.evaluate import How, look_at, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
-from fairref.finetune.checkpoints import write_json
 from fairref.finetune.objective import classify, faces_of
 from fairref.finetune.recipes import resolve
 from fairref.images import grid
 from fairref.prompts import occupation_prompt, read_occupations
 from fairref.report import bias_report
+from fairref.weights_io import write_json
 
 UNSEEN = "check"  # names a stream of randomness that no training stage uses
 NEAR = 3  # pixels from the middle of a face, for it to be the one that was found

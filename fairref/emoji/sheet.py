@@ -5,10 +5,11 @@
 needs the font and Pillow with Raqm (which joins the sequences); the sheets are committed, so nobody else does.
 """
 
-import argparse
 import csv
+import sys
 from pathlib import Path
 
+from fairref import cli
 from fairref.errors import UserError
 
 SHEET = Path(__file__).with_name("sheet.png")
@@ -108,12 +109,21 @@ def _sheet(font_file, texts, side, columns, sizes):
     return sheet
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="make the sprite sheets from the font")
+def main(arguments: list[str] | None = None) -> int:
+    parser = cli.Parser(
+        prog="python -m fairref.emoji.sheet", description="Make the sprite sheets from the font."
+    )
     parser.add_argument(
         "--font", required=True, help="NotoColorEmoji.ttf (Debian package fonts-noto-color-emoji)"
     )
-    font = parser.parse_args().font
+    font = parser.parse_args(arguments).font
+    if not Path(font).is_file():
+        raise UserError(f"--font is {font}, which is no file; give NotoColorEmoji.ttf.")
     for make, path in ((make_sheet, SHEET), (make_things, THING_SHEET)):
         make(font).save(path, optimize=True)
         print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -111,13 +111,6 @@ def new_folder(path: str | None, default: str) -> Path:
     return folder
 
 
-def write_json(path: Path, d: dict) -> None:
-    """Writes an object, by way of a temporary name."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(d, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def read_settings(folder: str | Path) -> dict:
     """A run's settings.json. Raises UserError."""
     folder = Path(folder).expanduser()

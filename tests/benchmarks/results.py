@@ -26,10 +26,11 @@ from fairref import cli
 from fairref.bundle import Bundle, load_bundle
 from fairref.evaluate import NAMED_IMAGES, How, evaluate
 from fairref.finetune.adapters import FILE, load_adapter
-from fairref.finetune.checkpoints import METRICS, SETTINGS, read_settings, write_json
+from fairref.finetune.checkpoints import METRICS, SETTINGS, read_settings
 from fairref.finetune.mixture import read_prompts
 from fairref.report import likeness, lines
 from fairref.run import of_settings
+from fairref.weights_io import write_json
 
 LONGEST = 30  # minutes of finetuning
 IMAGES = 60  # of each prompt
@@ -201,7 +202,6 @@ def main():
         return
     failed = []
     if missing and not options.tables:
-        reports.mkdir(parents=True, exist_ok=True)
         evaluator = Evaluator(load_bundle(cli.WEIGHTS))
         for name in missing:
             if finetune(name, folder / name):
