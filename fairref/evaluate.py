@@ -26,7 +26,7 @@ from fairref.fairness.attributes import JointTarget, wanted_target
 from fairref.fairness.metrics import blends, joint_counts
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.distributed import Processes
-from fairref.finetune.mixture import OCCUPATIONS, Prompts, read_prompts
+from fairref.finetune.mixture import OCCUPATIONS, Prompts, evenly, read_prompts
 from fairref.finetune.objective import Setup, classify, faces_of, knows_all
 from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import fixed_pictures
@@ -39,7 +39,7 @@ from fairref.weights_io import write_json
 SEED = 1_000_000  # of evaluation noise, far from the seeds of finetuning
 NAMED_IMAGES = 4  # of each occupation and named class
 SO_FAR = "evaluation-so-far.json"
-GRID = (6, 8)  # before/after grid: prompts, images of each
+GRID = (6, 12)  # before/after grid: prompts, images of each
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def judge(how: How, x: Tensor) -> Seen:
             found = bundle.templates(x)
             known = torch.stack([found[f"{name}_known"] for name in names]).all(0)
             counts["templates"] = joint_counts([found[name][known] for name in names], shape)
-            none = int(found["none"].sum())
+            none = int((~known).sum())
             colours = bundle.templates.colours(x, found)
         if bundle.clip is not None:
             features["clip"] = bundle.clip.encode_image(x).float()
@@ -207,15 +207,14 @@ def before_after(setup: Setup, adapters: dict[str, Path], concepts: list[Prompts
     if setup.processes.first:
         write_json(folder / "evaluation.json", results)
         (folder / SO_FAR).unlink(missing_ok=True)
-        texts = [prompt for prompts in concepts for prompt in (prompts.test or prompts.train)]
-        _before_after_grid(how, models, texts[:: max(1, len(texts) // GRID[0])], folder / "before_after.png")
+        texts = tuple(prompt for prompts in concepts for prompt in (prompts.test or prompts.train))
+        _before_after_grid(how, models, evenly(texts, GRID[0]), folder / "before_after.png")
     return results
 
 
 def _before_after_grid(how, models, prompts, path):
     """One row of images for each prompt and model: the frozen model's row, below it the first adapter's."""
-    P, n = GRID
-    models, prompts = dict(list(models.items())[:2]), prompts[:P]
+    n, models = GRID[1], dict(list(models.items())[:2])
     rows = [pictures(how, model, prompt, n) for prompt in prompts for model in models.values()]
     text = {"prompts": "\n".join(prompts), "rows": " and ".join(models) + " of each prompt, same noise"}
     save_png(grid(torch.cat(rows), n), path, {**text, "seed": str(how.seed)})

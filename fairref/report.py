@@ -21,7 +21,7 @@ class Seen:
     """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
 
     counts: dict[str, np.ndarray]  # judge -> (K_1, ..., K_A) images of each joint class
-    none: int = 0  # images far from every template, or a blend of genders, whatever is counted
+    none: int = 0  # images that the template judge leaves out: nobody, or a class that it can't tell
     faceless: int = 0  # images without a face, which the classifier leaves out where faces count
     blended: int = 0  # images whose largest class probability is low
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
@@ -113,7 +113,7 @@ def lines(report: dict) -> list[str]:
     text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
     text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
     if report.get("none") is not None:
-        text.append(f"none for the template judge: {report['none']:.1%}")
+        text.append(f"left out by the template judge: {report['none']:.1%}")
     if report["faceless"]:
         text.append(f"without a face: {report['faceless']:.1%}")
     text.append(f"largest class probability below {BLEND}: {report['blended']:.1%}")

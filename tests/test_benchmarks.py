@@ -142,6 +142,14 @@ def test_the_tables_of_results():
     assert table("scales", gender=run)[-1] == f"| the bundle's | {' | '.join([biases] * 5)} | {command} |"
 
 
+def test_the_tables_in_the_readme_are_those_of_the_committed_evaluations():
+    readme = (measure.ROOT / "README.md").read_text(encoding="utf-8")
+    made = results.tables(results.found_in(measure.ROOT / "docs" / "results"))
+    assert made
+    for title, text in made.items():
+        assert text in readme, f"{title}: put in what results.py --tables prints"
+
+
 def test_several_attributes_in_the_tables_of_results():
     age = report(0.5)
     for of_one in age["judges"].values():

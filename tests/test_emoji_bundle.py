@@ -1,5 +1,6 @@
 """The committed bundle: what it must do before anything is finetuned on it, and what diffusers makes of it."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from fairref.diffusion.gradient import C_i, adjusted_gradient, step_weights
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import solver_table, step
 from fairref.emoji import check
-from fairref.emoji.build import concept_prompts
+from fairref.emoji.build import prompts as prompts_of_the_tables
 from fairref.emoji.captions import occupations
 from fairref.emoji.judging import face_features
 from fairref.emoji.stages import balanced_scene, generator_for
@@ -38,12 +39,12 @@ def test_it_has_every_part_and_stays_small(bundle):
 def test_its_prompts_are_the_worlds(bundle):
     """prompts.json is what the tables give: 150/12/50 occupations, at least 40/10, 40/10 and 30/10 other prompts."""
     world, jobs = read_occupations(bundle.path), occupations()
+    assert json.loads((bundle.path / "prompts.json").read_text(encoding="utf-8")) == prompts_of_the_tables()
     for part, most in (("train", 150), ("validation", 12), ("test", 50)):
         names = getattr(world, part)
         assert sorted(names) == sorted(job.name for job in jobs if job.split == part) and len(names) == most
     for name, (train, test) in {"sports": (40, 10), "style_context": (40, 10), "descriptors": (30, 10)}.items():
         prompts = world.concepts[name]
-        assert prompts == concept_prompts()[name]
         assert len(set(prompts["train"])) >= train and len(set(prompts["test"])) >= test
         assert not set(prompts["train"]) & set(prompts["test"])
 

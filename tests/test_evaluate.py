@@ -109,7 +109,6 @@ def test_judges_count_classes_and_leave_out_none(how):
         return {
             "gender": torch.tensor([1, 1, 0, 1, 0, 1]),
             "gender_known": ~torch.tensor([True, False, False, False, True, False]),
-            "none": torch.tensor([True, False, False, False, True, False]),
         }
 
     templates.colours = lambda x, found: {"clothes": x.mean((2, 3))}

@@ -11,7 +11,7 @@ from fairref.errors import UserError
 from fairref.fairness.attributes import parse_targets
 from fairref.finetune import mixture
 from fairref.finetune.iteration import task_of
-from fairref.finetune.mixture import read_prompts
+from fairref.finetune.mixture import evenly, read_prompts
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
 from fairref.prompts import Concept, Occupations, occupation_prompt
@@ -74,12 +74,20 @@ def test_concepts_are_the_bundles_or_those_of_the_lists(bundle, lists):
 
 def test_a_bundles_own_concept_and_what_shows_an_attribute(bundle, monkeypatch):
     moods = {"moods": {"train": ["a brave person"], "test": ["a shy person"]}}
-    own = Occupations(("a", "b", "c"), ("d",), ("e", "f"), concepts=moods, showing={"age": ["a", "c", "e"]})
+    hiding = {"age": ["b", "d", "f", "a shy person"]}
+    own = Occupations(("a", "b", "c"), ("d",), ("e", "f"), concepts=moods, hiding=hiding)
     monkeypatch.setattr("fairref.finetune.mixture.read_occupations", lambda path: own)
     occupations, moods = read(bundle, "occupations,moods", attributes=("gender", "age"))
     assert list(occupations.occupations.values()) == ["a", "c", "e"] and occupations.validation == ()
-    assert (moods.train, moods.validation, moods.test) == (("a brave person",), (), ("a shy person",))
+    assert (moods.train, moods.validation, moods.test) == (("a brave person",), (), ())
+    assert read(bundle, "moods")[0].test == ("a shy person",)
     assert len(read(bundle)[0].train) == 3
+
+
+def test_an_even_choice_has_both_of_pairs():
+    names = tuple(map(str, range(50)))
+    assert evenly(names, 6) == ["0", "8", "16", "25", "33", "41"]
+    assert evenly(names[:3], 6) == ["0", "1", "2"] and evenly((), 6) == []
 
 
 def test_a_text_file(bundle, tmp_path):

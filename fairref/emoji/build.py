@@ -15,8 +15,8 @@ from torch import nn
 
 from fairref import cli
 from fairref.emoji import judging, stages
-from fairref.emoji.captions import SPLITS, concepts, occupations, prompt_of
-from fairref.emoji.pictures import AGES, RESOLUTION, draw, sprites
+from fairref.emoji.captions import SPLITS, Concept, Occupation, concepts, occupations, prompt_of
+from fairref.emoji.pictures import AGES, COLOURLESS, RESOLUTION, draw, sprites
 from fairref.emoji.sheet import LOOKS
 from fairref.emoji.templates import Templates
 from fairref.judge_files import FACE_FEATURES, load_embedder, save_classifier
@@ -154,26 +154,49 @@ def opposed(split: str) -> list[str]:
     return [job.name for pair in pairs for job in pair][: len(jobs)]
 
 
+KINDS_OF = {"sports": ("activity",), "style_context": ("context", "style"), "descriptors": ("descriptor",)}
+
+
+def concept_rows(name: str) -> list[tuple[Concept, Occupation | None, str]]:
+    """A concept (METHOD.md §7): what is said, of whom, and the prompt; a part's occupations take turns."""
+    jobs = {split: [job for job in occupations() if job.split == split] for split in SPLITS}
+    rows = []
+    for n, c in enumerate(c for kind in KINDS_OF[name] for c in concepts(kind)):
+        job = jobs[c.split][7 * n % len(jobs[c.split])] if name == "style_context" else None
+        rows.append((c, job, prompt_of(c, job.name if job else "")))
+    return rows
+
+
 def concept_prompts() -> dict[str, dict[str, list[str]]]:
-    """Name of a concept (METHOD.md §7) -> part -> prompts; in contexts and styles the part's occupations take turns."""
-    jobs = {split: [job.name for job in occupations() if job.split == split] for split in SPLITS}
-    kinds = {
-        "sports": ("activity",),
-        "style_context": ("context", "style"),
-        "descriptors": ("descriptor",),
+    """Name of a concept -> part -> prompts."""
+    parts = ("train", "test")
+    return {
+        name: {part: [text for c, _, text in concept_rows(name) if c.split == part] for part in parts}
+        for name in KINDS_OF
     }
-    found = {}
-    for name, several in kinds.items():
-        rows = [concept for kind in several for concept in concepts(kind)]
-        found[name] = {
-            split: [
-                prompt_of(c, jobs[split][7 * n % len(jobs[split])])
-                for n, c in enumerate(rows)
-                if c.split == split
-            ]
-            for split in ("train", "test")
-        }
-    return found
+
+
+def hiding() -> dict[str, list[str]]:
+    """Attribute -> occupations and prompts of concepts whose pictures don't show it: hair under a hat, a style
+    without colours."""
+    hatted = [job for job in occupations() if not sprites().aged[LOOKS.index(job.look)]]
+    grey, under_hats = [], []
+    for c, job, text in (row for name in KINDS_OF for row in concept_rows(name)):
+        if c.kind == "style" and c.thing in COLOURLESS:
+            grey.append(text)
+        elif job in hatted:
+            under_hats.append(text)
+    return {"age": [*(job.name for job in hatted), *under_hats, *grey], "skin_tone": grey}
+
+
+def prompts() -> dict:
+    """The bundle's prompts.json."""
+    return {
+        "occupations": {split: opposed(split) for split in SPLITS},
+        "concepts": concept_prompts(),
+        "named": NAMED,
+        "hiding": hiding(),
+    }
 
 
 @torch.no_grad()
@@ -224,15 +247,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", MODEL_INDEX)
     write_json(out / "templates.json", template_settings(networks["vae"]))
-    write_json(
-        out / "prompts.json",
-        {
-            "occupations": {split: opposed(split) for split in SPLITS},
-            "concepts": concept_prompts(),
-            "named": NAMED,
-            "showing": {"age": [job.name for job in occupations() if sprites().aged[LOOKS.index(job.look)]]},
-        },
-    )
+    write_json(out / "prompts.json", prompts())
     write_json(
         out / "bundle.json",
         {

@@ -44,7 +44,7 @@ def read_prompts(
 ) -> list[Prompts]:
     """The concepts of --prompts: names with commas between them, the path of a text file, or a file's lines.
 
-    `attributes`: what the pictures must show, where a bundle says that some occupations' do not. Raises UserError.
+    `attributes`: what the pictures must show, where a bundle says that those of some prompts do not. Raises UserError.
     """
     if template is not None and PLACE not in template:
         raise UserError(f"--prompt-template is {template!r}; expected a prompt with {PLACE} in it.")
@@ -65,9 +65,15 @@ def validation_prompts(concepts: list[Prompts], count: int) -> tuple[str, ...]:
     """At least `count` prompts, evenly from all concepts; of one without validation prompts, from those of finetuning."""
     share, found = -(-count // len(concepts)), []
     for prompts in concepts:
-        texts = prompts.validation or prompts.train
-        found += [texts[i * len(texts) // min(share, len(texts))] for i in range(min(share, len(texts)))]
+        found += evenly(prompts.validation or prompts.train, share)
     return tuple(found)
+
+
+def evenly(texts: tuple[str, ...], count: int) -> list[str]:
+    """`count` of the texts, evenly from all of them; all of fewer. Some at even, some at odd places, so that of pairs
+    that lean opposite ways both kinds are there."""
+    count = min(count, len(texts))
+    return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def is_file(wanted: str) -> bool:
@@ -101,7 +107,9 @@ def _concept(name, template, own, attributes):
         return _occupations(parts, template, own)
     concepts = {} if own is None else own.concepts
     if name in concepts:
-        return Prompts(name, **{part: tuple(texts) for part, texts in concepts[name].items()})
+        return Prompts(
+            name, **{part: _showing(texts, own, attributes) for part, texts in concepts[name].items()}
+        )
     if name not in CONCEPTS:
         known = {*concepts, *CONCEPTS}
         raise UserError(
@@ -127,5 +135,5 @@ def _occupations(names, template, world):
 
 def _showing(names, own, attributes):
     """Those whose pictures show all of the attributes."""
-    limits = [set(limit) for name, limit in own.showing.items() if name in attributes]
-    return [name for name in names if all(name in limit for limit in limits)]
+    hidden = {name for attribute in attributes for name in own.hiding.get(attribute, ())}
+    return tuple(name for name in names if name not in hidden)

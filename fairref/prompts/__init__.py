@@ -54,7 +54,7 @@ class Occupations:
     {"occupations": {"train": [...], "validation": [...], "test": [...]},
      "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}},   optional
      "concepts": {"sports": {"train": [...], "test": [...]}},   optional: whole prompts
-     "showing": {"age": [...]}}   optional: the occupations whose pictures show an attribute, where not all do
+     "hiding": {"age": [...]}}   optional: the occupations and whole prompts whose pictures don't show an attribute
     """
 
     train: tuple[str, ...]  # finetuning sees these only
@@ -62,7 +62,7 @@ class Occupations:
     test: tuple[str, ...]  # unseen in finetuning
     named: dict = field(default_factory=dict)  # attribute -> class -> template that names the class
     concepts: dict = field(default_factory=dict)  # name -> part -> prompts
-    showing: dict = field(default_factory=dict)  # attribute -> occupations
+    hiding: dict = field(default_factory=dict)  # attribute -> occupations and prompts
 
     def named_prompt(self, attribute: str, name: str, occupation: str) -> str:
         """The prompt that asks for the class `name` of an attribute."""
@@ -81,7 +81,7 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     path = (Path(bundle_path) if Path(bundle_path).is_dir() else Path(bundle_path).parent) / FILE
     d = read_json(path)
     parts = d.get("occupations")
-    extras = {"named", "concepts", "showing"}
+    extras = {"named", "concepts", "hiding"}
     unknown = sorted(set(d) - {"occupations", *extras})
     if unknown or not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
         raise UserError(
