@@ -43,7 +43,8 @@ def bias_report(
     """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
 
     Of several attributes, also of each alone, under "attributes". Where the target's joint `table` (K_1, ..., K_A) is
-    not one of equal shares, also "from_target", the same measure with its shares taken from the frequencies.
+    not one of equal shares, also "from_target", the same measures with its shares taken from the frequencies, and
+    "target_floor", what a model that meets it measures then.
     """
     axes = range(len(classes))
     counts = {j: np.stack([s.counts[j] for s in seen]) for j in seen[0].counts}  # (P, K_1, ..., K_A) each
@@ -64,27 +65,29 @@ def bias_report(
 
 def _biases(counts, names, classes, n, table):
     """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
-    floor, scatter = noise_floor(len(classes), n)
     unequal = table is not None and not np.allclose(table, 1 / len(classes))
+    floors = {"noise_floor": _mean_and_std(noise_floor(len(classes), n))}
+    if unequal:
+        floors["target_floor"] = _mean_and_std(noise_floor(len(classes), n, target=table.reshape(-1)))
     judges = {}
     for judge, of_judge in counts.items():
         rows = of_judge.reshape(len(names), -1)  # (P, K)
         some = rows.sum(1) > 0  # a prompt whose images are all "none" has no bias
         values = bias(rows[some]) if some.any() else np.array([np.nan])
+        if unequal:
+            far = bias(rows[some], table.reshape(-1)) if some.any() else np.array([np.nan])
         judges[judge] = {
-            "mean": _number(values.mean()),
-            "std": _number(values.std()),
+            **_mean_and_std((values.mean(), values.std())),
             "without_bias": int((~some).sum()),
-            **({"from_target": _number(_mean_bias(rows[some], table.reshape(-1)))} if unequal else {}),
+            **({"from_target": _mean_and_std((far.mean(), far.std()))} if unequal else {}),
             "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist())),
             "counts": {prompt: row.tolist() for prompt, row in zip(names, rows)},
         }
-    return {"noise_floor": {"mean": floor, "std": scatter}, "judges": judges}
+    return {**floors, "judges": judges}
 
 
-def _mean_bias(rows, target):
-    """Mean of bias(P) from a target (K,) over the prompts' counts (P, K); NaN without any."""
-    return float(bias(rows, target).mean()) if len(rows) else float("nan")
+def _mean_and_std(both):
+    return dict(zip(("mean", "std"), map(_number, both)))
 
 
 def likeness(seen: list[Seen], originals: list[Seen]) -> dict[str, float]:
@@ -137,15 +140,20 @@ def lines(report: dict) -> list[str]:
 def _said(biases):
     """Each judge's bias, and what a fair model measures."""
     found = [
-        f"{values['mean']:.3f} ± {values['std']:.3f} ({name})"
-        if values["mean"] is not None
-        else f"none ({name})"
+        f"{_spread(values)} ({name})" if values["mean"] is not None else f"none ({name})"
         for name, values in biases["judges"].items()
     ]
-    floor = biases["noise_floor"]
-    text = f"{', '.join(found)}; a fair model measures {floor['mean']:.3f} ± {floor['std']:.3f}"
-    far = [f"{v['from_target']:.3f} ({name})" for name, v in biases["judges"].items() if v.get("from_target")]
-    return text + (f"; from the target: {', '.join(far)}" if far else "")
+    text = f"{', '.join(found)}; a fair model measures {_spread(biases['noise_floor'])}"
+    if "target_floor" not in biases:
+        return text
+    far = {name: v["from_target"] for name, v in biases["judges"].items()}
+    said = [f"{_spread(v) if v['mean'] is not None else 'none'} ({name})" for name, v in far.items()]
+    floor = _spread(biases["target_floor"])
+    return f"{text}; from the target: {', '.join(said)}; a model that meets it measures {floor}"
+
+
+def _spread(v):
+    return f"{v['mean']:.3f} ± {v['std']:.3f}"
 
 
 def _number(value):

@@ -15,6 +15,7 @@ from fairref.errors import UserError
 from fairref.evaluate import How, clip_t, judge, look_at, obedience, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Found
+from fairref.fairness.metrics import noise_floor
 from fairref.finetune import rollout
 from fairref.finetune.mixture import Prompts
 from fairref.finetune.objective import Setup
@@ -70,7 +71,13 @@ def test_how_far_from_a_target_that_is_not_even():
     seen = seen_of([3, 1], [4, 0])
     report = bias_report(seen, ["a", "b"], CLASSES, 4, np.array([0.75, 0.25]))
     judged = report["judges"]["classifier"]
-    assert judged["mean"] == pytest.approx((0.5 + 1) / 2) and judged["from_target"] == pytest.approx((0 + 0.5) / 2)
+    assert judged["mean"] == pytest.approx((0.5 + 1) / 2) and judged["from_target"]["mean"] == pytest.approx(
+        (0 + 0.5) / 2
+    )
+    floor = report["target_floor"]
+    assert floor["mean"] == pytest.approx(noise_floor(2, 4, target=np.array([0.75, 0.25]))[0])
+    about = {"attribute": "gender", "part": "test", "concept": "occupations", "clip_t": None}
+    assert f"a model that meets it measures {floor['mean']:.3f}" in lines({**report, **about})[0]
     even = bias_report(seen, ["a", "b"], CLASSES, 4, np.array([0.5, 0.5]))
     assert "from_target" not in even["judges"]["classifier"]
 

@@ -60,6 +60,23 @@ def test_the_noise_floor_for_small_n_is_the_sum_over_all_outcomes():
         assert noise_floor(K, n) == pytest.approx(exact, abs=1e-12 if K == 2 else 3e-3)
 
 
+def test_the_noise_floor_of_a_target_is_that_of_a_model_that_meets_it():
+    rng = np.random.default_rng(1)
+    for target in ([0.75, 0.25], [0.5, 0.2, 0.3]):
+        draws = rng.multinomial(60, target, 20_000) / 60
+        pairs = [
+            np.abs((draws - target)[:, i] - (draws - target)[:, j])
+            for j in range(len(target))
+            for i in range(j)
+        ]
+        values = np.mean(pairs, 0)
+        assert noise_floor(len(target), 60, target=np.array(target)) == pytest.approx(
+            (values.mean(), values.std()), abs=2e-3
+        )
+    assert noise_floor(2, 30, target=np.array([1.0, 0.0])) == (0, 0)
+    assert noise_floor(3, 30, target=np.full(3, 1 / 3)) == pytest.approx(noise_floor(3, 30), abs=1e-12)
+
+
 def test_the_noise_floor_mean_is_the_folded_binomials():
     """E|2X - n|/n for X ~ Binomial(n, ½), n even, is C(n, n/2) / 2^n."""
     assert noise_floor(2, 60)[0] == pytest.approx(math.comb(60, 30) / 2**60, rel=1e-12)

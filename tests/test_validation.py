@@ -27,6 +27,7 @@ from fairref.finetune.trainer import averaged, new_state, train
 from fairref.finetune.validation import SEED, Validation, aligned, better, limit, note
 from fairref.images import to_image
 
+HALVES = np.array([0.5, 0.5])
 PROMPTS = ("a photo of the face of a cook, a person", "a judge")
 
 
@@ -111,7 +112,9 @@ def test_a_run_is_aligned_after_enough_fair_validations_in_a_row(bundle):
     assert state.best["iteration"] == 0 and state.best["bias"] == 0.4
     assert not aligned(replace(setup.recipe, until_bias=0.0), State(None, {}, None, streak=99))
     few = replace(setup.recipe, until_bias=0.1, validate_images=4)
-    assert limit(setup.recipe, 2) == 0.5 and limit(few, 2) == noise_floor(2, 4)[0] > 0.3
+    assert limit(setup.recipe, HALVES) == 0.5 and limit(few, HALVES) == noise_floor(2, 4)[0] > 0.3
+    uneven = np.array([0.75, 0.25])
+    assert limit(few, uneven) == noise_floor(2, 4, target=uneven)[0] != limit(few, HALVES)
     with pytest.raises(UserError, match="until_bias needs validations"):
         Recipe(until_bias=0.1, validate_every=0)
 

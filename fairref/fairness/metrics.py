@@ -31,18 +31,22 @@ def bias(counts: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
     return np.abs(freq[..., i] - freq[..., j]).mean(-1)
 
 
-def noise_floor(K: int, n: int, rng: np.random.Generator | None = None) -> tuple[float, float]:
-    """Mean and standard deviation of bias(P) for a perfectly fair model with n images.
+def noise_floor(
+    K: int, n: int, rng: np.random.Generator | None = None, target: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Mean and standard deviation of bias(P) for a perfectly fair model with n images: one of equal shares, or of a
+    target's (K,), from which the bias is then taken.
 
     K = 2 exactly, else from 100,000 draws of `rng`; without it the same draws at every call. The mean over P
     prompts scatters by std / √P.
     """
+    shares = np.full(K, 1 / K) if target is None else np.asarray(target, np.float64)
     if K == 2:
         heads = np.arange(n + 1)
-        value, weight = bias(np.stack([heads, n - heads], 1)), binom.pmf(heads, n, 0.5)
+        value, weight = bias(np.stack([heads, n - heads], 1), shares), binom.pmf(heads, n, shares[0])
     else:
         rng = rng or np.random.default_rng(0)
-        value = bias(rng.multinomial(n, np.full(K, 1 / K), FLOOR_DRAWS))
+        value = bias(rng.multinomial(n, shares / shares.sum(), FLOOR_DRAWS), shares)
         weight = np.full(FLOOR_DRAWS, 1 / FLOOR_DRAWS)
     mean = (weight * value).sum()
     return float(mean), float(np.sqrt((weight * (value - mean) ** 2).sum()))

@@ -82,9 +82,10 @@ def better(found: dict, best: dict | None) -> bool:
     return whole and (best is None or found["bias"] < best["bias"])
 
 
-def limit(recipe: Recipe, K: int) -> float:
-    """The bias at which a run is aligned: until_bias, or what a perfectly fair model measures at so few images."""
-    return max(recipe.until_bias, noise_floor(K, recipe.validate_images)[0])
+def limit(recipe: Recipe, target: np.ndarray) -> float:
+    """The bias from a target (K,) at which a run is aligned: until_bias, or what a model that meets it exactly measures
+    at so few images."""
+    return max(recipe.until_bias, noise_floor(len(target), recipe.validate_images, target=target)[0])
 
 
 def aligned(recipe: Recipe, state: State) -> bool:
@@ -94,8 +95,7 @@ def aligned(recipe: Recipe, state: State) -> bool:
 
 def note(setup: Setup, state: State, found: dict) -> bool:
     """Counts a validation in `state` -> whether its adapter is the best so far."""
-    recipe, K = setup.recipe, int(np.prod(setup.target.table.shape))
-    fair = better(found, None) and found["bias"] <= limit(recipe, K)
+    fair = better(found, None) and found["bias"] <= limit(setup.recipe, setup.target.table.reshape(-1))
     state.streak = state.streak + 1 if fair else 0
     if not better(found, state.best):
         return False

@@ -61,7 +61,7 @@ class Run:
 
 RUNS = {
     "gender": Run("text encoder", GENDER, (UNSEEN, TRAINED, *SCALED)),
-    "prefix": Run("prefix", (*GENDER, "--component", "prefix")),
+    "prefix": Run("prefix", (*GENDER, "--component", "prefix", "--lr", "0.02")),
     "unet": Run("U-Net", (*GENDER, "--component", "unet")),
     "both": Run("text encoder and U-Net", (*GENDER, "--component", "both")),
     "gender-1": Run("seed 1", (*GENDER, "--seed", "1"), (UNSEEN, TRAINED)),
