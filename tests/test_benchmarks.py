@@ -29,8 +29,10 @@ def folder(tmp_path_factory):
     return str(write_tiny_bundle(tmp_path_factory.mktemp("bundle")))
 
 
-@pytest.mark.parametrize("scope", ["picture", "iteration"])
-def test_the_released_way_gives_the_same_gradient(folder, scope):
+@pytest.mark.parametrize("scope", ["picture", "iteration", "iteration with all judges"])
+def test_the_released_way_gives_the_same_gradient(folder, tmp_path, scope):
+    scope, _, judges = scope.partition(" with ")
+    folder = str(write_tiny_bundle(tmp_path, faces=True)) if judges else folder
     work = training.Work(folder, 3, 4, scope=scope, micro_batch=2)
     found = {}
     for way in training.WAYS:
@@ -122,7 +124,8 @@ def table(title, **found):
 
 def test_the_tables_of_results():
     after = report(0.5, 0.55, clip_i=0.9, dino=0.8, background=0.7, clothes=0.95)
-    run = {"before": {"test": report(0.75), "train": report(0.75)}, "minutes": 12.0}
+    run = {"command": "python train.py --attr gender", "minutes": 12.0}
+    run["before"] = {"test": report(0.75), "train": report(0.75)}
     run["after"] = {"test": after, "train": after}
     gender, command = "| text encoder | .50 ± .25 | .50 ± .25 | .10 ± .08", "`python train.py --attr gender`"
     assert table("components", gender=run)[2:] == [
@@ -131,15 +134,20 @@ def test_the_tables_of_results():
     ]
     biases = ".50 ± .25 / .50 ± .25"
     assert table("seeds", gender=run)[2:] == [
-        f"| original | {biases} | {biases} | 0.600 | 0.0% | 98.0% / 98.0% | 4.0% |",
-        f"| seed 0 | {biases} | {biases} | 0.550 | 10.0% | 98.0% / 98.0% | 4.0% |",  # .05 of a gap of .5
+        f"| original | {biases} | {biases} | .10 ± .08 | 0.600 | 0.0% | 98.0% / 98.0% | 4.0% | – |",
+        # .05 of a gap of .5
+        f"| seed 0 | {biases} | {biases} | .10 ± .08 | 0.550 | 10.0% | 98.0% / 98.0% | 4.0% | {command} |",
     ]
-    row = f".50 ± .25 | .50 ± .25 | 0.550 | 0.900 | 0.800 | 0.700 | 0.950 | {command} |"
+    row = f".50 ± .25 | .50 ± .25 | .10 ± .08 | 0.550 | 0.900 | 0.800 | 0.700 | 0.950 | {command} |"
     assert f"| align + img + face | {row}" in table("losses", gender=run)
     assert list(results.tables({"gender": run})) == ["components", "seeds", "losses", "gradients"]
     scaled = {look.key: after for look in results.SCALED}
-    run = {"before": {**run["before"], **scaled}, "after": {**run["after"], **scaled}, "minutes": 12.0}
-    assert table("scales", gender=run)[-1] == f"| the bundle's | {' | '.join([biases] * 5)} | {command} |"
+    run = {**run, "before": {**run["before"], **scaled}, "after": {**run["after"], **scaled}}
+    assert (
+        table("scales", gender=run)[-1]
+        == f"| the bundle's | {' | '.join([biases] * 5)} | .10 ± .08 | {command} |"
+    )
+    assert not results.tables({"gender": {**run, "command": "python train.py --attr gender --lr 1"}})
 
 
 def test_the_tables_in_the_readme_are_those_of_the_committed_evaluations():
@@ -151,19 +159,43 @@ def test_the_tables_in_the_readme_are_those_of_the_committed_evaluations():
 
 
 def test_several_attributes_in_the_tables_of_results():
+    """Where the target is uneven, its bias and its floor are shown; the shares of old are (45 + 6) / 2 of 60."""
     age = report(0.5)
     for of_one in age["judges"].values():
-        of_one["share"] = {"young": 0.75, "old": 0.25}
-        of_one["counts"] = {"pilot": [45, 15], "nurse": [0, 0]}
+        of_one |= {"share": {"young": 0.6, "old": 0.4}, "from_target": {"mean": 0.2, "std": 0.125}}
+        of_one["counts"] = {"pilot": [45, 15], "nurse": [30, 30], "welder": [0, 0]}
+    age["target_floor"] = {"mean": 0.09, "std": 0.07}
     joint = {**report(0.5), "attributes": {"gender": report(0.5), "age": age}}
     run = {"before": {"test": joint}, "after": {"test": joint}, "minutes": None}
+    run["command"] = results.RUNS["gender-skin_tone-age"].command
     rows = table("attributes", **{"gender-skin_tone-age": run})
-    assert any(row.startswith("| … age alone, 25% ± 0% / 25% ± 0% old |") for row in rows)
-    reports = {look.key: joint for look in results.OF_CONCEPTS}
-    rows = table("concepts", concepts={"before": reports, "after": reports, "minutes": 1.0})
-    assert any(
-        row.startswith("| sports, after | .50 ± .25 / .50 ± .25 | .50 ± .25 / .50 ± .25 |") for row in rows
+    assert "| … gender alone | .50 ± .25 | .50 ± .25 | .10 ± .08 | – | – | – | – | – |" in rows
+    assert "| … age alone | .20 ± .12 | .20 ± .12 | .09 ± .07 | – | – | – | – | – |" in rows
+    rows = table("old", **{"gender-skin_tone-age": run})[2:]
+    half = "38% ± 12% / 38% ± 12%"
+    assert rows[0] == f"| all, gender × skin tone × age | {half} | {half} | `{run['command']}` |"
+    assert rows[1:3] == ["| pilot | 25% / 25% | 25% / 25% | – |", "| nurse | 50% / 50% | 50% / 50% | – |"]
+    reports, command = {look.key: joint for look in results.OF_CONCEPTS}, results.RUNS["concepts"].command
+    concepts = {"command": command, "minutes": 1.0, "before": reports, "after": reports}
+    row = next(row for row in table("concepts", concepts=concepts) if row.startswith("| sports, after |"))
+    assert row.startswith("| sports, after | .50 ± .25 / .50 ± .25 | .20 ± .12 / .20 ± .12 |")
+    assert row.endswith(f"`{command}` |")
+
+
+def test_a_run_of_another_command_is_not_taken(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(results, "call", lambda *command: calls.append(command) or 0)
+    assert results.finetune("gender", tmp_path / "gender")
+    (tmp_path / "gender").mkdir()
+    (tmp_path / "gender" / results.SETTINGS).touch()
+    assert results.finetune("gender", tmp_path / "gender") and calls[-1][1] == "--resume"
+    (tmp_path / "gender" / results.FILE).touch()
+    assert results.finetune("gender", tmp_path / "gender") and len(calls) == 2
+    monkeypatch.setitem(
+        results.RUNS, "gender", results.Run("text encoder", ("--attr", "gender", "--lr", "1"))
     )
+    assert not results.finetune("gender", tmp_path / "gender") and len(calls) == 2
+    assert "is a run of python train.py --attr gender; move it away" in capsys.readouterr().err
 
 
 def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(folder, monkeypatch, tmp_path):
@@ -184,9 +216,8 @@ def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(fol
     (tmp_path / results.SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     (tmp_path / results.METRICS).write_text('{"seconds": 30}\n{"seconds": 60}\n', encoding="utf-8")
     evaluator, found = results.Evaluator(bundle), {}
-    found["gender-1"] = {"before": {}, "after": {}}
-    found["gender"] = {"before": {"test": 1}, "after": {"test": 2}}
-    found["unet"] = {"before": {}, "after": {}}
+    for name, before, after in (("gender-1", {}, {}), ("gender", {"test": 1}, {"test": 2}), ("unet", {}, {})):
+        found[name] = {"command": results.RUNS[name].command, "before": before, "after": after}
     for name, of_one in found.items():
         evaluator(name, tmp_path, of_one, lambda now: saves.append(list(now["after"])))
     labels = [label for label, *_ in made]

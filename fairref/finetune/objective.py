@@ -132,13 +132,18 @@ def look(setup: Setup, model: Bundle, table, path: list, task: Task, both: Tenso
         else:
             z_o = rollout(bundle, table, path[0].z, *frozen.split(1), task.guidance)[-1].z
             o = in_parts(lambda part: decode(bundle, part), z_o, recipe.micro_batch)
-        faces, o_faces = faces_of(bundle, x), faces_of(bundle, o)
-        o_logits = setup.classify(o, o_faces).values()
-        o_p, o_class = (torch.stack(v, 1) for v in zip(*(logits.softmax(1).max(1) for logits in o_logits)))
-        found = None if o_faces is None else o_faces.found
-        o_embedding = spread(embeddings(setup, o, o_faces), found) if setup.judges_faces else None
-        sure = (o_p >= SURE).all(1)
-        return Pictures(z_0, x, faces, o, o_faces, spread(o_class, found), spread(sure, found), o_embedding)
+        return held_against(setup, z_0, x, o)
+
+
+def held_against(setup: Setup, z_0: Tensor, x: Tensor, o: Tensor) -> Pictures:
+    """What the losses must know of pictures x, decoded from z_0, and of the frozen model's pictures o."""
+    faces, o_faces = faces_of(setup.bundle, x), faces_of(setup.bundle, o)
+    o_logits = setup.classify(o, o_faces).values()
+    o_p, o_class = (torch.stack(v, 1) for v in zip(*(logits.softmax(1).max(1) for logits in o_logits)))
+    found = None if o_faces is None else o_faces.found
+    o_embedding = spread(embeddings(setup, o, o_faces), found) if setup.judges_faces else None
+    sure = (o_p >= SURE).all(1)
+    return Pictures(z_0, x, faces, o, o_faces, spread(o_class, found), spread(sure, found), o_embedding)
 
 
 def picture_gradient(setup: Setup, pictures: Pictures, q: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

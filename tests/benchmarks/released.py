@@ -16,7 +16,8 @@ from torch import Tensor
 from fairref.bundle import Bundle
 from fairref.diffusion.schedule import Schedule
 from fairref.fairness.transport import joint_ot
-from fairref.finetune.objective import Pictures, Setup, Task, loss_of
+from fairref.finetune.iteration import all_logits
+from fairref.finetune.objective import Setup, Task, held_against, loss_of
 from fairref.finetune.rollout import embed, first_noise
 
 SAME = ("block_out_channels", "layers_per_block", "in_channels", "out_channels", "norm_num_groups")
@@ -125,11 +126,9 @@ def iteration(setup: Setup, model: Bundle, parameters: list, task: Task) -> list
     """dL/dparameters of a whole iteration, with the frozen model's pictures, targets and the finetuning loss."""
     x, o = look(setup, model, task), look(setup, setup.bundle, task)
     with torch.no_grad():
-        q = {name: of_one.q for name, of_one in joint_ot(setup.classify(x, None), task.target.table).items()}
-        p, o_class = (
-            torch.stack(v, 1) for v in zip(*(l.softmax(1).max(1) for l in setup.classify(o, None).values()))
-        )
-    pictures = Pictures(x, x, None, o, None, o_class, (p >= 0.9).all(1), None)  # z_0 is not used
+        pictures = held_against(setup, x, x, o)  # its z_0 is not used
+        logits, found = all_logits(setup, pictures)
+        q = {name: of_one.q for name, of_one in joint_ot(logits, task.target.table, found).items()}
 
     def loss(x, rows):
         return loss_of(setup, x, pictures.part(rows), {name: of_all[rows] for name, of_all in q.items()})[0]

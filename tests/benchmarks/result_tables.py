@@ -1,4 +1,5 @@
-"""The evaluations of results.py -> its tables. Each bias is a mean over prompts ± their standard deviation."""
+"""The evaluations of results.py -> its tables. Each bias is a mean over prompts ± their standard deviation, and from
+the target's shares where these are not equal."""
 
 from dataclasses import dataclass
 
@@ -50,18 +51,19 @@ class Result:
     minutes: float  # of finetuning
 
 
-def spread(mean: float, std: float) -> str:
+def spread(found: dict | None) -> str:
     """Mean and standard deviation, as .23 ± .16."""
-    return " ± ".join(f"{value:.2f}".removeprefix("0") for value in (mean, std))
+    if not found or found["mean"] is None:
+        return "–"
+    return " ± ".join(f"{found[key]:.2f}".removeprefix("0") for key in ("mean", "std"))
 
 
 def biases(report: dict) -> list[str]:
     """Bias by each judge, and what a fair model measures."""
-    cells = []
-    for found in (report["judges"].get(judge) for judge in JUDGES):
-        cells.append("–" if not found or found["mean"] is None else spread(found["mean"], found["std"]))
-    floor = report["noise_floor"]
-    return [*cells, spread(floor["mean"], floor["std"])]
+    uneven = "target_floor" in report
+    found = [report["judges"].get(judge) for judge in JUDGES]
+    found = [of_one["from_target"] if of_one and uneven else of_one for of_one in found]
+    return [*map(spread, found), spread(report["target_floor" if uneven else "noise_floor"])]
 
 
 def both_judges(report: dict) -> str:
@@ -98,21 +100,33 @@ def attribute_rows(results: list[Result]) -> list[list]:
             cells = [result.minutes, command(result)] if when == "after" else [None, None]
             rows.append([f"{result.label}, {when}", *biases(report), *faithful(report), *cells])
             for attribute, alone in report.get("attributes", {}).items():
-                old = f", {old_share(alone)} old" if attribute == "age" else ""
-                rows.append([f"… {attribute} alone{old}", *biases(alone), *[None] * 5])
+                rows.append([f"… {attribute} alone", *biases(alone), *[None] * 5])
     return rows
 
 
-def old_share(alone: dict) -> str:
-    """The share of old by each judge, mean and standard deviation over prompts (Fig 9)."""
-    cells = []
-    for judge in (judge for judge in JUDGES if judge in alone["judges"]):
-        found = alone["judges"][judge]
+def old_rows(results: list[Result]) -> list[list]:
+    """The share of old in each occupation (Fig 9), and its mean and standard deviation over occupations."""
+    rows = []
+    for result in results:
+        shares = [old_shares(reports[UNSEEN.key]) for reports in (result.before, result.after)]
+        every = [[f"{np.nanmean(s):.0%} ± {np.nanstd(s):.0%}" for s in of_one.values()] for of_one in shares]
+        rows.append([f"all, {result.label}", *(" / ".join(cells) for cells in every), command(result)])
+        for n, name in enumerate(
+            result.before[UNSEEN.key]["attributes"]["age"]["judges"][JUDGES[0]]["counts"]
+        ):
+            cells = [" / ".join(f"{s[n]:.0%}" for s in of_one.values()) for of_one in shares]
+            rows.append([name, *cells, None])
+    return rows
+
+
+def old_shares(report: dict) -> dict[str, np.ndarray]:
+    """Judge -> the share of old in each occupation (P,), NaN where it knows nobody."""
+    shares = {}
+    for judge, found in report["attributes"]["age"]["judges"].items():
         counts = np.array(list(found["counts"].values()), float)  # (P, K)
-        counts = counts[counts.sum(1) > 0]
-        share = counts[:, list(found["share"]).index("old")] / counts.sum(1)
-        cells.append(f"{share.mean():.0%} ± {share.std():.0%}")
-    return " / ".join(cells)
+        some = np.where(counts.sum(1) > 0, counts.sum(1), np.nan)
+        shares[judge] = counts[:, list(found["share"]).index("old")] / some
+    return shares
 
 
 def concept_rows(results: list[Result]) -> list[list]:
@@ -124,7 +138,10 @@ def concept_rows(results: list[Result]) -> list[list]:
                 report = reports[look.key]
                 each = [*report["attributes"].values(), report]
                 floors = "; ".join(biases(one)[2] for one in each)
-                rows.append([f"{look.concept}, {when}", *map(both_judges, each), floors, *faithful(report)])
+                what = command(result) if when == "after" else None
+                rows.append(
+                    [f"{look.concept}, {when}", *map(both_judges, each), floors, *faithful(report), what]
+                )
     return rows
 
 
@@ -132,18 +149,19 @@ def seed_rows(results: list[Result]) -> list[list]:
     """Bias of unseen and of finetuning prompts, and what must not be lost for it."""
     before = results[0].before
     return [
-        seed_row("original", before, before),
-        *(seed_row(result.label, result.after, result.before) for result in results),
+        seed_row("original", before, before, None),
+        *(seed_row(result.label, result.after, result.before, command(result)) for result in results),
     ]
 
 
-def seed_row(label: str, reports: dict, before: dict) -> list:
+def seed_row(label: str, reports: dict, before: dict, what: str | None) -> list:
     """One model's: a fall of CLIP-T is a share of the gap between a prompt's own images and other prompts'."""
     report, old = reports[UNSEEN.key], before[UNSEEN.key]["clip_t"]
     fall = (old["matched"] - report["clip_t"]["matched"]) / (old["matched"] - old["shuffled"])
     named = " / ".join(f"{report['named'][judge]:.1%}" for judge in JUDGES)
     both = [both_judges(reports[look.key]) for look in (UNSEEN, TRAINED)]
-    return [label, *both, f"{report['clip_t']['matched']:.3f}", f"{fall:.1%}", named, f"{report['none']:.1%}"]
+    kept = [f"{report['clip_t']['matched']:.3f}", f"{fall:.1%}", named, f"{report['none']:.1%}"]
+    return [label, *both, biases(report)[2], *kept, what]
 
 
 def loss_rows(results: list[Result]) -> list[list]:
@@ -154,29 +172,38 @@ def loss_rows(results: list[Result]) -> list[list]:
 
 def loss_cells(report: dict) -> list[str | None]:
     colours = [report.get(key) for key in COLOURED]
-    return [*biases(report)[:2], *faithful(report), *(None if v is None else f"{v:.3f}" for v in colours)]
+    return [*biases(report), *faithful(report), *(None if v is None else f"{v:.3f}" for v in colours)]
 
 
 def scale_rows(results: list[Result]) -> list[list]:
     """Bias at each guidance scale."""
     models = [("original", results[0].before, None)]
     models += [(result.label, result.after, command(result)) for result in results]
-    return [[label, *(both_judges(reports[k.key]) for k in SCALED), what] for label, reports, what in models]
+    floor = biases(results[0].before[SCALED[0].key])[2]
+    return [
+        [label, *(both_judges(reports[k.key]) for k in SCALED), floor, what]
+        for label, reports, what in models
+    ]
 
 
 KEPT = ("CLIP-T", "CLIP-I", "DINO")
-BIASES = ("bias, classifier", "bias, templates")
-FULL = ("", *BIASES, "a fair model", *KEPT, "min", "command")
+BIASES = ("bias, classifier", "bias, templates", "a fair model")
+FULL = ("", *BIASES, *KEPT, "min", "command")
 KINDS = {  # title of a table -> header, rows, what they need; FULL, gender_rows, (UNSEEN,) for the others
     "attributes": (FULL, attribute_rows, (UNSEEN,)),
     "seeds": (
-        ("", "bias, unseen", "bias, finetuning prompts", "CLIP-T", "falls by", "named", "none"),
+        ("", "bias, unseen", "bias, finetuning", BIASES[2], "CLIP-T", "falls by", "named", "none", "command"),
         seed_rows,
         (UNSEEN, TRAINED),
     ),
-    "concepts": (("", "gender", "skin tone", "both", "a fair model", *KEPT), concept_rows, OF_CONCEPTS),
+    "concepts": (("", "gender", "skin tone", "both", BIASES[2], *KEPT, "command"), concept_rows, OF_CONCEPTS),
+    "old": (("share of old", "before", "after", "command"), old_rows, (UNSEEN,)),
     "losses": (("", *BIASES, *KEPT, *COLOURED, "command"), loss_rows, (UNSEEN,)),
-    "scales": (("guidance in finetuning", *(f"at {s:g}" for s in SCALES), "command"), scale_rows, SCALED),
+    "scales": (
+        ("guidance in finetuning", *(f"at {s:g}" for s in SCALES), BIASES[2], "command"),
+        scale_rows,
+        SCALED,
+    ),
 }
 
 

@@ -54,9 +54,10 @@ class Run:
     def command(self) -> str:
         return " ".join(("python train.py", *self.options))
 
-    def missing(self, found: dict) -> list[Look]:
-        """Those that its evaluation has not."""
-        return [look for look in self.looks if look.key not in found["after"]]
+    def missing(self, found: dict | None) -> list[Look]:
+        """Those that its evaluation has not; all, of an evaluation of another command."""
+        there = found["after"] if found and found["command"] == self.command else {}
+        return [look for look in self.looks if look.key not in there]
 
 
 RUNS = {
@@ -80,6 +81,7 @@ TABLES = {  # title -> its runs; a label in place of the run's own
     "components": {"prefix": None, "gender": None, "unet": None, "both": None},
     "seeds": {"gender": "seed 0", "gender-1": None, "gender-2": None},
     "attributes": {"skin_tone": None, "gender-skin_tone": None, "gender-skin_tone-age": None},
+    "old": {"gender-skin_tone-age": None},
     "concepts": {"concepts": None},
     "losses": {"align": None, "align-img": None, "gender": "align + img + face"},
     "gradients": {"gender": "paper", "solver": None, "none": None},
@@ -105,7 +107,14 @@ def call(*command) -> int:
 
 
 def finetune(name: str, folder: Path) -> bool:
-    """Makes a run, or what is missing of it -> whether it is whole."""
+    """Makes a run, or what is missing of it -> whether it is whole. One of another command is not."""
+    beside = folder.with_name(f"{folder.name}.command")
+    made = beside.read_text(encoding="utf-8") if beside.exists() else "an unknown command"
+    if folder.exists() and made != RUNS[name].command:
+        print(f"{folder} is a run of {made}; move it away", file=sys.stderr)
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(RUNS[name].command, encoding="utf-8")
     if (folder / FILE).exists():
         return True
     if (folder / SETTINGS).exists():
@@ -121,7 +130,8 @@ class Evaluator:
     originals: dict = field(default_factory=dict)  # what was evaluated -> report, Seen
 
     def __call__(self, name: str, run: Path, found: dict, save: Callable) -> None:
-        """Fills in what a run's evaluation {"before", "after": {look: report}, "minutes"} lacks; saves it at each."""
+        """Fills in what a run's evaluation {"command", "minutes", "before", "after": {look: report}} lacks; saves it
+        at each."""
         settings = read_settings(run)
         target, recipe = of_settings(settings)
         concepts = read_prompts(
@@ -168,9 +178,9 @@ def tables(found: dict) -> dict[str, str]:
     """Title -> table, of those for which there is a run."""
     results = {
         title: [
-            Result(label or RUNS[n].label, RUNS[n].command, **found[n])
+            Result(label or RUNS[n].label, **found[n])
             for n, label in names.items()
-            if n in found
+            if n in found and found[n]["command"] == RUNS[n].command
         ]
         for title, names in TABLES.items()
     }
@@ -195,7 +205,7 @@ def main():
     options = parser.parse_args()
     folder, reports = options.folder.resolve(), options.reports.resolve()
     found = found_in(reports)
-    missing = [name for name in wanted(options.only) if name not in found or RUNS[name].missing(found[name])]
+    missing = [name for name in wanted(options.only) if RUNS[name].missing(found.get(name))]
     if options.list:
         for name in wanted(options.only):
             print(f"{name:22} {'to do' if name in missing else 'done':6} {RUNS[name].command}")
@@ -205,7 +215,8 @@ def main():
         evaluator = Evaluator(load_bundle(cli.WEIGHTS))
         for name in missing:
             if finetune(name, folder / name):
-                found.setdefault(name, {"before": {}, "after": {}})
+                if RUNS[name].command != found.get(name, {}).get("command"):
+                    found[name] = {"command": RUNS[name].command, "before": {}, "after": {}}
                 evaluator(name, folder / name, found[name], partial(write_json, reports / f"{name}.json"))
             else:
                 failed.append(name)
