@@ -191,10 +191,10 @@ def before_after(setup: Setup, adapters: dict[str, Path], concepts: list[Prompts
     models = {"before": bundle}
     models |= {f"after ({name})": load_adapter(bundle, file) for name, file in adapters.items()}
     results, originals = {}, {}
-    for prompts, (part, n) in product(
-        concepts, (("test", recipe.eval_images), ("train", recipe.eval_images_train))
-    ):
+    for prompts, part in product(concepts, ("test", "train")):
         key = part if len(concepts) == 1 else f"{prompts.name}, {part}"
+        # without unseen prompts, as in a text file, those of finetuning are all there is
+        n = recipe.eval_images if part == "test" or not prompts.test else recipe.eval_images_train
         for label, model in models.items() if n and getattr(prompts, part) else ():
             named = NAMED_IMAGES if part == "test" else 0
             report, seen = evaluate(how, model, prompts, part, n, label, named)

@@ -105,7 +105,7 @@ def _run(options, processes, device):
     if processes.first and "best" in files:
         print(f"of the validated adapters {files['best']} has the least bias")
     if recipe.evaluate != "none":
-        before_after(setup, _evaluated(setup, files), concepts, folder)
+        _evaluate(setup, files, concepts, folder)
     if processes.first:
         prompt = (concepts[0].test or concepts[0].train)[0]
         print(f"draw with it: {_sample_command(prompt, folder, weights)}")
@@ -126,6 +126,15 @@ def _evaluated(setup, files):
             print("no validation chose a best adapter: the moving average at the end is evaluated instead")
         wanted = "ema"
     return {name: files[name] for name in (("ema", "raw") if wanted == "both" else (wanted,))}
+
+
+def _evaluate(setup, files, concepts, folder):
+    try:
+        before_after(setup, _evaluated(setup, files), concepts, folder)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"\nstopped in the evaluation; the adapters are in {folder}, --resume {folder} evaluates them anew"
+        ) from None
 
 
 def _say_what_differs(settings, processes, device):

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from fairref.errors import UserError
 
 PICKLES = (".pth", ".pt", ".bin")
-INFO = "fairref"  # the one key of our files' metadata: several would come in an order of their own at each run
+INFO = (
+    "fairref"  # the one key of our files' metadata: several would come in an order of their own at each run
+)
 SHOWN = 3  # differing keys that an error message names
 
 # The parts of a single-file LDM checkpoint: prefix there -> part.
@@ -30,10 +32,21 @@ LDM_PARTS = {
 # training, the autoencoder's discriminator, the schedule's tables.
 IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
 IGNORED_NAMES = {
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
-    "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "lvlb_weights", "scale_factor",
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "lvlb_weights",
+    "scale_factor",
     "global_step",
 }
 
@@ -286,12 +299,16 @@ def write(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
     temporary = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        # not save_file, whose files no other user may read
-        temporary.write_bytes(save(tensors, metadata={INFO: json.dumps(info, sort_keys=True)}))
+        with temporary.open("wb") as file:  # not save_file, whose files no other user may read
+            file.write(save(tensors, metadata={INFO: json.dumps(info, sort_keys=True)}))
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: can't be written ({error}); make room there or choose another folder.") from None
+        raise UserError(
+            f"{path}: can't be written ({error}); make room there or choose another folder."
+        ) from None
 
 
 def read_info(path: str | Path) -> dict:

@@ -12,6 +12,7 @@ from tiny_bundle import RECIPE, write_tiny_bundle
 
 from fairref import cli, evaluate
 from fairref.errors import UserError
+from fairref.finetune import checkpoints
 from fairref.finetune.recipes import Recipe, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -312,12 +313,49 @@ def test_mistakes_of_train(weights, tmp_path, capsys, argv, words):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["checkpoint-000020.safetensors", "adapter.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoint-000020.safetensors", "adapter.safetensors", "metrics.jsonl", "evaluation.json", "grids"],
+)
 def test_a_folder_with_remains_of_a_run_is_refused(weights, tmp_path, capsys, name):
     (tmp_path / name).touch()
     assert cli.run(train.main, ["--attr", "gender", "--weights", weights, "--out", str(tmp_path)]) == 2
     assert f"holds {name} of another run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_two_runs_that_start_at_once_get_two_folders(tmp_path, monkeypatch):
+    default = str(tmp_path / "runs" / "gender")
+    assert checkpoints.new_folder(None, default) == Path(default)
+    monkeypatch.setattr(
+        Path, "exists", lambda path: False
+    )  # the other process looks before this one has made it
+    assert checkpoints.new_folder(None, default) == Path(f"{default}-2")
+
+
+def test_a_run_of_a_text_file_is_evaluated_on_it(weights, tmp_path, capsys):
+    """All of its prompts are for finetuning, so they are what can be measured, whatever eval_images_train says."""
+    (tmp_path / "prompts.txt").write_text("a cook\na pilot\n")
+    options = ["--weights", weights, "--attr", "gender", "--prompts", str(tmp_path / "prompts.txt")]
+    options += ["--iterations", "1", "--eval-images", "2", "--eval-images-train", "0", "--evaluate", "raw"]
+    assert cli.run(train.main, [*options, "--out", str(tmp_path / "run")]) == 0
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert {when: list(parts) for when, parts in evaluation.items()} == {
+        "before": ["train"],
+        "after (raw)": ["train"],
+    }
+    assert evaluation["before"]["train"]["images"] == 2 and evaluation["before"]["train"]["prompts"] == 2
+
+
+def test_a_stop_in_the_evaluation_says_where_the_adapters_are(weights, tmp_path, capsys, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fairref.run.before_after", stopped)
+    options = ["--weights", weights, "--attr", "gender", "--iterations", "1", "--out", str(tmp_path / "run")]
+    assert cli.run(train.main, options) == 130
+    assert f"--resume {tmp_path / 'run'} evaluates them anew" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
 def test_a_folder_that_holds_another_run_is_refused(run_folder, weights, capsys):

@@ -229,11 +229,13 @@ def test_a_bundle_without_an_evaluation_classifier(how):
 
 def test_occupations_are_read_and_checked(how, tmp_path):
     assert read_occupations(how.bundle.path).test == tuple(OCCUPATIONS["test"])
-    file = tmp_path / "prompts.json"
+    file, whole = tmp_path / "prompts.json", '{"train": ["a"], "validation": ["b"], "test": ["c"]}'
     for text, message in (
         ('{"occupations": {"train": ["a"], "test": ["b"]}}', "expected"),
         ('{"occupations": {"train": ["a"], "validation": [], "test": ["b"]}}', "validation is not a list"),
         ('{"occupations": {"train": ["a"], "validation": ["c"], "test": ["a"]}}', "'a' is in it twice"),
+        (f'{{"occupations": {whole}, "concepts": {{"sports": {{"test": ["a"]}}}}}}', "a concept is not"),
+        (f'{{"occupations": {whole}, "concepts": {{"sports": {{"train": "a"}}}}}}', "a concept is not"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -203,6 +203,16 @@ def test_all_of_it_is_imported_without_the_extras():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_device_is_named_where_one_is_chosen_only():
+    """All else goes where its input is: no file but those two knows of GPUs."""
+    named = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "fairref").rglob("*.py")
+        if re.search(r"""["']cuda|\.cuda\b""", file.read_text(encoding="utf-8"))
+    }
+    assert named == {"fairref/cli.py", "fairref/finetune/distributed.py"}
+
+
 def test_import_fairref_does_not_import_torch():
     code = "import sys, fairref; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -19,11 +19,14 @@ from test_trainer import make_setup, moved
 from tiny_bundle import write_tiny_bundle
 
 from fairref.bundle import load_bundle
+from fairref.errors import UserError
+from fairref.fairness.faces import TEMPLATE, Found
 from fairref.finetune import distributed, iteration
 from fairref.finetune.iteration import iteration_gradient
 from fairref.finetune.trainer import new_state, update
 
 ROOT = Path(__file__).parents[1]
+DARK = 138  # mean of a picture's values
 N, ITERATIONS = 5, 3  # of two and four processes, none have the same number of images
 
 
@@ -56,15 +59,26 @@ def folder(tmp_path_factory):
     return write_tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
+def detector(x):
+    """Finds a face in pictures that are not dark, at a place and of a size that follow from how bright they are."""
+    found = []
+    for light in x.float().mean((1, 2, 3)).tolist():
+        side, some = int(light) - 124, slice(None if light > DARK else 0)
+        box, landmarks = torch.tensor([[2, 3, 2 + side, 3 + side]]), torch.tensor(TEMPLATE) / 112 * side + 2
+        found.append(Found(box[some], landmarks[None][some]))
+    return found
+
+
 def gradients(folder, out):
-    """What one process does: gradients and pictures' targets of some iterations, an update after each."""
+    """What one process does: pictures, their targets and gradients of some iterations, an update after each."""
     processes, device = distributed.start(torch.device("cpu"))
     torch.set_num_threads(1)
-    found, counts = {}, []
-    real = iteration.joint_ot
+    found, counts, looks = {}, [], []
+    real, real_look = iteration.joint_ot, iteration.look
     iteration.joint_ot = lambda *args: counts.append(real(*args)) or counts[-1]
+    iteration.look = lambda *args: looks.append(real_look(*args)) or looks[-1]
     for dtype in (torch.float32, torch.float64):
-        bundle = load_bundle(folder, device, dtype)
+        bundle = replace(load_bundle(folder, device, dtype), detector=detector)
         for micro_batch in (0, 3):
             setup = make_setup(
                 bundle, "gender,skin_tone", batch=N, C=0.5, component="both", micro_batch=micro_batch, lr=1e-3
@@ -78,6 +92,8 @@ def gradients(folder, out):
                 found[f"gradient.{key}"] = torch.cat([g.flatten() for g in gradient])
                 found[f"loss.{key}"] = torch.tensor([metrics["loss"], metrics["cost"]], dtype=torch.float64)
                 found[f"q.{key}"] = torch.cat([ot.q for ot in counts[-1].values()], 1)
+                found[f"x.{key}"] = processes.gather(looks[-1].x.detach(), N).contiguous()
+                found[f"faces.{key}"] = processes.gather(looks[-1].faces.found.double(), N)
                 if dtype == torch.float64:  # float32's rounding would become AdamW's signs
                     update(setup.recipe, state, gradient)
             found[f"end.{key}"] = torch.cat([p.detach().flatten() for p in state.adapter.parameters()])
@@ -87,9 +103,10 @@ def gradients(folder, out):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory):
-    """Worlds of 1, 2 and 4 processes -> what they found."""
+def runs(tmp_path_factory):
+    """Worlds of 1, 2 and 4 processes -> what they found, with all judges."""
     found, out = {}, tmp_path_factory.mktemp("gradients")
+    folder = write_tiny_bundle(tmp_path_factory.mktemp("faces"), faces=True)
     for count in (1, 2, 4):
         code = f"import test_processes as t; t.gradients({str(folder)!r}, {str(out / str(count))!r})"
         codes, said = ends(start(count, "-c", code, stderr=subprocess.PIPE))
@@ -99,8 +116,10 @@ def runs(folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_gradients_do_not_depend_on_processes_or_micro_batches(runs):
+def test_pictures_targets_and_gradients_do_not_depend_on_processes_or_micro_batches(runs):
     whole = runs[1]
+    faces = torch.cat([value for name, value in whole.items() if name.startswith("faces")])
+    assert 0.2 < faces.mean() < 0.9, "some pictures show a face, some none"
     for count, found in runs.items():
         assert found.keys() == whole.keys()
         for name, value in found.items():
@@ -152,24 +171,36 @@ def lines(folder):
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def resumed(folder):
+def resumed(folder, count=1):
     codes, said = ends(
-        start(1, ROOT / "train.py", "--resume", folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        start(count, ROOT / "train.py", "--resume", folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     )
-    assert codes == [0], said
+    assert codes == [0] * count, said
 
 
 FILES = ("adapter.safetensors", "adapter_raw.safetensors", "adapter_best.safetensors")
 LONG = ("--iterations", "12", "--checkpoint-every", "3", "--validate-every", "4", "--validate-images", "3")
 
 
+def adapters(run):
+    return {name: (run / name).read_bytes() for name in FILES}
+
+
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """The adapters of a run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    codes, said = ends(launch(1, folder, out, *LONG))
-    assert codes == [0], said
-    return {name: (out / name).read_bytes() for name in FILES}
+def wholes(folder, tmp_path_factory):
+    """Number of processes -> the adapters of a run that nobody disturbed."""
+    found = {}
+    for count in (1, 2):
+        out = tmp_path_factory.mktemp("whole") / "run"
+        codes, said = ends(launch(count, folder, out, *LONG))
+        assert codes == [0] * count, said
+        found[count] = adapters(out)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(wholes):
+    return wholes[1]
 
 
 @pytest.mark.slow
@@ -181,7 +212,7 @@ def test_kill_in_the_middle_of_an_iteration(folder, whole, tmp_path, after):
     process.communicate()
     assert len(lines(tmp_path / "run")) < 12
     resumed(tmp_path / "run")
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == whole
+    assert adapters(tmp_path / "run") == whole
     assert [json.loads(line)["iteration"] for line in lines(tmp_path / "run")] == list(range(12))
 
 
@@ -221,14 +252,14 @@ train.main({argv!r} + {list(LONG)!r})
         assert ends([process])[0] == [-signal.SIGKILL]
         assert (out / "checkpoint-000006.safetensors.part").exists()
         resumed(out)
-        assert {name: (out / name).read_bytes() for name in FILES} == whole
+        assert adapters(out) == whole
         assert not list(out.glob("*.part"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(folder, whole, tmp_path, number, count):
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(folder, wholes, tmp_path, number, count):
     processes = launch(count, folder, tmp_path / "run", *LONG)
     wait_for(lambda: len(lines(tmp_path / "run")) >= 2)
     processes[-1].send_signal(number)  # one of them: they agree
@@ -237,9 +268,24 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(folder, whole, tmp_p
     done = len(lines(tmp_path / "run"))
     assert f"stopped after iteration {done}; go on with --resume {tmp_path / 'run'}" in said[0]
     assert (tmp_path / "run" / f"checkpoint-{done:06d}.safetensors").exists() and "Traceback" not in said[0]
-    if count == 1:
-        resumed(tmp_path / "run")
-        assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == whole
+    resumed(tmp_path / "run", count)
+    assert adapters(tmp_path / "run") == wholes[count]
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_same_run_and_hands_signals_on(folder, wholes, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py"]
+    run, pipes = tmp_path / "run", {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    options = ["--weights", folder, "--attr", "gender", "--device", "cpu", "--evaluate", "none", "--out", run]
+    processes = start(1, *torchrun, *options, *LONG, **pipes)
+    wait_for(lambda: len(lines(run)) >= 2)
+    processes[0].send_signal(signal.SIGTERM)
+    codes, (said,) = ends(processes)
+    done = len(lines(run))
+    assert codes != [0] and done < 12 and f"stopped after iteration {done}; go on with --resume" in said
+    codes, (said,) = ends(start(1, *torchrun, "--resume", run, **pipes))
+    assert codes == [0], said
+    assert adapters(run) == wholes[2]
 
 
 @pytest.mark.slow
@@ -252,6 +298,18 @@ def test_a_process_that_dies_ends_the_others_with_a_message(folder, tmp_path, vi
     for rank in {0, 1, 2} - {victim}:
         assert codes[rank] == 2 and "another process of this run has ended" in said[rank], said[rank]
         assert "Traceback" not in said[rank]
+
+
+def test_processes_that_cannot_work_are_refused(folder, monkeypatch):
+    setup = make_setup(load_bundle(folder), batch=3)
+    assert replace(setup, processes=distributed.Processes(2, 3))
+    with pytest.raises(UserError, match="--batch is 3 for 4 processes; give each an image"):
+        replace(setup, processes=distributed.Processes(2, 4))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="process 2 of this machine finds 2 GPUs"):
+        distributed.start(torch.device("cuda"))
 
 
 def test_a_second_signal_ends_it_at_once():

@@ -414,6 +414,10 @@ def test_an_update_is_a_clipped_adamw_step_and_a_moving_average(bundles):
     for (name, p), wanted, start in zip(state.adapter.named_parameters(), twins, before):
         torch.testing.assert_close(p, wanted, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(state.ema[name], decay * start + (1 - decay) * p, rtol=1e-5, atol=1e-7)
+    for p, g in zip(
+        state.adapter.parameters(), gradient
+    ):  # a step of AdamW alone hardly shows the gradient's scale
+        torch.testing.assert_close(state.optimizer.state[p]["exp_avg"], 0.1 * g * 2 / norm, rtol=1e-5, atol=0)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(bundles):

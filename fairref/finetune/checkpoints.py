@@ -17,6 +17,14 @@ from fairref.errors import UserError
 from fairref.weights_io import read, read_info, read_json, write
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
+REMAINS = (
+    METRICS,
+    "*.safetensors",
+    "evaluation*.json",
+    "before_after.png",
+    "grids",
+    "tensorboard",
+)  # of a run
 NUMBERS = ("iteration", "updates", "best", "streak", "unusable")  # of a State, in a checkpoint's metadata
 
 
@@ -94,14 +102,14 @@ def new_folder(path: str | None, default: str) -> Path:
     """
     if path is None:
         names = (Path(f"{default}-{n}" if n > 1 else default) for n in range(1, 10_000))
-        folder = next(name for name in names if not name.exists())
+        folder = next(name for name in names if _made(name))
     else:
         folder = Path(path).expanduser()
         if (folder / SETTINGS).exists():
             raise UserError(
                 f"{folder}: holds another run; give another --out, or continue it with --resume {folder}."
             )
-        remains = [path for pattern in (METRICS, "*.safetensors") for path in folder.glob(pattern)]
+        remains = [path for pattern in REMAINS for path in folder.glob(pattern)]
         if remains:
             raise UserError(f"{folder}: holds {remains[0].name} of another run; give another --out.")
     try:
@@ -109,6 +117,17 @@ def new_folder(path: str | None, default: str) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: can't be made ({error.strerror}); give another --out.") from None
     return folder
+
+
+def _made(folder):
+    """Whether the folder is new; two runs that are started at once don't get the same."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:  # said by who makes it again
+        pass
+    return True
 
 
 def read_settings(folder: str | Path) -> dict:

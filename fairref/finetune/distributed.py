@@ -98,6 +98,11 @@ def start(device: torch.device) -> tuple[Processes, torch.device]:
     if world == 1:
         return Processes(), device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, there = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if device.index >= there:
+            raise UserError(
+                f"process {device.index} of this machine finds {there} GPUs; start no more than that."
+            )
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), world, device), device

@@ -81,7 +81,9 @@ def iteration_gradient(setup: Setup, model: Bundle, parameters: list, i: int) ->
     g, sums = picture_gradient(setup, pictures, q)  # (n, 4, h, w)
 
     gradient = sampling_gradient(recipe, model, parameters, table, path, g, both, task.guidance, i)
-    *gradient, sums = processes.total([*gradient, sums])
+    *gradient, sums = processes.total(
+        [*gradient, sums.to(gradient[0])]
+    )  # one message, all of it in their type
     shown = [of_one[found] for of_one in logits.values()]  # (M, K_a) of all images
     cost = next(iter(ot.values())).cost
     return gradient, {**about, **_sums(setup, sums), "cost": cost, **_shares(setup, shown, task.named)}

@@ -94,9 +94,27 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
             or not all(isinstance(name, str) and name for name in names)
         ):
             raise UserError(f"{path}: {part} is not a list of names; give at least one occupation.")
+    concepts = d.get("concepts", {})
+    if not isinstance(concepts, dict) or not all(map(_is_concept, concepts.values())):
+        raise UserError(
+            f'{path}: a concept is not {{"train": [...], "test": [...]}} of prompts; write it like that.'
+        )
     everyone = [name for part in PARTS for name in parts[part]]
     twice = next((name for name in everyone if everyone.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}: {twice!r} is in it twice; every occupation belongs into one part, once.")
     extras = {key: d[key] for key in extras & set(d)}
     return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)
+
+
+def _is_concept(parts):
+    """Whether it is lists of prompts by part, with some for finetuning."""
+    return (
+        isinstance(parts, dict)
+        and set(parts) <= set(PARTS)
+        and bool(parts.get("train"))
+        and all(
+            isinstance(texts, list) and all(isinstance(t, str) and t for t in texts)
+            for texts in parts.values()
+        )
+    )

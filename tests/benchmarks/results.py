@@ -175,7 +175,7 @@ def found_in(folder: Path) -> dict[str, dict]:
 
 
 def tables(found: dict) -> dict[str, str]:
-    """Title -> table, of those for which there is a run."""
+    """Title -> table, of those for which there are runs: two at least, where there is something to compare."""
     results = {
         title: [
             Result(label or RUNS[n].label, **found[n])
@@ -184,7 +184,8 @@ def tables(found: dict) -> dict[str, str]:
         ]
         for title, names in TABLES.items()
     }
-    texts = {title: made(title, of_one) for title, of_one in results.items()}
+    enough = {title: of_one for title, of_one in results.items() if len(of_one) >= min(2, len(TABLES[title]))}
+    texts = {title: made(title, of_one) for title, of_one in enough.items()}
     return {title: text for title, text in texts.items() if text}
 
 

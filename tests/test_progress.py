@@ -1,0 +1,43 @@
+"""The progress bar on a terminal, a narrow one too, and in a file."""
+
+import io
+import os
+import re
+
+import pytest
+
+from fairref import progress
+from fairref.progress import Progress
+
+NOTE = "align 0.412  image 0.021  face 0.052  cost 0.301  faces 1.000  confident 0.833  bias 0.42  skipped 3"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns, lines", [(300, 1), (80, 2), (40, 4)])
+def test_all_of_a_note_is_seen_however_narrow_the_terminal(monkeypatch, columns, lines):
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    with Progress(10, "finetuning") as bar:
+        bar.step(NOTE)
+        bar.step("short")
+    shown = progress.sys.stderr.getvalue()
+    first, second = shown.split("\r\033[J", 1)[1].split("\r", 1)
+    assert all(part in first for part in ("1/10", *NOTE.split("  ")))
+    assert len(first.split("\n")) == lines and max(map(len, first.split("\n"))) < columns
+    # the second goes up to where the first began, and takes all of it away
+    up = f"\033[{lines - 1}A" if lines > 1 else ""
+    assert second.startswith(f"{up}\033[Jfinetuning") and "2/10" in second and second.endswith("\n")
+    assert not re.search(r"\033\[[^AJ0-9]", shown)
+
+
+def test_a_file_gets_whole_lines_and_few(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stderr", io.StringIO())
+    with Progress(10, "finetuning") as bar:
+        for _ in range(10):
+            bar.step(NOTE)
+    lines = progress.sys.stderr.getvalue().splitlines()
+    assert len(lines) == 2 and all(line.endswith(NOTE) for line in lines) and "10/10" in lines[1]
