@@ -13,7 +13,7 @@ from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.recipes import resolve
-from fairref.finetune.rollout import GROUP, draw, first_noise
+from fairref.finetune.rollout import draw, first_noise, group_size
 from fairref.images import grid, save_png, to_image
 from fairref.progress import Progress
 
@@ -52,7 +52,7 @@ def generate(settings: Settings) -> list[Path]:
 
     folder = _folder(settings)
     resolved = {**asdict(settings), "steps": steps, "guidance": guidance, "end": recipe.end}
-    groups = torch.arange(settings.num_images).split(GROUP)
+    groups = torch.arange(settings.num_images).split(group_size(bundle))
     pictures = []
     with Progress(steps * len(groups), "drawing") as progress, torch.no_grad():
         for group in groups:

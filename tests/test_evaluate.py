@@ -101,6 +101,8 @@ def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(how, monkeypatch):
     model = how.bundle
     whole = pictures(how, model, PROMPTS[0], 5)
     assert torch.equal(whole, pictures(how, model, PROMPTS[0], 5))
+    assert rollout.group_size(replace(model, resolution=512)) == 8
+    assert rollout.group_size(replace(model, resolution=64)) == 64
     monkeypatch.setattr(rollout, "GROUP", 2)
     torch.testing.assert_close(pictures(how, model, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
     other = pictures(replace(how, seed=1), model, PROMPTS[0], 5)

@@ -8,7 +8,10 @@ from torch import Tensor
 from fairref.diffusion.sampler import Step, noise, sample
 from fairref.diffusion.solver import SolverTable, solver_table
 
-GROUP = 64  # pictures at once
+GROUP, PIXELS = (
+    64,
+    2**21,
+)  # at most so many pictures are drawn at once, and so many pixels: 8 pictures of 512²
 
 
 def latent_shape(bundle) -> tuple[int, int, int]:
@@ -55,6 +58,11 @@ def decode(bundle, z_0: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-1, 1)
 
 
+def group_size(bundle) -> int:
+    """How many pictures are drawn at once where nothing else says so."""
+    return max(1, min(GROUP, PIXELS // bundle.resolution**2))
+
+
 def draw(bundle, texts, z_T: Tensor, steps: int, guidance: float, end="zero", on_step=None) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T, by a bundle, adapted or not.
 
@@ -75,7 +83,7 @@ def fixed_pictures(
     """(n, 3, H, W) of these images of a prompt; their noise follows from (seed, prompt, image)."""
     stream = zlib.crc32(prompt.encode())
     parts = []
-    for group in torch.tensor(images).split(GROUP):
+    for group in torch.tensor(images).split(group_size(bundle)):
         z_T = first_noise(bundle, seed, stream, group.tolist())
         parts.append(draw(bundle, (prompt, ""), z_T, steps, guidance, end))
     return torch.cat(parts)
