@@ -73,6 +73,7 @@ def measured(processes: Timed, bundle, iterations: int, **recipe) -> list[dict]:
         processes.clock.collectives = processes.clock.waiting = 0.0
         began = time.perf_counter()
         iterate(setup, model, state)
+        processes.any(False)  # whether to stop, which the loop asks after each
         rows.append({"seconds": time.perf_counter() - began, **vars(processes.clock)})
     return rows[1:]
 

@@ -185,7 +185,7 @@ def shown(comparisons: list[dict], steps: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
-    parser.add_argument("--scopes", nargs="*", default=["picture"], choices=["picture", "iteration"])
+    parser.add_argument("--scopes", nargs="*", default=["iteration"], choices=["picture", "iteration"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed", type=int, default=1, help="timed iterations of each process")
     parser.add_argument("--micro-batch", type=int, default=0, help="images with a graph at once; 0: all")
@@ -207,7 +207,8 @@ def main():
     comparisons = [
         compare(replace(work, scope=scope), options.repeats) for work in works for scope in options.scopes
     ]
-    steps = [over_steps(work, *options.memory_steps) for work in works] if options.memory_steps else []
+    few_many, last = options.memory_steps, options.scopes[-1]
+    steps = [over_steps(replace(work, scope=last), *few_many) for work in works] if few_many else []
     print(shown(comparisons, steps))
     write(options.out, {"machine": where, "bars": BARS, "comparisons": comparisons, "steps": steps})
 
