@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairref import cli
-from fairref.bundle import MANIFEST, bundle_path, load_stable_diffusion, read_manifest
+from fairref.bundle import MANIFEST, bundle_path, load_bundle, load_stable_diffusion, read_manifest
 from fairref.errors import UserError
 from fairref.judge_files import (
     load_classifier,
@@ -209,6 +209,12 @@ def main(argv=None) -> int:
         prompts = str(error)
         print(f"  {'missing':10}{'prompts.json':22}\n      {error}")
     good = uses(found)
-    print(f"good to {'; '.join(good)}" if good else "not good for anything yet")
+    try:
+        if good:
+            load_bundle(path)  # parts that load may yet not fit together
+        print(f"good to {'; '.join(good)}" if good else "not good for anything yet")
+    except UserError as error:
+        print(f"not good for anything until this is mended: {error}")
+        return 1
     broken = any(f.state not in ("ok", "missing", "not named") for f in found)
     return 0 if {"draw", "finetune", "evaluate"} <= set(good) and not prompts and not broken else 1

@@ -26,6 +26,7 @@ from fairref.nets.clip import (
 from fairref.tokenizer import Tokenizer
 from fairref.weights_io import load_strict, open_clip_names, read, read_json, read_judge, write
 
+UNIT = 0.01  # how far the norms of D_F may be from 1
 FACE_FEATURES = "embeddings"  # the tensor of D_F's file
 
 
@@ -187,6 +188,12 @@ def load_face_features(path: str | Path, width: int | None = None) -> Tensor:
         raise UserError(
             f"{path}: {FACE_FEATURES} is {shape}; expected one tensor of (faces, {width or 'D'}), as python -m"
             " fairref.face_features writes it with this embedder."
+        )
+    norms = found.float().norm(dim=1)
+    if not (norms - 1).abs().max() < UNIT:
+        raise UserError(
+            f"{path}: its embeddings have norms from {norms.min():.3g} to {norms.max():.3g}; expected 1, as python -m"
+            " fairref.face_features writes them."
         )
     return found
 

@@ -123,3 +123,6 @@ def test_vit_b_14_has_the_released_shapes():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="expected each to divide"):
         DinoConfig(input_size=223)
+    for wrong in ({"heads": 0}, {"patch": 0}, {"width": "12"}, {"depth": 1.5}, {"mlp_ratio": True}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*; expected a whole number from 1 up"):
+            DinoConfig(**wrong)

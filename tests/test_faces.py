@@ -128,6 +128,15 @@ def test_the_similarity_is_the_peers():
         torch.testing.assert_close(found, torch.from_numpy(peer.params[:2]), rtol=1e-10, atol=1e-10)
 
 
+def test_landmarks_in_one_place_stop_nothing():
+    """As a detector of someone else's might give them; there is no turn and no scale to find."""
+    x = torch.rand(1, 3, 20, 20, generator=seeded(), dtype=torch.float64).requires_grad_()
+    flat = Faces(torch.tensor([True]), torch.tensor([[2.0, 2, 9, 9]]), torch.full((1, 5, 2), 7.0))
+    cut = aligned(x, flat)
+    (g,) = torch.autograd.grad(cut.sum(), x)
+    assert cut.isfinite().all() and g.isfinite().all()
+
+
 def test_the_similarity_is_the_least_squares_one():
     (marks,) = points(1, seed=5)
     x, y = marks.T

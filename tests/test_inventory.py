@@ -53,7 +53,14 @@ def test_what_is_missing_broken_or_not_named_is_said(folder, capsys):
     assert 'add "dino": "dino" to bundle.json' in said
     assert "python -m fairref.face_features on CelebA" in said and "licence: CreativeML" not in said
     assert "prompts.json: can't be read" in said
-    assert uses(look(folder)) == ["draw", "finetune"] and said.rstrip().endswith("good to draw; finetune")
+    # what the manifest names must be there and whole, or the bundle doesn't load, and so draws nothing
+    assert uses(look(folder)) == ["draw", "finetune"]
+    said = said.rstrip().splitlines()[-1]
+    assert said.startswith("not good for anything until this is mended: ") and "embedder" in said
+    del manifest["embedder"], manifest["face_features"]
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    assert main(["check", str(folder)]) == 1
+    assert capsys.readouterr().out.rstrip().endswith("good to draw; finetune")
 
 
 def test_an_empty_folder_lists_everything(tmp_path):

@@ -231,10 +231,15 @@ def test_the_committed_detector_loads_and_its_config_is_heard(tmp_path):
 
 def test_face_features_must_fit_the_embedder(tmp_path):
     path = tmp_path / "D_F.safetensors"
-    save_file({"embeddings": torch.ones(5, 6)}, path)
+    unit = torch.full((5, 6), 6**-0.5)
+    save_file({"embeddings": unit.half()}, path)
     assert load_face_features(path, 6).shape == (5, 6)
     with pytest.raises(UserError, match=r"embeddings is \[5, 6\]; expected one tensor of \(faces, 7\)"):
         load_face_features(path, 7)
+    for wrong, norms in ((unit * 2, "from 2 to 2"), (unit * torch.nan, "from nan to nan")):
+        save_file({"embeddings": wrong}, path)
+        with pytest.raises(UserError, match=f"norms {norms}; expected 1"):
+            load_face_features(path, 6)
     save_file({"features": torch.ones(5, 6)}, path)
     with pytest.raises(UserError, match="embeddings is none"):
         load_face_features(path, 6)

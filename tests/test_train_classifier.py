@@ -218,9 +218,17 @@ def test_unreadable_images_are_skipped_and_counted_or_refused(celeba, tmp_path, 
     main(train_on(celeba, tmp_path / "out", "--epochs", "1"))
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["unreadable"] == 2 and found["gender"]["images"] == 3
-    assert "2 images can't be read, such as 000003.jpg" in capsys.readouterr().err
+    assert "2 images can't be read, such as img_align_celeba/000003.jpg" in capsys.readouterr().err
     assert run(main, train_on(celeba, tmp_path / "strict", "--strict")) == 2
     assert "2 images can't be read" in capsys.readouterr().err and not (tmp_path / "strict").exists()
+
+
+def test_pictures_of_the_same_name_in_both_parts_are_two(fairface, tmp_path, capsys):
+    for part in ("train", "val"):
+        (fairface / part / "1.jpg").write_bytes(b"not a picture")
+    main(train_on(fairface, tmp_path / "out", "--epochs", "1", data="fairface"))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["unreadable"] == 2
+    assert "2 images can't be read, such as train/1.jpg" in capsys.readouterr().err
 
 
 def test_the_head_is_new_and_the_rest_as_given(celeba, tmp_path):

@@ -121,6 +121,9 @@ def crops(x: Tensor, faces: Faces, side: int = CROP) -> Tensor:
     return torch.cat(shown)
 
 
+FLAT = 1e-6  # the least scale of a similarity
+
+
 def similarity(landmarks: Tensor, side: int = ALIGNED) -> Tensor:
     """The turn, scale and shift (M, 2, 3) that bring landmarks (M, 5, 2) nearest to the template's, in float64.
 
@@ -132,6 +135,7 @@ def similarity(landmarks: Tensor, side: int = ALIGNED) -> Tensor:
     mean_p, mean_d = p.mean(1, keepdim=True), d.mean()
     p, d = p - mean_p, d - mean_d
     slope = (p.conj() * d).sum(1) / (p.conj() * p).sum(1).real.clamp(min=1e-12)  # (M,)
+    slope = slope.where(slope.abs() > FLAT, FLAT)  # else five landmarks in one place could not be taken back
     shift = mean_d - slope * mean_p[:, 0]
     rows = torch.stack([slope.real, -slope.imag, shift.real, slope.imag, slope.real, shift.imag], 1)
     return rows.view(-1, 2, 3)

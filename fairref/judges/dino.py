@@ -32,6 +32,9 @@ class DinoConfig:
     offset: float = OFFSET
 
     def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]}
+        if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+            raise UserError(f"DINO's {wrong[0]} is {sizes[wrong[0]]!r}; expected a whole number from 1 up.")
         if self.width % self.heads or self.trained_size % self.patch or self.input_size % self.patch:
             raise UserError(
                 f"DINO's width is {self.width} with {self.heads} heads, its sizes are {self.trained_size} and"
