@@ -28,6 +28,7 @@ def test_every_equation_holds(tmp_path, capsys):
         "eqs 4, 5",
         "eq 6",
         "eq 7",
+        "L_face",
         "eq 9",
         "eq 10",
         "Algorithm A.1",
@@ -86,6 +87,10 @@ MUTANTS = [
     (transport, "class_sums", "np.eye(k)[c]", "np.eye(k)[::-1][c]"),
     (losses, "align_loss", "cross_entropy.where(confident, 0)", "cross_entropy"),
     (losses, "image_loss", "1 - F.cosine", "1 + F.cosine"),
+    (losses, "face_loss", "1 - F.cosine", "1 + F.cosine"),
+    (losses, "nearest_faces", "cosine > largest", "cosine < largest"),
+    (losses, "nearest_faces", "(row + start)", "row"),
+    (losses, "face_references", "sure[:, None]", "~sure[:, None]"),
     (metrics, "bias", ".mean(-1)", ".sum(-1)"),
 ]
 
@@ -98,7 +103,7 @@ def test_a_changed_sign_or_index_is_noticed(monkeypatch, module, name, old, new)
     assert source.count(old) == 1
     namespace = dict(vars(module))
     exec(source.replace(old, new), namespace)
-    mutant = namespace[name]
+    mutant = inspect.unwrap(namespace[name])  # without no_grad
     monkeypatch.setattr(module, name, type(mutant)(mutant.__code__, vars(module), name, mutant.__defaults__))
     if mutant.__kwdefaults__:
         getattr(module, name).__kwdefaults__ = mutant.__kwdefaults__

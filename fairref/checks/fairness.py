@@ -157,6 +157,42 @@ def semantics():
 
 
 @check(
+    "L_face",
+    "one minus the cosine with the original's own face where that is sure, else with the nearest of D_F, over N",
+    "image by image, and finite differences",
+    DIFFERENCE,
+)
+def face():
+    unit = torch.nn.functional.normalize
+    e, own, external = (
+        draws(5, 8, seed=1),
+        unit(draws(5, 8, seed=2), dim=1),
+        unit(draws(20, 8, seed=3), dim=1),
+    )
+    sure = torch.tensor([True, False, False, True, False])
+
+    def by_image(e):
+        total = e.new_zeros(())
+        for i in range(5):
+            length = e[i].square().sum().sqrt()
+            largest = max(float(e[i].detach() @ f / length) for f in external)
+            nearest = next(f for f in external if float(e[i].detach() @ f / length) == largest)
+            total = (
+                total + (1 - e[i] @ (own[i] if sure[i] else nearest) / length) / 8
+            )  # of N = 8, five are judged
+        return total
+
+    def found(e):
+        return losses.face_loss(e, losses.face_references(e, own, sure, external, chunk=7), 8).sum()
+
+    leaf = e.clone().requires_grad_(True)
+    value = found(leaf)
+    (slope,) = torch.autograd.grad(value, leaf)
+    way = draws(*e.shape, seed=4)
+    return max(error(value, by_image(e)), error((slope * way).sum(), finite_difference(by_image, e, way)))
+
+
+@check(
     "bias(P)",
     "the mean absolute difference of all pairs of frequencies; 0 fair, 2/K for one class",
     "a double loop",
