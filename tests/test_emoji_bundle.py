@@ -12,10 +12,12 @@ from fairref.diffusion.gradient import C_i, adjusted_gradient, step_weights
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import solver_table, step
 from fairref.emoji import check
+from fairref.emoji.build import RECIPE
 from fairref.emoji.build import prompts as prompts_of_the_tables
 from fairref.emoji.captions import occupations
 from fairref.emoji.judging import face_features
 from fairref.emoji.stages import balanced_scene, generator_for
+from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import draw, latent_shape
 from fairref.prompts import read_occupations
 
@@ -47,6 +49,13 @@ def test_its_prompts_are_the_worlds(bundle):
         prompts = world.concepts[name]
         assert len(set(prompts["train"])) >= train and len(set(prompts["test"])) >= test
         assert not set(prompts["train"]) & set(prompts["test"])
+
+
+def test_its_recipe_is_what_the_build_says_and_has_all_three_losses(bundle):
+    assert bundle.recipe == RECIPE
+    recipe = resolve(("gender",), bundle.recipe, {}, "emoji")
+    assert recipe.lambda_img > 0 and recipe.lambda_face > 0 and recipe.batch == 24 and recipe.C == 0.8
+    assert recipe.grad_steps == 0 and recipe.gradient == "paper" and recipe.component == "text_encoder"
 
 
 def test_its_external_faces_are_real_faces_as_its_embedder_sees_them(bundle):
