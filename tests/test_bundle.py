@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 import fairref
 from fairref import bundle as bundle_module
 from fairref.bundle import PARTS, bundle_path, load_bundle
+from fairref.diffusion.sampler import noise
 from fairref.diffusion.schedule import Schedule
 from fairref.emoji.bpe import train_bpe
+from fairref.emoji.build import SCHEDULER
 from fairref.errors import UserError
+from fairref.finetune.rollout import draw
 from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.weights_io import unet_table, vae_table
@@ -183,6 +186,43 @@ def test_the_networks_are_those_of_diffusers_and_transformers(world):
         torch.testing.assert_close(b.vae.decode(z), image, rtol=1e-5, atol=1e-5)
         latent = peers.vae.encode(x).latent_dist.mean * 0.18215
         torch.testing.assert_close(b.vae.encode(x), latent, rtol=1e-5, atol=1e-6)
+
+
+def pictures(bundle, peers, latents, steps, guidance, prompts=("a pilot", "two nurses")):
+    """One for each prompt, here and by diffusers' whole pipeline from the same noise: (B, 3, H, W) in [-1, 1]."""
+    pipe = diffusers.StableDiffusionPipeline(
+        **vars(peers),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(bundle.path / "tokenizer", model_max_length=77),
+        scheduler=diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    z_T = noise(7, 0, range(len(prompts)), (4, latents, latents))
+    with torch.no_grad():
+        ours = [
+            draw(bundle, (text, "a nurse"), z_T[i : i + 1], steps, guidance) for i, text in enumerate(prompts)
+        ]
+        theirs = pipe(
+            list(prompts),
+            negative_prompt=["a nurse"] * len(prompts),
+            latents=z_T,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=8 * latents,
+            width=8 * latents,
+            output_type="pt",
+        ).images
+    return torch.cat(ours), 2 * theirs - 1
+
+
+def test_the_whole_way_from_texts_to_pictures_is_diffusers(world):
+    """In float32, both; diffusers' pictures are in [0, 1]."""
+    for steps, guidance in ((20, 7.5), (5, 2.0)):
+        ours, theirs = pictures(world.loaded, world.peers, 16, steps, guidance)
+        assert theirs.std() > 0.02 and (ours[0] - ours[1]).abs().max() > 0.05
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_what_a_folder_without_manifest_gives(world):
@@ -532,10 +572,14 @@ def test_import_is_light_and_load_bundle_is_there():
 def test_full_size_layouts(world, tmp_path):
     """SD-1.5's shapes with random weights: 4 GB on disk for each layout, 12 GB of memory."""
     folder, single = tmp_path / "sd", tmp_path / "single" / "v1-5.safetensors"
-    write_diffusers(folder, SD15_UNET, SD15_VAE, SD15_TEXT)
+    peers = write_diffusers(folder, SD15_UNET, SD15_VAE, SD15_TEXT)
     shutil.copytree(world.folder / "tokenizer", folder / "tokenizer")
     first = load_bundle(folder)
     assert first.resolution == 512
+    ours, theirs = pictures(first, peers, 32, 2, 3.0, ("a pilot",))
+    assert theirs.std() > 0.02
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    del peers
     single.parent.mkdir()
     save_file({key: value.contiguous() for key, value in {**to_ldm(folder), **EXTRA}.items()}, single)
     shutil.copytree(world.folder / "tokenizer", single.parent / "tokenizer")
