@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fairref.errors import UserError
 from fairref.judges import mtcnn
 from fairref.judges.mtcnn import MTCNN, scales, square, suppress
 from fairref.weights_io import load_strict, read
@@ -126,3 +127,18 @@ def test_batches_of_windows_change_nothing(detector, photographs, monkeypatch):
     monkeypatch.setattr(mtcnn, "BATCH", 7)
     (parts,) = detector(batch(photographs["pair"]))
     torch.testing.assert_close(whole.boxes, parts.boxes, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"smallest": 0},
+        {"smallest": "x"},
+        {"thresholds": [0.5]},
+        {"thresholds": 0.5},
+        {"thresholds": [0, 1, 2]},
+    ],
+)
+def test_settings_that_find_nothing_are_refused(options):
+    with pytest.raises(UserError, match="expected"):
+        MTCNN(**options)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairref.errors import UserError
+
 WINDOW, STRIDE = 12, 2  # of the proposal network, in pixels of the scaled image
 STEP = 0.709  # between the scales of the pyramid: half the area
 OVERLAP_IN_SCALE, OVERLAP = 0.5, 0.7  # of two boxes, from which the worse is dropped
@@ -96,10 +98,19 @@ def columns_first(x: Tensor) -> Tensor:
 
 
 class MTCNN(nn.Module):
-    """Images x (B, 3, H, W), whole numbers 0..255 in RGB, of any dtype -> the Detections of each."""
+    """Images x (B, 3, H, W), whole numbers 0..255 in RGB, of any dtype -> the Detections of each. Raises UserError."""
 
     def __init__(self, smallest: int = 20, thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)):
         super().__init__()
+        if type(smallest) is not int or smallest < 1:
+            raise UserError(
+                f"MTCNN's smallest face is {smallest!r} pixels; expected a whole number from 1 up."
+            )
+        shares = isinstance(thresholds, (tuple, list)) and all(
+            isinstance(v, (int, float)) for v in thresholds
+        )
+        if not shares or len(thresholds) != 3 or not all(0 <= v <= 1 for v in thresholds):
+            raise UserError(f"MTCNN's thresholds are {thresholds!r}; expected three numbers from 0 to 1.")
         self.pnet, self.rnet, self.onet = PNet(), RNet(), ONet()
         self.smallest = smallest  # side of the smallest face that is looked for, pixels
         self.thresholds = thresholds  # probability that a box needs to pass each network
