@@ -158,8 +158,9 @@ def load_dino(folder: str | Path) -> Dino:
 
 def load_mtcnn(folder: str | Path) -> MTCNN:
     """The face detector of a folder, whose config.json may give `smallest` and `thresholds`. Raises UserError."""
+    options = _options(folder, ("smallest", "thresholds"))
     try:
-        network = MTCNN(**_options(folder, ("smallest", "thresholds")))
+        network = MTCNN(**options)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     tensors, source = read_judge(folder)
