@@ -10,6 +10,7 @@ original's arrays, which start at one.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -230,16 +231,17 @@ def suppress(boxes: Tensor, score: Tensor, limit: float, of_smaller: bool = Fals
 
     The overlap is the share of the union or, `of_smaller`, of the smaller box, whose pixels then count from its
     first to its last."""
-    order = score.argsort(descending=True, stable=True)
+    # one box after the other, so on the CPU: a GPU would wait for each
+    corners, order = boxes.cpu().numpy(), np.argsort(-score.cpu().numpy(), kind="stable")
     more = 1 if of_smaller else 0
-    area = (boxes[:, 2:] - boxes[:, :2] + more).prod(1)
+    area = (corners[:, 2:] - corners[:, :2] + more).prod(1)
     keep = []
     while len(order):
         best, order = order[0], order[1:]
         keep.append(best)
-        low = torch.maximum(boxes[best, :2], boxes[order, :2])
-        high = torch.minimum(boxes[best, 2:], boxes[order, 2:])
-        shared = (high - low + more).clamp(min=0).prod(1)
-        whole = torch.minimum(area[best], area[order]) if of_smaller else area[best] + area[order] - shared
+        low = np.maximum(corners[best, :2], corners[order, :2])
+        high = np.minimum(corners[best, 2:], corners[order, 2:])
+        shared = (high - low + more).clip(min=0).prod(1)
+        whole = np.minimum(area[best], area[order]) if of_smaller else area[best] + area[order] - shared
         order = order[shared / whole <= limit]
-    return torch.stack(keep) if keep else torch.zeros(0, dtype=torch.long, device=boxes.device)
+    return torch.tensor(keep, dtype=torch.long, device=boxes.device)
