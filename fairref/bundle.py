@@ -167,7 +167,7 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
     attributes = {name: tuple(classes) for name, classes in manifest.get("attributes", {}).items()}
     _check_classes(classifiers, attributes, path / MANIFEST)
     dino = load_dino(path / manifest["dino"]) if "dino" in manifest else None
-    detector = load_detector(path / manifest["detector"], device) if "detector" in manifest else None
+    detector = load_detector(path / manifest["detector"], device, dtype) if "detector" in manifest else None
     embedder, face_features = _faces(path, manifest)
     if "templates" in manifest and not (path / manifest["templates"]).is_file():  # read later, refused now
         raise UserError(f"{path / manifest['templates']}: no such file; {MANIFEST} names it as templates.")

@@ -45,7 +45,8 @@ def add_common(parser: Parser) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The torch device of an option's value. Raises UserError."""
+    """The torch device of an option's value, on which float32 is float32. Raises UserError."""
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions, of 10 bits; matrix products have none
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -167,9 +167,10 @@ def load_mtcnn(folder: str | Path) -> MTCNN:
     return _loaded(network, tensors, source)
 
 
-def load_detector(folder: str | Path, device="cpu") -> Detector:
-    """`load_mtcnn` as what `fairness.faces.find` calls."""
-    return with_mtcnn(load_mtcnn(folder).to(device).requires_grad_(False))
+def load_detector(folder: str | Path, device="cpu", dtype=torch.float32) -> Detector:
+    """`load_mtcnn` as what `fairness.faces.find` calls, in at least float32."""
+    network = load_mtcnn(folder).to(device, torch.promote_types(dtype, torch.float32))
+    return with_mtcnn(network.requires_grad_(False))
 
 
 def load_embedder(folder: str | Path) -> SFNet:

@@ -86,16 +86,16 @@ def test_what_the_detector_is_asked_for_is_what_it_reads_back():
     detector = mtcnn.MTCNN(10)
     for b, (truth, points) in enumerate(judging.all_faces(scene)):
         seen = judging.some_windows(truth, seeded(7))
-        image = torch.zeros(3, RESOLUTION, RESOLUTION)
-        _, seen = mtcnn.crops(image, mtcnn.square(seen), 48)
+        x = torch.zeros(1, 3, RESOLUTION, RESOLUTION)
+        _, seen, image = mtcnn.crops(x, mtcnn.square(seen), torch.zeros(len(seen), dtype=torch.long), 48)
         share = judging.overlap(seen, truth)[:, 0]
         truths = truth.expand(len(seen), 4), points.expand(len(seen), 5, 2)
         perfect = Perfect(seen, truths, share)
         loss = judging.detector_loss(perfect, torch.zeros(len(seen), 1), seen, truths, share)
         assert loss.item() < 1e-4
         detector.onet = perfect
-        found = detector.settle(image, seen)
-        (one,) = with_mtcnn(lambda x, found=found: [found])(image[None])
+        found = mtcnn.Detections(*detector.settle(x, seen, image)[0])
+        (one,) = with_mtcnn(lambda x, found=found: [found])(x)
         torch.testing.assert_close(one.boxes[0], boxes[b], rtol=0, atol=1e-3)
         torch.testing.assert_close(one.landmarks[0], landmarks[b], rtol=0, atol=1e-3)
 

@@ -1,5 +1,6 @@
 """MTCNN with its public weights against facenet-pytorch's own findings (tests/golden/make_mtcnn.py)."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -65,11 +66,15 @@ def test_the_photographs_hold_faces_and_none(golden):
 
 
 def test_images_of_a_batch_do_not_touch_each_other(detector, photographs):
+    detector = copy.deepcopy(detector).double()
     first, second = photographs["astronaut"], photographs["mirrored"]
-    together = detector(batch(first, second))
-    for image, found in zip((first, second), together):
+    nobody = np.full_like(first, 90)
+    together = detector(batch(first, nobody, second, first))
+    assert not len(together[1].boxes)
+    for image, found in zip((first, nobody, second, first), together):
         (alone,) = detector(batch(image))
-        assert torch.equal(found.boxes, alone.boxes) and torch.equal(found.landmarks, alone.landmarks)
+        torch.testing.assert_close(found.boxes, alone.boxes, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found.landmarks, alone.landmarks, rtol=0, atol=1e-9)
 
 
 def test_no_graph_and_no_change_of_the_images(detector, photographs):
@@ -115,11 +120,17 @@ def test_square_keeps_the_centre_and_holds_the_box():
 
 def test_suppress_by_union_and_by_the_smaller_box():
     boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 4], [20, 20, 29, 29], [1, 0, 10, 9]])
-    score = torch.tensor([0.9, 0.8, 0.95, 0.7])
-    assert suppress(boxes, score, 0.5).tolist() == [2, 0, 1]  # 36 of 81 shared; 72 of 90
-    assert suppress(boxes, score, 0.3).tolist() == [2, 0]
-    assert suppress(boxes, score, 0.95, of_smaller=True).tolist() == [2, 0, 3]  # the second lies in the first
-    assert suppress(boxes[:0], score[:0], 0.5).tolist() == []
+    score, image = torch.tensor([0.9, 0.8, 0.95, 0.7]), torch.zeros(4, dtype=torch.long)
+    assert suppress(boxes, score, image, 0.5).tolist() == [2, 0, 1]  # 36 of 81 shared; 72 of 90
+    assert suppress(boxes, score, image, 0.3).tolist() == [2, 0]
+    assert suppress(boxes, score, image, 0.95, of_smaller=True).tolist() == [2, 0, 3]  # the second lies in the first
+    assert suppress(boxes[:0], score[:0], image[:0], 0.5).tolist() == []
+
+
+def test_boxes_of_other_images_suppress_nothing():
+    boxes = torch.tensor([[0.0, 0, 9, 9]]).expand(4, 4)
+    score, image = torch.tensor([0.7, 0.8, 0.9, 0.6]), torch.tensor([1, 0, 1, 3])
+    assert suppress(boxes, score, image, 0.5).tolist() == [1, 2, 3]
 
 
 def test_batches_of_windows_change_nothing(detector, photographs, monkeypatch):

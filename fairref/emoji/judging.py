@@ -205,9 +205,9 @@ def train_detector(folder: Path, vae: VAE, steps: int = 700, batch: int = 12) ->
     torch.manual_seed(4)
     detector = MTCNN(DETECTOR_CONFIG["smallest"]).eval()  # it learns with the usual thresholds
     stages_of = (
-        ("pnet", mtcnn.WINDOW, lambda image: image.new_zeros(0, 4)),
+        ("pnet", mtcnn.WINDOW, lambda image: (image.new_zeros(0, 4), None)),
         ("rnet", 24, detector.propose),
-        ("onet", 48, lambda image: detector.refine(image, detector.propose(image))),
+        ("onet", 48, lambda image: detector.refine(image, *detector.propose(image))),
     )
     for name, side, before in stages_of:
 
@@ -215,11 +215,11 @@ def train_detector(folder: Path, vae: VAE, steps: int = 700, batch: int = 12) ->
             scene = balanced_scene(batch, generator)
             x = to_bytes(noisy(half_through(vae, draw(scene)), generator, 0.05)).float()
             pixels, seen, targets, landmarks, shares = [], [], [], [], []
-            for image, (truth, points) in zip(x, all_faces(scene)):
+            for image, (truth, points) in zip(x.split(1), all_faces(scene)):
                 with torch.no_grad():
-                    passed = before(image)[:16]
+                    passed = before(image)[0][:16]
                 boxes = torch.cat([some_windows(truth, generator), passed])
-                shown, boxes = mtcnn.crops(image, boxes, side)
+                shown, boxes, _ = mtcnn.crops(image, boxes, torch.zeros(len(boxes), dtype=torch.long), side)
                 share = overlap(boxes, truth) if len(truth) else boxes.new_zeros(len(boxes), 1)
                 share, which = share.max(1)
                 pixels.append(shown)

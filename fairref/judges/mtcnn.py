@@ -119,56 +119,47 @@ class MTCNN(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> list[Detections]:
         x = x.to(self.pnet.conv1.weight)
-        return [self.find(image) for image in x]
+        boxes, image = self.propose(x)
+        boxes, image = self.refine(x, boxes, image)
+        found, image = self.settle(x, boxes, image)
+        return list(map(Detections, *(part.split(image.bincount(minlength=len(x)).tolist()) for part in found)))
 
-    def find(self, image: Tensor) -> Detections:
-        """The faces of one image (3, H, W)."""
-        boxes = self.propose(image)
-        boxes = self.refine(image, boxes)
-        return self.settle(image, boxes)
-
-    def propose(self, image: Tensor) -> Tensor:
-        """Square boxes that the first network takes for faces."""
-        H, W = image.shape[1:]
-        found = []
+    def propose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Square boxes (M, 4) that the first network takes for faces, and their image (M,), in order of images."""
+        H, W = x.shape[2:]
+        found = [(x.new_zeros(0, 9), torch.zeros(0, dtype=torch.long, device=x.device))]
         for scale in scales(min(H, W), self.smallest):
-            small = resize(image[None], (int(H * scale + 1), int(W * scale + 1)))
-            offsets, probability = self.pnet(small)
-            boxes, score, moves = windows(offsets[0], probability[0], scale, self.thresholds[0])
-            keep = suppress(boxes, score, OVERLAP_IN_SCALE)
-            found.append(torch.cat([boxes, score[:, None], moves], 1)[keep])
-        if not found:
-            return image.new_zeros(0, 4)
-        boxes, score, moves = torch.cat(found).split([4, 1, 4], 1)
-        keep = suppress(boxes, score[:, 0], OVERLAP)
+            small = resize(x, (int(H * scale + 1), int(W * scale + 1)))
+            boxes, score, moves, image = windows(*self.pnet(small), scale, self.thresholds[0])
+            keep = suppress(boxes, score, image, OVERLAP_IN_SCALE)
+            found.append((torch.cat([boxes, score[:, None], moves], 1)[keep], image[keep]))
+        rows, image = (torch.cat(part) for part in zip(*found))
+        boxes, score, moves = rows.split([4, 1, 4], 1)
+        keep = suppress(boxes, score[:, 0], image, OVERLAP)
         boxes, moves = boxes[keep], moves[keep]
         size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # (M, 4) width, height, width, height
-        return square(boxes + moves * size)
+        return square(boxes + moves * size), image[keep]
 
-    def refine(self, image: Tensor, boxes: Tensor) -> Tensor:
+    def refine(self, x: Tensor, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the square boxes (M, 4) that the second network keeps, moved and squared again."""
-        pixels, boxes = crops(image, boxes, 24)
-        if not len(boxes):
-            return boxes
+        pixels, boxes, image = crops(x, boxes, image, 24)
         moves, score = in_batches(self.rnet, pixels)
         passed = score > self.thresholds[1]
-        boxes, score, moves = boxes[passed], score[passed], moves[passed]
-        keep = suppress(boxes, score, OVERLAP)
-        return square(move(boxes[keep], moves[keep]))
+        boxes, score, moves, image = boxes[passed], score[passed], moves[passed], image[passed]
+        keep = suppress(boxes, score, image, OVERLAP)
+        return square(move(boxes[keep], moves[keep])), image[keep]
 
-    def settle(self, image: Tensor, boxes: Tensor) -> Detections:
-        """Those of the square boxes (M, 4) that the third network keeps, with landmarks."""
-        pixels, boxes = crops(image, boxes, 48)
-        if not len(boxes):
-            return Detections(boxes, boxes.new_zeros(0), boxes.new_zeros(0, 5, 2))
+    def settle(self, x: Tensor, boxes: Tensor, image: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Those of the square boxes (M, 4) that the third network keeps, as boxes, probabilities and landmarks."""
+        pixels, boxes, image = crops(x, boxes, image, 48)
         moves, points, score = in_batches(self.onet, pixels)
         passed = score > self.thresholds[2]
         boxes, score, moves, points = boxes[passed], score[passed], moves[passed], points[passed]
         size = boxes[:, 2:] - boxes[:, :2] + 1  # (M, 2)
         points = points.unflatten(1, (2, 5)).transpose(1, 2) * size[:, None] + boxes[:, None, :2] - 1
-        boxes = move(boxes, moves)
-        keep = suppress(boxes, score, OVERLAP, of_smaller=True)
-        return Detections(boxes[keep], score[keep], points[keep])
+        boxes, image = move(boxes, moves), image[passed]
+        keep = suppress(boxes, score, image, OVERLAP, of_smaller=True)
+        return (boxes[keep], score[keep], points[keep]), image[keep]
 
 
 def scales(side: int, smallest: int) -> list[float]:
@@ -182,16 +173,22 @@ def scales(side: int, smallest: int) -> list[float]:
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Mean of the pixels under each new one, and then from 0..255 to about [-1, 1]."""
-    return (F.interpolate(x, size=size, mode="area") - 127.5) / 128
+    return centred(F.adaptive_avg_pool2d(x, size))
+
+
+def centred(x: Tensor) -> Tensor:
+    """From 0..255 to about [-1, 1]."""
+    return (x - 127.5) / 128
 
 
 def windows(offsets: Tensor, probability: Tensor, scale: float, threshold: float):
-    """Boxes (M, 4), probabilities (M,) and offsets (M, 4) where the map (h, w) reaches the threshold."""
+    """Boxes (M, 4), probabilities (M,), offsets (M, 4) and images (M,) where the maps (B, h, w) reach the threshold."""
     likely = probability >= threshold
-    corner = likely.nonzero().flip(1).to(offsets)  # (M, 2) column, row
+    image, *corner = likely.nonzero().T  # (M,) image, row, column
+    corner = torch.stack(corner[::-1], 1).to(offsets)  # (M, 2) column, row
     start = ((STRIDE * corner + 1) / scale).floor()
     end = ((STRIDE * corner + WINDOW) / scale).floor()
-    return torch.cat([start, end], 1), probability[likely], offsets[:, likely].T
+    return torch.cat([start, end], 1), probability[likely], offsets.permute(0, 2, 3, 1)[likely], image
 
 
 def move(boxes: Tensor, offsets: Tensor) -> Tensor:
@@ -208,17 +205,18 @@ def square(boxes: Tensor) -> Tensor:
     return torch.cat([start, start + side], 1)
 
 
-def crops(image: Tensor, boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """What boxes (M, 4) show of the image, resized to (M', 3, side, side), and the M' boxes inside it."""
-    H, W = image.shape[1:]
+def crops(x: Tensor, boxes: Tensor, image: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What boxes (M, 4) show of their images, as (M', 3, side, side), and the M' boxes inside, with their images."""
+    H, W = x.shape[2:]
     low = boxes[:, :2].trunc().long().clamp(min=1)
     high = torch.minimum(boxes[:, 2:].trunc().long(), torch.tensor([W, H], device=boxes.device))
     inside = (high >= low).all(1)
-    places = torch.cat([low - 1, high], 1)[inside].tolist()
+    places = torch.cat([image[:, None], low - 1, high], 1)[inside].tolist()
     pixels = [
-        resize(image[None, :, top:bottom, left:right], (side, side)) for left, top, right, bottom in places
+        F.adaptive_avg_pool2d(x[n, :, top:bottom, left:right], side) for n, left, top, right, bottom in places
     ]
-    return torch.cat(pixels) if pixels else image.new_zeros(0, 3, side, side), boxes[inside]
+    pixels = torch.stack(pixels) if pixels else x.new_zeros(0, 3, side, side)
+    return centred(pixels), boxes[inside], image[inside]
 
 
 def in_batches(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -226,22 +224,29 @@ def in_batches(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts) for parts in zip(*map(network, x.split(BATCH))))
 
 
-def suppress(boxes: Tensor, score: Tensor, limit: float, of_smaller: bool = False) -> Tensor:
-    """Indices, best score first, of the boxes that overlap no better one by more than `limit`.
+def suppress(
+    boxes: Tensor, score: Tensor, image: Tensor, limit: float, of_smaller: bool = False
+) -> Tensor:
+    """Indices of the boxes that overlap no better one of their image by more than `limit`, image by image, each best
+    score first.
 
     The overlap is the share of the union or, `of_smaller`, of the smaller box, whose pixels then count from its
     first to its last."""
+    device = boxes.device
     # one box after the other, so on the CPU: a GPU would wait for each
-    corners, order = boxes.cpu().numpy(), np.argsort(-score.cpu().numpy(), kind="stable")
+    boxes, score, image = (part.cpu().numpy() for part in (boxes, score, image))
     more = 1 if of_smaller else 0
-    area = (corners[:, 2:] - corners[:, :2] + more).prod(1)
+    area = (boxes[:, 2:] - boxes[:, :2] + more).prod(1)
     keep = []
-    while len(order):
-        best, order = order[0], order[1:]
-        keep.append(best)
-        low = np.maximum(corners[best, :2], corners[order, :2])
-        high = np.minimum(corners[best, 2:], corners[order, 2:])
-        shared = (high - low + more).clip(min=0).prod(1)
-        whole = np.minimum(area[best], area[order]) if of_smaller else area[best] + area[order] - shared
-        order = order[shared / whole <= limit]
-    return torch.tensor(keep, dtype=torch.long, device=boxes.device)
+    for n in np.unique(image):
+        rows = np.flatnonzero(image == n)
+        order = rows[np.argsort(-score[rows], kind="stable")]
+        while len(order):
+            best, order = order[0], order[1:]
+            keep.append(best)
+            low = np.maximum(boxes[best, :2], boxes[order, :2])
+            high = np.minimum(boxes[best, 2:], boxes[order, 2:])
+            shared = (high - low + more).clip(min=0).prod(1)
+            whole = np.minimum(area[best], area[order]) if of_smaller else area[best] + area[order] - shared
+            order = order[shared / whole <= limit]
+    return torch.tensor(keep, dtype=torch.long, device=device)

@@ -7,9 +7,8 @@ import numpy as np
 from measure import table
 
 from fairref.finetune.mixture import OCCUPATIONS
-from fairref.report import COLOURED
+from fairref.report import COLOURED, JUDGES
 
-JUDGES = ("classifier", "templates")
 CONCEPTS = (OCCUPATIONS, "sports", "style_context", "descriptors")
 SCALES = (1.0, 3.0, 5.0, 7.5, 12.0)
 
@@ -49,6 +48,12 @@ class Result:
     before: dict[str, dict]  # key of a look -> report, of the original
     after: dict[str, dict]  # ..., of the adapted model
     minutes: float  # of finetuning
+    device: str = "cpu"  # of finetuning
+
+    @property
+    def took(self) -> float | str:
+        """Minutes on a CPU; those on a GPU, which runs share, say nothing."""
+        return self.minutes if self.device == "cpu" else self.device
 
 
 def spread(found: dict | None) -> str:
@@ -87,17 +92,17 @@ def gender_rows(results: list[Result]) -> list[list]:
     rows = [["original", *biases(report), *faithful(report), None, None]]
     for result in results:
         report = result.after[UNSEEN.key]
-        rows.append([result.label, *biases(report), *faithful(report), result.minutes, command(result)])
+        rows.append([result.label, *biases(report), *faithful(report), result.took, command(result)])
     return rows
 
 
 def attribute_rows(results: list[Result]) -> list[list]:
-    """Before and after each run: the joint bias, each attribute's alone, and the share of old."""
+    """Before and after each run: the joint bias, each attribute's alone."""
     rows = []
     for result in results:
         for when, reports in (("before", result.before), ("after", result.after)):
             report = reports[UNSEEN.key]
-            cells = [result.minutes, command(result)] if when == "after" else [None, None]
+            cells = [result.took, command(result)] if when == "after" else [None, None]
             rows.append([f"{result.label}, {when}", *biases(report), *faithful(report), *cells])
             for attribute, alone in report.get("attributes", {}).items():
                 rows.append([f"… {attribute} alone", *biases(alone), *[None] * 5])

@@ -34,9 +34,7 @@ from fairref.weights_io import write_json
 
 LONGEST = 30  # minutes of finetuning
 IMAGES = 60  # of each prompt
-EVERY = (
-    5  # one of so many prompts is looked at where a look is thinned; odd, for neighbours lean opposite ways
-)
+EVERY = 5  # where a look is thinned, one of so many prompts is looked at; odd, for neighbours lean opposite ways
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
 WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25")
@@ -106,8 +104,8 @@ def call(*command) -> int:
         raise
 
 
-def finetune(name: str, folder: Path) -> bool:
-    """Makes a run, or what is missing of it -> whether it is whole. One of another command is not."""
+def finetune(name: str, folder: Path, device: str) -> bool:
+    """Makes a run on a device, or what is missing of it -> whether it is whole. One of another command is not."""
     beside = folder.with_name(f"{folder.name}.command")
     made = beside.read_text(encoding="utf-8") if beside.exists() else "an unknown command"
     if folder.exists() and made != RUNS[name].command:
@@ -119,7 +117,8 @@ def finetune(name: str, folder: Path) -> bool:
         return True
     if (folder / SETTINGS).exists():
         return call("train.py", "--resume", folder) == 0
-    return call("train.py", *RUNS[name].options, "--evaluate", "none", "--out", folder) == 0
+    options = (*RUNS[name].options, "--evaluate", "none", "--device", device)
+    return call("train.py", *options, "--out", folder) == 0
 
 
 @dataclass
@@ -130,8 +129,8 @@ class Evaluator:
     originals: dict = field(default_factory=dict)  # what was evaluated -> report, Seen
 
     def __call__(self, name: str, run: Path, found: dict, save: Callable) -> None:
-        """Fills in what a run's evaluation {"command", "minutes", "before", "after": {look: report}} lacks; saves it
-        at each."""
+        """Fills in what a run's evaluation {"command", "minutes", "device", "before", "after": {look: report}} lacks;
+        saves it at each."""
         settings = read_settings(run)
         target, recipe = of_settings(settings)
         concepts = read_prompts(
@@ -139,7 +138,7 @@ class Evaluator:
         )
         concepts = {concept.name: concept for concept in concepts}
         model = load_adapter(self.bundle, run / FILE)
-        found["minutes"] = minutes(run)
+        found |= {"minutes": minutes(run), "device": settings["device"]}
         for look in RUNS[name].missing(found):
             how = How(
                 self.bundle, target, recipe.eval_steps, look.guidance or recipe.eval_guidance, recipe.end
@@ -203,6 +202,7 @@ def main():
     parser.add_argument(
         "--reports", type=Path, default=ROOT / "docs" / "results", help="folder of the evaluations"
     )
+    parser.add_argument("--device", default="cpu", help="of the runs and of their evaluation, as train.py's")
     options = parser.parse_args()
     folder, reports = options.folder.resolve(), options.reports.resolve()
     found = found_in(reports)
@@ -213,16 +213,16 @@ def main():
         return
     failed = []
     if missing and not options.tables:
-        evaluator = Evaluator(load_bundle(cli.WEIGHTS))
+        evaluator = Evaluator(load_bundle(cli.WEIGHTS, cli.device(options.device)))
         for name in missing:
-            if finetune(name, folder / name):
+            if finetune(name, folder / name, options.device):
                 if RUNS[name].command != found.get(name, {}).get("command"):
                     found[name] = {"command": RUNS[name].command, "before": {}, "after": {}}
                 evaluator(name, folder / name, found[name], partial(write_json, reports / f"{name}.json"))
             else:
                 failed.append(name)
     print("\n\n".join(f"### {title}\n\n{text}" for title, text in tables(found).items()))
-    long = [name for name, run in found.items() if run["minutes"] > LONGEST]
+    long = [n for n, run in found.items() if run.get("device", "cpu") == "cpu" and run["minutes"] > LONGEST]
     for which, what in (
         (failed, "failed, see their messages above"),
         (long, f"took more than {LONGEST} minutes"),
