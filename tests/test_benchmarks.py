@@ -189,16 +189,16 @@ def test_several_attributes_in_the_tables_of_results():
 def test_a_run_of_another_command_is_not_taken(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(results, "call", lambda *command: calls.append(command) or 0)
-    assert results.finetune("gender", tmp_path / "gender")
+    assert results.finetune("gender", tmp_path / "gender", "cpu")
     (tmp_path / "gender").mkdir()
     (tmp_path / "gender" / results.SETTINGS).touch()
-    assert results.finetune("gender", tmp_path / "gender") and calls[-1][1] == "--resume"
+    assert results.finetune("gender", tmp_path / "gender", "cpu") and calls[-1][1] == "--resume"
     (tmp_path / "gender" / results.FILE).touch()
-    assert results.finetune("gender", tmp_path / "gender") and len(calls) == 2
+    assert results.finetune("gender", tmp_path / "gender", "cpu") and len(calls) == 2
     monkeypatch.setitem(
         results.RUNS, "gender", results.Run("text encoder", ("--attr", "gender", "--lr", "1"))
     )
-    assert not results.finetune("gender", tmp_path / "gender") and len(calls) == 2
+    assert not results.finetune("gender", tmp_path / "gender", "cpu") and len(calls) == 2
     assert "is a run of python train.py --attr gender; move it away" in capsys.readouterr().err
 
 
@@ -215,7 +215,8 @@ def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(fol
     monkeypatch.setattr(results, "load_adapter", lambda bundle, file: None)
     bundle = measure.bundle_of(folder)
     setup = measure.setup_of(bundle)
-    settings = {"prompts": "occupations", "prompt_template": None, "recipe": setup.recipe.to_dict()}
+    settings = {"prompts": "occupations", "prompt_template": None, "device": "cpu"}
+    settings["recipe"] = setup.recipe.to_dict()
     settings["target"] = {"classes": setup.target.classes, "table": setup.target.table.tolist()}
     (tmp_path / results.SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     (tmp_path / results.METRICS).write_text('{"seconds": 30}\n{"seconds": 60}\n', encoding="utf-8")
