@@ -52,14 +52,8 @@ from fairref.nets.clip import Clip, ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
 from fairref.tokenizer import Tokenizer
-from fairref.weights_io import (
-    ldm_split,
-    load_strict,
-    read,
-    read_json,
-    text_encoder_names,
-    vae_names,
-)
+from fairref.weights_io import load_strict, read, read_json
+from fairref.weights_names import ldm_split, text_encoder_names, vae_names
 
 MANIFEST = "bundle.json"
 MANIFEST_KEYS = {  # key -> type of its value

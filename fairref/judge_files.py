@@ -24,7 +24,8 @@ from fairref.nets.clip import (
     ClipVisionConfig,
 )
 from fairref.tokenizer import Tokenizer
-from fairref.weights_io import load_strict, open_clip_names, read, read_json, read_judge, write
+from fairref.weights_io import load_strict, read, read_json, read_judge, write
+from fairref.weights_names import open_clip_names
 
 UNIT = 0.01  # how far the norms of D_F may be from 1
 FACE_FEATURES = "embeddings"  # the tensor of D_F's file

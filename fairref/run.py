@@ -118,7 +118,7 @@ def of_settings(settings: dict) -> tuple[JointTarget, Recipe]:
     return JointTarget(classes, np.array(settings["target"]["table"])), Recipe(**settings["recipe"])
 
 
-def _evaluated(setup, files):
+def _to_evaluate(setup, files):
     """The adapters that the recipe wants evaluated: name -> file."""
     wanted = setup.recipe.evaluate
     if wanted == "best" and "best" not in files:
@@ -130,7 +130,7 @@ def _evaluated(setup, files):
 
 def _evaluate(setup, files, concepts, folder):
     try:
-        before_after(setup, _evaluated(setup, files), concepts, folder)
+        before_after(setup, _to_evaluate(setup, files), concepts, folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"\nstopped in the evaluation; the adapters are in {folder}, --resume {folder} evaluates them anew"

@@ -61,7 +61,7 @@ def load_batch(rows: list[Row], side: int, pool: ThreadPoolExecutor) -> tuple[Te
     """Pictures (B, 3, side, side), labels (B, attributes), and the names of files that can't be read."""
     pictures = list(pool.map(lambda row: load(row.file, side), rows))
     read = [i for i, x in enumerate(pictures) if x is not None]
-    unread = [named(row.file) for row, x in zip(rows, pictures) if x is None]
+    unread = [short_name(row.file) for row, x in zip(rows, pictures) if x is None]
     x = torch.stack([pictures[i] for i in read]) if read else torch.zeros(0, 3, side, side)
     return x, torch.tensor([rows[i].labels for i in read], dtype=torch.long).view(len(read), -1), unread
 
@@ -238,7 +238,7 @@ def options_of(argv):
     return parser.parse_args(argv)
 
 
-def named(file: Path) -> str:
+def short_name(file: Path) -> str:
     """What a report calls a picture: with its folder, since FairFace gives its parts' pictures the same names."""
     return f"{file.parent.name}/{file.name}"
 
@@ -248,7 +248,9 @@ def unreadable(found: Photographs, side: int) -> list[str]:
     rows = [row for part in found.parts.values() for row in part]
     with ThreadPoolExecutor(THREADS) as pool:
         return [
-            named(row.file) for row, x in zip(rows, pool.map(lambda r: load(r.file, side), rows)) if x is None
+            short_name(row.file)
+            for row, x in zip(rows, pool.map(lambda r: load(r.file, side), rows))
+            if x is None
         ]
 
 

@@ -88,9 +88,8 @@ def test_flops_are_those_counted_by_hand():
         x = torch.empty(2, 3, 4, 6, requires_grad=True)
         cost = flops.counted(Small().requires_grad_(False), lambda net: net(x), x)
     conv, linear = 2 * 2 * 24 * 8 * 3 * 9, 2 * 2 * 24 * 8 * 5
-    product = (
-        2 * 2 * 24 * 24 * 8
-    )  # one of attention's, of which there are two, and back four and the weights again
+    # one of attention's, of which there are two, and back four and the weights again
+    product = 2 * 2 * 24 * 24 * 8
     assert cost.forward == conv + linear + 2 * product
     assert cost.backward == conv + linear + 5 * product
     assert cost.parameters == 8 * 28 + 45

@@ -22,7 +22,7 @@ from fairref.errors import UserError
 from fairref.finetune.rollout import draw
 from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
-from fairref.weights_io import unet_table, vae_table
+from fairref.weights_names import unet_table, vae_table
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

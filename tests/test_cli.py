@@ -327,9 +327,8 @@ def test_a_folder_with_remains_of_a_run_is_refused(weights, tmp_path, capsys, na
 def test_two_runs_that_start_at_once_get_two_folders(tmp_path, monkeypatch):
     default = str(tmp_path / "runs" / "gender")
     assert checkpoints.new_folder(None, default) == Path(default)
-    monkeypatch.setattr(
-        Path, "exists", lambda path: False
-    )  # the other process looks before this one has made it
+    # the other process looks before this one has made it
+    monkeypatch.setattr(Path, "exists", lambda path: False)
     assert checkpoints.new_folder(None, default) == Path(f"{default}-2")
 
 

@@ -45,9 +45,8 @@ def test_bias_report():
     assert values["share"] == {"woman": pytest.approx(17 / 30), "man": pytest.approx(13 / 30)}
     assert values["counts"] == {"a": [10, 0], "b": [5, 5], "c": [2, 8]}
     assert report["judges"]["templates"]["counts"]["a"] == [0, 10]
-    assert report["noise_floor"]["mean"] == pytest.approx(
-        0.24609375
-    )  # E|2X - 10| / 10, X ~ Binomial(10, 1/2)
+    # E|2X - 10| / 10, X ~ Binomial(10, 1/2)
+    assert report["noise_floor"]["mean"] == pytest.approx(0.24609375)
 
 
 def test_how_much_of_the_colours_stays():
@@ -236,8 +235,20 @@ def test_occupations_are_read_and_checked(how, tmp_path):
         ('{"occupations": {"train": ["a"], "test": ["b"]}}', "expected"),
         ('{"occupations": {"train": ["a"], "validation": [], "test": ["b"]}}', "validation is not a list"),
         ('{"occupations": {"train": ["a"], "validation": ["c"], "test": ["a"]}}', "'a' is in it twice"),
-        (f'{{"occupations": {whole}, "concepts": {{"sports": {{"test": ["a"]}}}}}}', "a concept is not"),
-        (f'{{"occupations": {whole}, "concepts": {{"sports": {{"train": "a"}}}}}}', "a concept is not"),
+        (
+            f'{{"occupations": {whole}, "concepts": {{"sports": {{"test": ["a"]}}}}}}',
+            '"concepts" is not names',
+        ),
+        (
+            f'{{"occupations": {whole}, "concepts": {{"sports": {{"train": "a"}}}}}}',
+            '"concepts" is not names',
+        ),
+        (
+            f'{{"occupations": {whole}, "named": {{"gender": {{"woman": "a woman"}}}}}}',
+            '"named" is not names',
+        ),
+        (f'{{"occupations": {whole}, "hiding": ["age"]}}', '"hiding" is not names'),
+        (f'{{"occupations": {whole}, "hiding": {{"age": "a"}}}}', '"hiding" is not names'),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -57,6 +57,7 @@ ROWS = (
         "fairref.cli",
         "fairref.progress",
     ),
+    ("fairref.weights_names",),  # other layouts' names
     ("fairref",),  # the package's own file: its version
     ("fairref.errors",),
 )

@@ -207,9 +207,8 @@ def test_what_is_free_does_not_depend_on_who_is_seen():
 def test_every_hair_colour_is_drawn_alike_and_old_people_have_white_hair():
     n = torch.zeros(4000, dtype=torch.long)  # health workers, whose hair shows
     hair = random_scene(n, n, n, seeded(4)).person.hair
-    nearest = (
-        F.normalize(hair, dim=1) @ F.normalize(torch.tensor(HAIR).float(), dim=1).T
-    )  # brightness is jittered
+    # brightness is jittered
+    nearest = F.normalize(hair, dim=1) @ F.normalize(torch.tensor(HAIR).float(), dim=1).T
     count = torch.bincount(nearest.argmax(1), minlength=len(HAIR))
     assert ((count - 1000.0).square() / 1000).sum() < chi2.isf(RARE, len(HAIR) - 1)
     old = random_scene(n, n, n, seeded(4), old=n + 1).person
@@ -568,9 +567,8 @@ def test_the_share_is_how_much_of_each_gender_is_seen(judged):
     for part in (0.0, 0.1, 0.2):
         found = judge((1 - part) * x + part * other)
         assert (found["gender"] == scene.person.gender).float().mean() > 0.98
-        assert found["share"].median().item() == pytest.approx(
-            0.97 - part, abs=0.03
-        )  # 0.97: outlines are soft
+        # 0.97: outlines are soft
+        assert found["share"].median().item() == pytest.approx(0.97 - part, abs=0.03)
 
 
 def test_a_share_is_stretched_about_a_half(judged):

@@ -324,9 +324,8 @@ def test_a_second_signal_ends_it_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize(
-    "room", [700, 40_000]
-)  # bytes of a file: less than the settings, or than a checkpoint
+# bytes of a file: less than the settings, or than a checkpoint
+@pytest.mark.parametrize("room", [700, 40_000])
 def test_a_full_disk_ends_a_run_with_one_sentence(folder, tmp_path, room):
     """A limit on the size of a file stands for the disk's."""
     limit = (room, room)

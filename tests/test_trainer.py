@@ -156,11 +156,12 @@ def test_an_iteration_is_algorithm_A1(bundles, component, end, S):
         for found, wanted in zip(gradient, expected):
             assert found.abs().max() > 1e-6
             torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * float(wanted.abs().max()))
+    # confident, agreeing: else the test says too little
     assert seen == {
         (True, True),
         (True, False),
         (False, False),
-    }  # confident, agreeing: else the test says too little
+    }
 
 
 @pytest.mark.parametrize("component, micro_batch", [("text_encoder", 1), ("both", 4)])

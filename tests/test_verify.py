@@ -59,12 +59,8 @@ MUTANTS = [
     (gradient, "A_t", "table.timesteps]", "table.timesteps - 1]"),
     (gradient, "step_weights", "C_i(schedule, table) * table.k", "-C_i(schedule, table) * table.k"),
     (gradient, "unrolled_z0", "- drift", "+ drift"),
-    (
-        gradient,
-        "unrolled_z0",
-        "sigma[1:].to(eps) / root[:-1]",
-        "1 / root[:-1]",
-    ),  # the seed's slip: no sigma_t
+    # the seed's slip: no sigma_t
+    (gradient, "unrolled_z0", "sigma[1:].to(eps) / root[:-1]", "1 / root[:-1]"),
     (gradient, "unrolled_z0", "/ root[:-1], w[1:]", "/ root[1:], w[1:]"),
     (gradient, "vjp", "(1 - guidance) * v", "guidance * v"),
     (gradient, "subsample", "w.sign()", "1"),

@@ -10,7 +10,8 @@ from torch import nn
 
 from fairref import weights_io
 from fairref.errors import UserError
-from fairref.weights_io import ldm_split, load_strict, read, read_json, rename, unet_table, vae_table
+from fairref.weights_io import load_strict, read, read_json
+from fairref.weights_names import ignored, ldm_split, rename, unet_table, vae_table
 
 # Names of the public SD-1.5 checkpoint and of its diffusers conversion, one of each kind.
 BLOCK = "transformer_blocks.0"
@@ -304,8 +305,8 @@ def test_json_files(tmp_path):
 
 def test_ignored_names_are_whole_names():
     assert (
-        weights_io.ignored("betas")
-        and weights_io.ignored("x.position_ids")
-        and weights_io.ignored("model_ema.a")
+        ignored("betas")
+        and ignored("x.position_ids")
+        and ignored("model_ema.a")
     )
-    assert not weights_io.ignored("model.betas") and not weights_io.ignored("position_ids.weight")
+    assert not ignored("model.betas") and not ignored("position_ids.weight")

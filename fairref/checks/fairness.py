@@ -51,9 +51,8 @@ def closed_form():
     errors = []
     for d in (0.5, 0.2):
         logits = 3 * draws(24, 2, seed=4)
-        three = torch.cat(
-            [logits, torch.full((24, 1), -60.0, dtype=torch.float64)], 1
-        )  # a class never asked for
+        # a class never asked for
+        three = torch.cat([logits, torch.full((24, 1), -60.0, dtype=torch.float64)], 1)
         errors.append(
             error(
                 transport.expected_ot(logits, [d, 1 - d]).q,
@@ -164,11 +163,8 @@ def semantics():
 )
 def face():
     unit = torch.nn.functional.normalize
-    e, own, external = (
-        draws(5, 8, seed=1),
-        unit(draws(5, 8, seed=2), dim=1),
-        unit(draws(20, 8, seed=3), dim=1),
-    )
+    e, own = draws(5, 8, seed=1), unit(draws(5, 8, seed=2), dim=1)
+    external = unit(draws(20, 8, seed=3), dim=1)
     sure = torch.tensor([True, False, False, True, False])
 
     def by_image(e):
@@ -177,9 +173,8 @@ def face():
             length = e[i].square().sum().sqrt()
             largest = max(float(e[i].detach() @ f / length) for f in external)
             nearest = next(f for f in external if float(e[i].detach() @ f / length) == largest)
-            total = (
-                total + (1 - e[i] @ (own[i] if sure[i] else nearest) / length) / 8
-            )  # of N = 8, five are judged
+            # of N = 8, five are judged
+            total = total + (1 - e[i] @ (own[i] if sure[i] else nearest) / length) / 8
         return total
 
     def found(e):

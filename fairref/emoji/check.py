@@ -288,9 +288,8 @@ def check(path: Path) -> int:
     """Print every gate; 0 when all hold. Leaves quality.json and contact_sheet.png in the bundle."""
     bundle = load_bundle(path)
     sheet = contact_sheet(bundle)
-    sheet = sheet.quantize(
-        256, palette=sheet.quantize(256), dither=Image.Dither.FLOYDSTEINBERG
-    )  # a third of the size
+    # a third of the size
+    sheet = sheet.quantize(256, palette=sheet.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
     sheet.save(bundle.path / "contact_sheet.png", optimize=True)
     gates = []
     for gate in chain(networks_gates(bundle), sampling_gates(bundle)):

@@ -193,9 +193,8 @@ def detector_loss(network: nn.Module, x: Tensor, boxes: Tensor, truth: tuple[Ten
     if some.any():
         loss = loss + 4 * F.mse_loss(moves[some], ((target - boxes) / size.repeat(1, 2))[some])
     if points and sure.any():
-        wanted = (
-            ((landmarks + 1 - boxes[:, None, :2]) / size[:, None]).transpose(1, 2).flatten(1)
-        )  # five x, five y
+        # five x, five y
+        wanted = ((landmarks + 1 - boxes[:, None, :2]) / size[:, None]).transpose(1, 2).flatten(1)
         loss = loss + 4 * F.mse_loss(points[0][sure], wanted[sure])
     return loss
 

@@ -267,9 +267,8 @@ def placed(layer: Tensor, place: Tensor, scale: Tensor, resolution: int) -> Tens
     theta[:, :, 2] = -place / scale[:, None]
     grid = F.affine_grid(theta, [B, C, resolution, resolution], align_corners=False)
     sharp = F.grid_sample(layer, grid, align_corners=False)
-    fine = (
-        scale * resolution / P < 0.65
-    )  # fewer than two thirds of the sprite's pixels: they would be skipped
+    # fewer than two thirds of the sprite's pixels: they would be skipped
+    fine = scale * resolution / P < 0.65
     if not fine.any():
         return sharp
     half = F.interpolate(layer, (P // 2, P // 2), mode="area")
@@ -278,10 +277,11 @@ def placed(layer: Tensor, place: Tensor, scale: Tensor, resolution: int) -> Tens
 
 def _gradient(scene: Scene, resolution: int) -> Tensor:
     axis = torch.linspace(-1, 1, resolution)
+    # (B, R, R)
     along = (
         torch.cos(scene.angle)[:, None, None] * axis[None, None, :]
         + torch.sin(scene.angle)[:, None, None] * axis[None, :, None]
-    )  # (B, R, R)
+    )
     mix = (along / 2**0.5 + 1)[:, None] / 2
     first, second = scene.background[:, 0, :, None, None], scene.background[:, 1, :, None, None]
     return torch.lerp(first, second, mix)

@@ -104,7 +104,8 @@ class Templates(nn.Module):
         layers = torch.stack([s.alpha[who], s.clothes[who] * s.alpha[who]], 1)  # (B, 2, P, P)
         place, scale = found["place"].float().cpu(), found["scale"].float().cpu()
         person, clothes = placed(layers, place, scale, x.shape[-1]).to(x).unbind(1)  # (B, R, R)
-        person, clothes = (F.max_pool2d(m, 3, 1, 1) for m in (person, -clothes))  # places are known to a pixel
+        # places are known to a pixel
+        person, clothes = (F.max_pool2d(m, 3, 1, 1) for m in (person, -clothes))
         corner = round(CORNER * x.shape[-1])
         background = (person < 0.02).to(x)
         background[:, :corner, :corner] = background[:, :corner, -corner:] = 0  # where things lie
@@ -118,9 +119,10 @@ class Templates(nn.Module):
         return colours
 
     def _judge(self, x: Tensor) -> dict[str, Tensor]:
+        # each (B, L)
         square, template, share, shift = (
             torch.stack(v, 1) for v in zip(*(self._closest(x, look) for look in range(len(LOOKS))))
-        )  # each (B, L)
+        )
         square, look = square.min(1)
         template, share, shift = (v.gather(1, look[:, None])[:, 0] for v in (template, share, shift))
         share = 0.5 + (share - 0.5) * self.stretch[look]
@@ -165,9 +167,10 @@ class Templates(nn.Module):
         image = shifted[torch.arange(B), shift]
         y, background = image[:, :3], image[:, 4:7]
         layers = self.layers[look]
+        # P - b, P' - b
         shown, other = (
             layers[m, :3] - layers[m, 3:] * background for m in (best, (best + M // len(GENDERS)) % M)
-        )  # P - b, P' - b
+        )
         apart = (shown - other) * self.counts
         share = ((y - other) * apart).sum((1, 2, 3)) / apart.square().sum((1, 2, 3))
         return least, best, share, shift
@@ -185,11 +188,12 @@ def _layers() -> Tensor:
     person = Person(
         look, gender, tone, zero, colours[hair], zero, one, torch.zeros(n, 2), torch.tensor(SCALES)[scale]
     )
+    # (n, 4, R, R), colour in [0, 1]
     layer = torch.cat(
         [
             F.interpolate(draw_people(person[part], RESOLUTION), (SIZE, SIZE), mode="area")
             for part in torch.arange(n).split(128)
         ]
-    )  # (n, 4, R, R), colour in [0, 1]
+    )
     colour, a = layer[:, :3] * 2 - layer[:, 3:], layer[:, 3:]  # a (2 c - 1): colour of [-1, 1]
     return torch.cat([colour, a], 1).view(shape[0], -1, 4, SIZE, SIZE)

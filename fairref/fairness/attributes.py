@@ -101,9 +101,8 @@ class JointTarget:
         """The target where one attribute must be its class k, and the others are as they are in that class."""
         axis = list(self.classes).index(name)
         others = self.table.take(k, axis)
-        others = (
-            others if others.any() else self.table.sum(axis)
-        )  # nobody is to be of class k: as in all classes
+        # nobody is to be of class k: as in all classes
+        others = others if others.any() else self.table.sum(axis)
         table = np.zeros_like(self.table)
         np.moveaxis(table, axis, 0)[k] = others / others.sum()
         return JointTarget(self.classes, table)

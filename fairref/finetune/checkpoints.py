@@ -5,6 +5,7 @@ under `adapter.`, `ema.`, `exp_avg.` or `exp_avg_sq.` and its name in the adapte
 settings.json: the resolved settings. metrics.jsonl: one line an iteration.
 """
 
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -17,14 +18,8 @@ from fairref.errors import UserError
 from fairref.weights_io import read, read_info, read_json, write
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
-REMAINS = (
-    METRICS,
-    "*.safetensors",
-    "evaluation*.json",
-    "before_after.png",
-    "grids",
-    "tensorboard",
-)  # of a run
+# of a run
+REMAINS = (METRICS, "*.safetensors", "evaluation*.json", "before_after.png", "grids", "tensorboard")
 NUMBERS = ("iteration", "updates", "best", "streak", "unusable")  # of a State, in a checkpoint's metadata
 
 
@@ -100,11 +95,8 @@ def new_folder(path: str | None, default: str) -> Path:
 
     Raises UserError.
     """
-    if path is None:
-        names = (Path(f"{default}-{n}" if n > 1 else default) for n in range(1, 10_000))
-        folder = next(name for name in names if _made(name))
-    else:
-        folder = Path(path).expanduser()
+    folder = Path(path or default).expanduser()
+    if path is not None:
         if (folder / SETTINGS).exists():
             raise UserError(
                 f"{folder}: holds another run; give another --out, or continue it with --resume {folder}."
@@ -113,21 +105,23 @@ def new_folder(path: str | None, default: str) -> Path:
         if remains:
             raise UserError(f"{folder}: holds {remains[0].name} of another run; give another --out.")
     try:
+        if path is None:
+            return _first_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: can't be made ({error.strerror}); give another --out.") from None
     return folder
 
 
-def _made(folder):
-    """Whether the folder is new; two runs that are started at once don't get the same."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    except OSError:  # said by who makes it again
-        pass
-    return True
+def _first_free(default):
+    """Makes the first of default, default-2, ... that is not there; two runs that start at once don't get the same."""
+    for n in itertools.count(1):
+        folder = default.with_name(f"{default.name}-{n}") if n > 1 else default
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            pass
 
 
 def read_settings(folder: str | Path) -> dict:

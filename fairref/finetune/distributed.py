@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fairref.errors import UserError
 
-PATIENCE = timedelta(
-    minutes=30
-)  # with a process that is alive and silent; one that is dead is noticed at once
+# with a process that is alive and silent; one that is dead is noticed at once
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,8 @@ def marked(setup: Setup, x: Tensor) -> list[Image.Image]:
     faces = faces_of(setup.bundle, x)
     logits = classify(setup.bundle.classifiers["evaluate"], tuple(setup.target.classes), x, faces)
     found = None if faces is None else faces.found
-    bars = [
-        [spread(part, found).tolist() for part in of_one.softmax(1).max(1)] for of_one in logits.values()
-    ]  # (probabilities, classes) for each attribute
+    # (probabilities, classes) for each attribute
+    bars = [[spread(part, found).tolist() for part in of_one.softmax(1).max(1)] for of_one in logits.values()]
     boxes = _boxes(faces, len(x))
     return [
         _marked(picture, boxes[n], [(p[n], k[n]) for p, k in bars])

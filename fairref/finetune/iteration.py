@@ -13,15 +13,7 @@ from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, pull, 
 from fairref.diffusion.solver import SolverTable, solver_table
 from fairref.fairness.metrics import bias, blends, joint_counts
 from fairref.fairness.transport import joint_ot
-from fairref.finetune.objective import (
-    SUMS,
-    Pictures,
-    Setup,
-    Task,
-    look,
-    picture_gradient,
-    spread,
-)
+from fairref.finetune.objective import SUMS, Pictures, Setup, Task, look, picture_gradient, spread
 from fairref.finetune.recipes import Recipe
 from fairref.finetune.rollout import embed, first_noise, rollout
 
@@ -81,9 +73,8 @@ def iteration_gradient(setup: Setup, model: Bundle, parameters: list, i: int) ->
     g, sums = picture_gradient(setup, pictures, q)  # (n, 4, h, w)
 
     gradient = sampling_gradient(recipe, model, parameters, table, path, g, both, task.guidance, i)
-    *gradient, sums = processes.total(
-        [*gradient, sums.to(gradient[0])]
-    )  # one message, all of it in their type
+    # one message, all of it in the gradient's type
+    *gradient, sums = processes.total([*gradient, sums.to(gradient[0])])
     shown = [of_one[found] for of_one in logits.values()]  # (M, K_a) of all images
     cost = next(iter(ot.values())).cost
     return gradient, {**about, **_sums(setup, sums), "cost": cost, **_shares(setup, shown, task.named)}

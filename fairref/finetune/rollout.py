@@ -8,10 +8,8 @@ from torch import Tensor
 from fairref.diffusion.sampler import Step, noise, sample
 from fairref.diffusion.solver import SolverTable, solver_table
 
-GROUP, PIXELS = (
-    64,
-    2**21,
-)  # at most so many pictures are drawn at once, and so many pixels: 8 pictures of 512²
+# at most so many pictures are drawn at once, and so many pixels: 8 pictures of 512²
+GROUP, PIXELS = 64, 2**21
 
 
 def latent_shape(bundle) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 B images, P patches, D width. A pre-norm vision transformer whose branches are scaled channel by channel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class DinoConfig:
     offset: float = OFFSET
 
     def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]}
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}
         if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
             raise UserError(f"DINO's {wrong[0]} is {sizes[wrong[0]]!r}; expected a whole number from 1 up.")
         if self.width % self.heads or self.trained_size % self.patch or self.input_size % self.patch:

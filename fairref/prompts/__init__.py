@@ -81,30 +81,28 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     path = (Path(bundle_path) if Path(bundle_path).is_dir() else Path(bundle_path).parent) / FILE
     d = read_json(path)
     parts = d.get("occupations")
-    extras = {"named", "concepts", "hiding"}
-    unknown = sorted(set(d) - {"occupations", *extras})
+    unknown = sorted(set(d) - {"occupations", *EXTRAS})
     if unknown or not isinstance(parts, dict) or sorted(parts) != sorted(PARTS):
         raise UserError(
             f'{path}: expected {{"occupations": {{"train", "validation", "test"}}}}; write it like that.'
         )
     for part, names in parts.items():
-        if (
-            not isinstance(names, list)
-            or not names
-            or not all(isinstance(name, str) and name for name in names)
-        ):
+        if not _are_texts(names) or not names:
             raise UserError(f"{path}: {part} is not a list of names; give at least one occupation.")
-    concepts = d.get("concepts", {})
-    if not isinstance(concepts, dict) or not all(map(_is_concept, concepts.values())):
-        raise UserError(
-            f'{path}: a concept is not {{"train": [...], "test": [...]}} of prompts; write it like that.'
-        )
+    for key, (is_right, expected) in EXTRAS.items():
+        if not isinstance(d.get(key, {}), dict) or not all(map(is_right, d.get(key, {}).values())):
+            raise UserError(f'{path}: "{key}" is not names, each with {expected}; write it like that.')
     everyone = [name for part in PARTS for name in parts[part]]
     twice = next((name for name in everyone if everyone.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}: {twice!r} is in it twice; every occupation belongs into one part, once.")
-    extras = {key: d[key] for key in extras & set(d)}
+    extras = {key: d[key] for key in EXTRAS if key in d}
     return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)
+
+
+def _are_texts(texts):
+    """Whether it is a list of texts, none of them empty."""
+    return isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
 
 
 def _is_concept(parts):
@@ -113,8 +111,19 @@ def _is_concept(parts):
         isinstance(parts, dict)
         and set(parts) <= set(PARTS)
         and bool(parts.get("train"))
-        and all(
-            isinstance(texts, list) and all(isinstance(t, str) and t for t in texts)
-            for texts in parts.values()
-        )
+        and all(map(_are_texts, parts.values()))
     )
+
+
+def _is_named(templates):
+    """Whether it is class -> template of an occupation."""
+    return isinstance(templates, dict) and all(
+        isinstance(text, str) and "{occupation}" in text for text in templates.values()
+    )
+
+
+EXTRAS = {  # what prompts.json may hold besides: key -> whether a name's value is right, what is expected
+    "named": (_is_named, 'a template of each class: {"woman": "a woman {occupation}", ...}'),
+    "concepts": (_is_concept, '{"train": [...], "test": [...]} of prompts'),
+    "hiding": (_are_texts, "a list of occupations and prompts"),
+}

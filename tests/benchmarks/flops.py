@@ -41,12 +41,13 @@ SOURCE_MICRO_BATCH = 3  # images of a GPU with a graph at once, in the source an
 SUBSAMPLES = (10, 5)  # M of the S steps
 PER_PICTURE = ("CLIP-H, pictures", "DINOv2 ViT-B/14", "classifier", "SFNet-20")  # what looks at pictures
 
+# of the U-Net, and of the decoder, as diffusers recomputes them
 BLOCKS = (
     Resnet,
     Transformer,
     MidBlock,
     UpBlock,
-)  # of the U-Net, and of the decoder, as diffusers recomputes them
+)
 
 aten = torch.ops.aten
 ATTENTION = {  # torch's counter knows the GPU's kernels, not the CPU's
