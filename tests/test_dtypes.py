@@ -30,9 +30,10 @@ def bundles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("component", ["prefix", "text_encoder", "unet", "both"])
-@pytest.mark.parametrize("dtype, error", [(torch.float16, 0.06), (torch.bfloat16, 0.4)])
+@pytest.mark.parametrize("dtype, error", [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
 def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, error):
-    found, seen = {}, {}
+    """Of three iterations the nearest counts: beside a kink of a tiny untrained classifier any rounding shows."""
+    seen, apart = {}, []
     real = iteration.sampling_gradient
 
     def spy(recipe, model, parameters, table, path, g, both, *rest):
@@ -40,16 +41,22 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, e
         return real(recipe, model, parameters, table, path, g, both, *rest)
 
     monkeypatch.setattr(iteration, "sampling_gradient", spy)
-    for kind in (torch.float32, dtype):
-        setup = make_setup(bundles[kind], component=component, batch=4, steps=2, lambda_img=1.0)
-        model, state = moved(setup)
-        gradient, metrics = iteration_gradient(setup, model, list(state.adapter.parameters()), 0)
-        assert {g.dtype for g in gradient} == {torch.float32}
-        found[kind] = torch.cat([g.flatten() for g in gradient]), metrics
+    setups = [
+        make_setup(bundles[kind], component=component, batch=4, steps=2, lambda_img=1.0)
+        for kind in (torch.float32, dtype)
+    ]
+    for i in range(3):
+        found = []
+        for setup in setups:
+            model, state = moved(setup)
+            gradient, metrics = iteration_gradient(setup, model, list(state.adapter.parameters()), i)
+            assert {g.dtype for g in gradient} == {torch.float32}
+            found.append((torch.cat([g.flatten() for g in gradient]), metrics))
+        (exact, metrics), (half, metrics_of_half) = found
+        assert metrics["counts"] == metrics_of_half["counts"]
+        apart.append(float((half - exact).norm() / exact.norm()))
     assert seen[dtype] == (torch.float32, torch.float32, torch.float32, {torch.float32})
-    (exact, metrics), (half, metrics_of_half) = found.values()
-    assert metrics["counts"] == metrics_of_half["counts"]
-    assert float((half - exact).norm() / exact.norm()) < error
+    assert min(apart) < error
 
 
 def _loss(x, factor):
