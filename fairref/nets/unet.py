@@ -148,9 +148,9 @@ def channel_table(config):
 def time_features(t, width):
     """t (B,), index 0..999 -> (B, width) float32: cos(t f_j), then sin(t f_j), f_j = 10000^(-2j/width)."""
     half = width // 2
-    j = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequency = torch.exp(-math.log(MAX_PERIOD) * j / half)
-    angle = t.float()[:, None] * frequency  # (B, width/2)
+    # on the CPU: the last bit of exp is another on a GPU, and t makes a thousand of it
+    frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / half)
+    angle = t.float()[:, None] * frequency.to(t.device)  # (B, width/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

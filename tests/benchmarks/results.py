@@ -60,9 +60,9 @@ class Run:
 
 RUNS = {
     "gender": Run("text encoder", GENDER, (UNSEEN, TRAINED, *SCALED)),
-    "prefix": Run("prefix", (*GENDER, "--component", "prefix", "--lr", "0.02")),
+    "prefix": Run("prefix", (*GENDER, "--component", "prefix", "--lr", "0.1")),
     "unet": Run("U-Net", (*GENDER, "--component", "unet")),
-    "both": Run("text encoder and U-Net", (*GENDER, "--component", "both")),
+    "both": Run("text encoder and U-Net", (*GENDER, "--component", "both", "--lr", "0.001")),
     "gender-1": Run("seed 1", (*GENDER, "--seed", "1"), (UNSEEN, TRAINED)),
     "gender-2": Run("seed 2", (*GENDER, "--seed", "2"), (UNSEEN, TRAINED)),
     "skin_tone": Run("skin tone", ("--attr", "skin_tone")),
