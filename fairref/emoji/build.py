@@ -47,6 +47,8 @@ RECIPE = {
     "lambda_img": 0.5,
     "lambda_face": 0.1,
     "named_every": 3,
+    "gender,skin_tone": {"iterations": 220, "lr": 1.5e-3, "lambda_img": 1.25},
+    "gender,skin_tone,age": {"iterations": 180, "lr": 1.5e-3, "lambda_img": 1.25},
 }
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
