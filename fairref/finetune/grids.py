@@ -87,8 +87,11 @@ def _marked(picture, box, bars):
 
 def _legend(sheet, classes):
     pen, left = ImageDraw.Draw(sheet), 2
-    for names in classes.values():
+    for attribute, names in classes.items():
+        pen.text((left, 3), attribute, fill="black")
+        left += 6 + int(pen.textlength(attribute))
         for k, name in enumerate(names):
             pen.rectangle([left, 4, left + 8, 12], fill=COLOURS[k % len(COLOURS)])
             pen.text((left + 12, 3), name, fill="black")
             left += 20 + int(pen.textlength(name))
+        left += 16
