@@ -3,9 +3,10 @@
     python -m fairref.train_classifier --data fairface --root DIR --attr gender+race --out weights/sd15/classifier
 
 Two of them make a bundle: one for finetuning and, trained apart (another --data or --seed), one for evaluation.
-Pictures are resized, mirrored and turned a little and, where it leaves the label as it is, made brighter or
-darker. Writes the folder that a bundle's manifest names: config.json and model.safetensors, and beside them the
-accuracy of each class and the confusions, as report.json and confusion.png.
+Pictures are resized, mirrored and turned a little and, where it leaves the label as it is, changed in light, contrast
+and colour. Writes the folder that a bundle's manifest names: config.json and model.safetensors, and beside them the
+accuracy of each class, and within each class of the other attributes, and the confusions, as report.json and
+confusion.png.
 """
 
 import json
@@ -30,8 +31,8 @@ from fairref.progress import Progress
 from fairref.weights_io import read, write_json
 
 TURN = 10.0  # degrees, at most, either way
-JITTER = 0.2  # of brightness and contrast, at most, either way
-NO_JITTER = {"race"}  # attributes whose label brightness is part of
+JITTER = 0.2  # of brightness, contrast and saturation, at most, either way
+NO_JITTER = {"race"}  # attributes whose label light and colour are part of
 STATISTICS = 200  # batches that BatchNorm's averages are taken from in the end
 THREADS = 4  # that decode pictures
 ORDER, CHANGES = 0, 1  # what a draw is for
@@ -67,7 +68,7 @@ def load_batch(rows: list[Row], side: int, pool: ThreadPoolExecutor) -> tuple[Te
 
 
 def changed(x: Tensor, jitter: bool, rng: np.random.Generator) -> Tensor:
-    """Each of x (B, 3, H, W) in [-1, 1] mirrored or not, turned and, with `jitter`, of other light and contrast."""
+    """Each of x (B, 3, H, W) in [-1, 1] mirrored or not, turned and, with `jitter`, of other light, contrast and saturation."""
     B = len(x)
     mirror = torch.from_numpy(np.where(rng.random(B) < 0.5, -1.0, 1.0))
     angle = torch.from_numpy(np.radians(rng.uniform(-TURN, TURN, B)))
@@ -76,9 +77,10 @@ def changed(x: Tensor, jitter: bool, rng: np.random.Generator) -> Tensor:
     grid = F.affine_grid(torch.stack(rows, 1).view(B, 2, 3), list(x.shape), align_corners=False)
     x = F.grid_sample(x, grid.to(x), padding_mode="reflection", align_corners=False)
     if jitter:
-        contrast, light = (
-            torch.from_numpy(rng.uniform(-JITTER, JITTER, (B, 1, 1, 1))).to(x) for _ in range(2)
+        contrast, light, colour = (
+            torch.from_numpy(rng.uniform(-JITTER, JITTER, (B, 1, 1, 1))).to(x) for _ in range(3)
         )
+        x = x + colour * (x - x.mean(1, keepdim=True))
         x = (x * (1 + contrast) + light).clamp(-1, 1)
     return x
 
@@ -151,37 +153,50 @@ def settle(classifier: Classifier, rows: list[Row], batch: int, device: torch.de
 
 
 @torch.no_grad()
-def confusions(
+def answers(
     classifier: Classifier, rows: list[Row], batch: int, device: torch.device
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Attribute -> (K, K) counts, the row being the label and the column the answer; and files that can't be read."""
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Classes (n, attributes), as labelled and as answered, of the n pictures that can be read; and the other files."""
     classifier.to(device).eval()
-    counts = {name: np.zeros((len(c),) * 2, int) for name, c in classifier.attributes.items()}
-    side, unread = classifier.network.config.input_size, []
+    side, labels, said, unread = classifier.network.config.input_size, [], [], []
     with Progress(math.ceil(len(rows) / batch), "testing") as progress, ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(rows), batch):
             x, y, failed = load_batch(rows[start : start + batch], side, pool)
             unread += failed
             if len(x):
-                for a, (name, logits) in enumerate(classifier(x.to(device)).items()):
-                    np.add.at(counts[name], (y[:, a].numpy(), logits.argmax(1).cpu().numpy()), 1)
+                labels.append(y)
+                said.append(torch.stack([z.argmax(1).cpu() for z in classifier(x.to(device)).values()], 1))
             progress.step()
-    return counts, unread
+    empty = [torch.zeros(0, len(classifier.attributes), dtype=torch.long)]
+    return torch.cat(labels or empty).numpy(), torch.cat(said or empty).numpy(), unread
 
 
-def report(counts: dict[str, np.ndarray], attributes: dict[str, tuple[str, ...]]) -> dict:
-    """Accuracy, accuracy of each class, and the confusion matrix of each attribute, ready for JSON."""
-    found = {}
-    for name, matrix in counts.items():
-        of_class, total = matrix.sum(1), matrix.sum()
+def confusions(labels: np.ndarray, said: np.ndarray, attributes: dict[str, tuple[str, ...]]) -> dict:
+    """Attribute -> (K, K) counts, the row being the label and the column the answer."""
+    counts = {name: np.zeros((len(classes),) * 2, int) for name, classes in attributes.items()}
+    for a, matrix in enumerate(counts.values()):
+        np.add.at(matrix, (labels[:, a], said[:, a]), 1)
+    return counts
+
+
+def report(labels: np.ndarray, said: np.ndarray, attributes: dict[str, tuple[str, ...]]) -> dict:
+    """Each attribute's accuracy: in all, by its own class, within the classes of each other one; and its confusions."""
+    right, found = labels == said, {}
+
+    def share(of):
+        return float(of.mean()) if len(of) else None
+
+    for a, (name, counts) in enumerate(confusions(labels, said, attributes).items()):
+        by = {
+            other: {c: share(right[labels[:, b] == k, a]) for k, c in enumerate(classes)}
+            for b, (other, classes) in enumerate(attributes.items())
+        }
         found[name] = {
-            "images": int(total),
-            "accuracy": float(matrix.trace() / total) if total else None,
-            "of_class": {
-                c: float(matrix[k, k] / of_class[k]) if of_class[k] else None
-                for k, c in enumerate(attributes[name])
-            },
-            "confusion": matrix.tolist(),
+            "images": len(labels),
+            "accuracy": share(right[:, a]),
+            "of_class": by.pop(name),
+            "within": by,
+            "confusion": counts.tolist(),
         }
     return found
 
@@ -270,17 +285,18 @@ def main(argv=None) -> int:
     settings = Settings(options.epochs, options.batch, options.lr, options.seed)
     unread = train(classifier, found, settings, device)
     part = next((p for p in ("test", "validation") if found.parts.get(p)), "train")
-    counts, more = confusions(classifier, found.parts[part], options.batch, device)
+    labels, said, more = answers(classifier, found.parts[part], options.batch, device)
     unread = sorted({*unread, *more})
     if unread:
         print(_unread(unread), file=sys.stderr)
     save_classifier(classifier.cpu().eval(), options.out)
-    measured = report(counts, found.attributes)
+    measured = report(labels, said, found.attributes)
     summary = {"part": part, "bad_rows": len(found.bad), "unreadable": len(unread)}
     write_json(options.out / "report.json", {**summary, **measured})
+    counts = confusions(labels, said, found.attributes)
     confusion_figure(counts, found.attributes).save(options.out / "confusion.png")
     for name, values in measured.items():
-        print(f"{name}, {part}: {json.dumps({k: values[k] for k in ('images', 'accuracy', 'of_class')})}")
+        print(f"{name}, {part}: {json.dumps({k: v for k, v in values.items() if k != 'confusion'})}")
     print(options.out)
     return 0
 

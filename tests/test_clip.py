@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from fairref.errors import UserError
@@ -38,6 +38,10 @@ VIT_L = {  # openai/clip-vit-large-patch14, whose text tower is SD-1.5's
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
     "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
                       "num_hidden_layers": 24, "patch_size": 14},
+}
+VIT_H = {  # laion/CLIP-ViT-H-14-laion2B-s32B-b79K
+    "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32,
+    "patch_size": 14, "hidden_act": "gelu", "projection_dim": 1024,
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -247,4 +251,17 @@ def test_vit_l_size_is_transformers():
         text = F.normalize(peer.get_text_features(input_ids=ids).pooler_output, dim=-1)
         image = F.normalize(peer.get_image_features(pixel_values=clip_pixels(x, 224)).pooler_output, dim=-1)
         assert relative(ours.encode_text(ids), text) <= 1e-5
+        assert relative(ours.encode_image(x), image) <= 1e-5
+
+
+@pytest.mark.slow
+def test_vit_h_size_is_transformers():
+    torch.manual_seed(0)
+    peer = CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H)).eval()
+    ours = ClipImage(ClipVisionConfig.from_dict(VIT_H))
+    ours.load_state_dict(peer.state_dict(), strict=True)
+    assert sum(p.numel() for p in ours.parameters()) == 632_076_800
+    x = torch.rand(1, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        image = F.normalize(peer(pixel_values=clip_pixels(x, 224)).image_embeds, dim=-1)
         assert relative(ours.encode_image(x), image) <= 1e-5

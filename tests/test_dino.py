@@ -74,6 +74,15 @@ def test_values_and_gradients_are_those_of_transformers(size, dtype, tolerance):
         assert float((mine - theirs).norm() / theirs.norm()) <= 10 * tolerance
 
 
+@pytest.mark.slow
+def test_vit_b_14_is_transformers():
+    ours, peer = pair(torch.float32, **{name: getattr(DinoConfig(), name) for name in SMALL})
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = ours.tokens(x), peer(x).last_hidden_state
+    assert float((found - expected).norm() / expected.norm()) <= 1e-5
+
+
 def test_pictures_are_resized_and_normalised():
     ours, _ = pair()
     x = torch.rand(2, 3, 50, 50, dtype=torch.float64) * 2 - 1

@@ -10,9 +10,9 @@ from fairref.judges.sfnet import SFNet, SFNetConfig, config_of, embed_faces
 NARROW = (4, 6, 8, 10)
 
 
-def network(older, depth=20, seed=0):
+def network(older, depth=20, seed=0, full=False):
     torch.manual_seed(seed)
-    net = SFNet(SFNetConfig(depth, NARROW, 12, 112, older)).double()
+    net = SFNet(SFNetConfig() if full else SFNetConfig(depth, NARROW, 12, 112, older)).double()
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else (2 / p[0].numel()) ** 0.5))
@@ -46,6 +46,14 @@ def test_values_and_gradients(older):
     (da,), (db,) = torch.autograd.grad(found, a, g), torch.autograd.grad(expected, b, g)
     torch.testing.assert_close(da, db, rtol=1e-10, atol=1e-12)
     assert da.abs().max() > 0
+
+
+@pytest.mark.slow
+def test_values_at_full_size():
+    net, x = network(False, full=True), torch.rand(2, 3, 112, 112, dtype=torch.float64) * 2 - 1
+    assert sum(p.numel() for p in net.parameters()) > 24e6
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), written_out(net.state_dict(), x, False), rtol=1e-10, atol=1e-10)
 
 
 def test_the_generations_differ():

@@ -19,6 +19,7 @@ from fairref.train_classifier import (
     NO_JITTER,
     changed,
     confusion_figure,
+    confusions,
     load,
     main,
     new_classifier,
@@ -256,21 +257,34 @@ def test_changes_keep_the_picture_and_its_light_where_the_label_is_in_it():
     torch.testing.assert_close(turned.mean((1, 2, 3)), x.mean((1, 2, 3)), rtol=0, atol=0.06)
     jittered = changed(x, True, np.random.default_rng(0))
     assert (jittered.mean((1, 2, 3)) - x.mean((1, 2, 3))).std() > 0.08 and jittered.abs().max() <= 1
+    grey = changed(x.mean(1, keepdim=True).expand_as(x), True, np.random.default_rng(0))
+    assert torch.allclose(grey, grey[:, :1].expand_as(grey), atol=1e-6)
+    stretch = jittered.std(1).mean((1, 2)) / turned.std(1).mean((1, 2))  # of the colours
+    lit = grey.std((2, 3))[:, 0] / turned.mean(1).std((1, 2))  # of the light: the contrast
+    assert 0.08 < (stretch / lit).std() < 0.15 and abs((stretch / lit).mean() - 1) < 0.05
     assert {"race"} == NO_JITTER
     again = changed(x, True, np.random.default_rng(0))
     assert torch.equal(again, jittered)
 
 
 def test_the_report_and_the_figure_are_the_counts():
-    counts = {
-        "gender": np.array([[8, 2], [0, 5]]),
-        "race": np.array([[3, 1, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0], [1, 0, 0, 1]]),
-    }
-    found = report(counts, {"gender": CLASSES["gender"], "race": CLASSES["race"]})
-    assert found["gender"]["accuracy"] == pytest.approx(13 / 15)
-    assert found["gender"]["of_class"] == {"woman": 0.8, "man": 1.0}
-    assert found["race"]["of_class"] == {"WMELH": 0.75, "Asian": None, "Black": 1.0, "Indian": 0.5}
-    figure = np.asarray(confusion_figure(counts, {"gender": CLASSES["gender"], "race": CLASSES["race"]}))
+    attributes = {name: CLASSES[name] for name in ("gender", "race")}
+    pairs = [  # label and answer, of gender and of race
+        *[((0, 0), (0, 0))] * 3, ((0, 0), (0, 1)), ((0, 1), (0, 0)), ((0, 1), (3, 3)),
+        *[((1, 1), (2, 2))] * 2, ((1, 1), (3, 0)),
+    ]  # fmt: skip
+    labels, said = np.array(pairs).transpose(2, 0, 1)
+    found = report(labels, said, attributes)
+    assert found["gender"]["confusion"] == [[4, 2], [0, 3]] and found["gender"]["images"] == 9
+    assert found["race"]["confusion"] == [[4, 1, 0, 0], [0] * 4, [0, 0, 2, 0], [1, 0, 0, 1]]
+    assert found["gender"]["accuracy"] == pytest.approx(7 / 9)
+    assert found["gender"]["of_class"] == {"woman": 4 / 6, "man": 1.0}
+    assert found["gender"]["within"] == {"race": {"WMELH": 0.8, "Asian": None, "Black": 1.0, "Indian": 0.5}}
+    assert found["race"]["of_class"] == {"WMELH": 0.8, "Asian": None, "Black": 1.0, "Indian": 0.5}
+    assert found["race"]["within"] == {"gender": {"woman": 5 / 6, "man": 2 / 3}}
+    nothing = np.zeros((0, 2), int)
+    assert report(nothing, nothing, attributes)["race"]["accuracy"] is None
+    figure = np.asarray(confusion_figure(confusions(labels, said, attributes), attributes))
     full = (np.abs(figure.astype(int) - (31, 78, 140)).sum(2) == 0).sum()
     assert 1.2 * 62 * 62 < full < 2 * 63 * 63  # two cells hold all of their row, less the ink
 
