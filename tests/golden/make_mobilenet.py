@@ -1,8 +1,9 @@
 """Makes tests/golden/mobilenet.safetensors: torchvision's MobileNetV3 on weights that a formula gives.
 
 Run it where torch and torchvision are installed; nothing of fairref is used.
-For large and small at width 0.5: logits and the gradient of their weighted sum by the input, in eval mode.
-The file's metadata has the keys and shapes of torchvision's state_dict at widths 0.5 and 1.0.
+For large and small at width 0.5: logits and the gradient of their weighted sum by the input, in eval mode. For large at
+its full size, with the 80 logits of the released CelebA head: logits and the gradient's norm of each picture. The
+file's metadata has the keys and shapes of torchvision's state_dict at widths 0.5 and 1.0.
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 FILE = Path(__file__).with_name("mobilenet.safetensors")
 WIDTHS, NUM_LOGITS = (0.5, 1.0), 6
 INPUT_SHAPE = (2, 3, 64, 48)
+FULL_LOGITS, FULL_SHAPE = 80, (2, 3, 224, 224)
 
 
 def uniform(name, shape):
@@ -48,6 +50,16 @@ def main():
     import torchvision
     from safetensors.torch import save_file
 
+    def outcome(model, shape):
+        """Logits and the input's gradient."""
+        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+        weights = formula_weights(shapes)
+        model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+        x = torch.from_numpy(uniform("x", shape)).requires_grad_()
+        logits = model.eval()(x)
+        (logits * torch.from_numpy(uniform("g", tuple(logits.shape)))).sum().backward()
+        return logits.detach(), x.grad
+
     tensors = {}
     about = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     for kind in ("large", "small"):
@@ -56,15 +68,12 @@ def main():
             model = make(num_classes=NUM_LOGITS, width_mult=width)
             shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
             about[f"{kind} {width}"] = json.dumps(shapes)
-            if width != WIDTHS[0]:
-                continue
-            weights = formula_weights(shapes)
-            model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
-            x = torch.from_numpy(uniform("x", INPUT_SHAPE)).requires_grad_()
-            logits = model.eval()(x)
-            (logits * torch.from_numpy(uniform("g", tuple(logits.shape)))).sum().backward()
-            tensors[f"{kind}.logits"], tensors[f"{kind}.gradient"] = logits.detach(), x.grad
-            print(kind, logits.detach(), x.grad.abs().max())
+            if width == WIDTHS[0]:
+                tensors[f"{kind}.logits"], tensors[f"{kind}.gradient"] = outcome(model, INPUT_SHAPE)
+                print(kind, tensors[f"{kind}.logits"], tensors[f"{kind}.gradient"].abs().max())
+    logits, gradient = outcome(torchvision.models.mobilenet_v3_large(num_classes=FULL_LOGITS), FULL_SHAPE)
+    tensors["full.logits"], tensors["full.gradient_norms"] = logits, gradient.flatten(1).norm(dim=1)
+    print("full", logits.abs().max(), tensors["full.gradient_norms"])
     save_file(tensors, FILE, metadata=about)
 
 
