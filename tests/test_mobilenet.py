@@ -37,7 +37,7 @@ maker = load_maker()
 
 
 def formula_network(kind, width=0.5, logits=maker.NUM_LOGITS):
-    network = MobileNetV3(MobileNetConfig(kind, width, logits)).eval()
+    network = MobileNetV3(MobileNetConfig(kind, width, logits)).double().eval()
     weights = maker.formula_weights({key: tuple(value.shape) for key, value in network.state_dict().items()})
     load_strict(network, {key: torch.from_numpy(value) for key, value in weights.items()}, "the formula")
     return network
@@ -56,20 +56,20 @@ def relative(a, b):
 @pytest.mark.parametrize("kind", ["large", "small"])
 def test_logits_and_input_gradient_are_torchvisions(kind):
     golden = load_file(GOLDEN / "mobilenet.safetensors")
-    x = torch.from_numpy(maker.uniform("x", maker.INPUT_SHAPE)).requires_grad_()
+    x = torch.from_numpy(maker.uniform("x", maker.INPUT_SHAPE)).double().requires_grad_()
     logits = formula_network(kind)(x)
     (logits * torch.from_numpy(maker.uniform("g", tuple(logits.shape)))).sum().backward()
-    assert relative(logits, golden[f"{kind}.logits"]) < 1e-5
-    assert relative(x.grad, golden[f"{kind}.gradient"]) < 1e-5
+    assert relative(logits, golden[f"{kind}.logits"]) < 1e-12
+    assert relative(x.grad, golden[f"{kind}.gradient"]) < 1e-12
 
 
 def test_the_full_size_with_the_released_head_is_torchvisions():
     golden = load_file(GOLDEN / "mobilenet.safetensors")
-    x = torch.from_numpy(maker.uniform("x", maker.FULL_SHAPE)).requires_grad_()
+    x = torch.from_numpy(maker.uniform("x", maker.FULL_SHAPE)).double().requires_grad_()
     logits = formula_network("large", 1.0, maker.FULL_LOGITS)(x)
     (logits * torch.from_numpy(maker.uniform("g", tuple(logits.shape)))).sum().backward()
-    assert relative(logits, golden["full.logits"]) < 1e-5
-    assert relative(x.grad.flatten(1).norm(dim=1), golden["full.gradient_norms"]) < 1e-5
+    assert relative(logits, golden["full.logits"]) < 1e-12
+    assert relative(x.grad.flatten(1).norm(dim=1), golden["full.gradient_norms"]) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["large", "small"])

@@ -1,9 +1,9 @@
 """Makes tests/golden/mobilenet.safetensors: torchvision's MobileNetV3 on weights that a formula gives.
 
 Run it where torch and torchvision are installed; nothing of fairref is used.
-For large and small at width 0.5: logits and the gradient of their weighted sum by the input, in eval mode. For large at
-its full size, with the 80 logits of the released CelebA head: logits and the gradient's norm of each picture. The
-file's metadata has the keys and shapes of torchvision's state_dict at widths 0.5 and 1.0.
+For large and small at width 0.5: logits and the gradient of their weighted sum by the input, in eval mode and float64.
+For large at its full size, with the 80 logits of the released CelebA head: logits and the gradient's norm of each
+picture. The file's metadata has the keys and shapes of torchvision's state_dict at widths 0.5 and 1.0.
 """
 
 import json
@@ -51,12 +51,12 @@ def main():
     from safetensors.torch import save_file
 
     def outcome(model, shape):
-        """Logits and the input's gradient."""
+        """Logits and the input's gradient, in float64."""
         shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
         weights = formula_weights(shapes)
         model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
-        x = torch.from_numpy(uniform("x", shape)).requires_grad_()
-        logits = model.eval()(x)
+        x = torch.from_numpy(uniform("x", shape)).double().requires_grad_()
+        logits = model.double().eval()(x)
         (logits * torch.from_numpy(uniform("g", tuple(logits.shape)))).sum().backward()
         return logits.detach(), x.grad
 
