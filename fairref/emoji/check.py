@@ -212,9 +212,9 @@ def face_gates(bundle, how: How, images: int = 8) -> Iterator[Gate]:
 
 
 def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterator[Gate]:
-    """Whether prompts that name a class get it, and whether the two judges agree on those images."""
+    """Whether prompts that name a class get it, and whether classifiers and templates agree on those images."""
     world, jobs = read_occupations(bundle.path), occupations()[::every]
-    agree = {name: [] for name in how}
+    agree = {(role, name): [] for role, name in product(bundle.classifiers, how)}
     for name, h in how.items():
         obeyed = []
         shown = [job.name for job in jobs if name != "age" or sprites().aged[LOOKS.index(job.look)]]
@@ -223,18 +223,26 @@ def named_gates(bundle, how: dict[str, How], images: int, every: int) -> Iterato
             seen = bundle.templates(x)
             obeyed += ((seen[name] == k) & seen[f"{name}_known"]).tolist()
             faces = faces_of(bundle, x)
-            with torch.no_grad():
-                logits = classify(bundle.classifiers["evaluate"], tuple(agree), x, faces)
-            for attribute in agree:
-                said = logits[attribute].argmax(1)
-                known = seen[f"{attribute}_known"] & faces.found
-                agree[attribute] += (said == seen[attribute][faces.found])[known[faces.found]].tolist()
+            for role, classifier in bundle.classifiers.items():
+                for attribute, agreed in agreement(classifier, tuple(how), x, faces, seen).items():
+                    agree[role, attribute] += agreed
         yield Gate(f"prompts that name a {name} get it, {len(obeyed)} images", float(np.mean(obeyed)), 0.9)
-    for name, values in agree.items():
-        claim = (
-            f"evaluation classifier agrees with the template judge, {name}, {len(values)} generated images"
-        )
+    for (role, name), values in agree.items():
+        claim = f"{role} classifier agrees with the template judge, {name}, {len(values)} generated images"
         yield Gate(claim, float(np.mean(values)) if values else None, 0.95)
+
+
+@torch.no_grad()
+def agreement(
+    classifier, attributes: tuple[str, ...], x: Tensor, faces: Faces, seen: dict
+) -> dict[str, list]:
+    """Attribute -> whether the classifier says what the template judge has `seen`, of each face whose class it knows."""
+    logits = classify(classifier, attributes, x, faces)
+    found = faces.found
+    return {
+        name: (logits[name].argmax(1) == seen[name][found])[seen[f"{name}_known"][found]].tolist()
+        for name in attributes
+    }
 
 
 def contact_sheet(bundle) -> Image.Image:

@@ -37,7 +37,7 @@ IMAGES = 60  # of each prompt
 EVERY = 5  # where a look is thinned, one of so many prompts is looked at; odd, for neighbours lean opposite ways
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
-WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25")
+WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25", "--C", "0.6")
 
 
 @dataclass(frozen=True)
