@@ -16,7 +16,9 @@ def main(argv=None):
     parser.add_argument("--negative-prompt", default="", help="what not to draw")
     cli.add_common(parser)
     parser.add_argument("--adapter", help="a run's folder, or an adapter file")
-    parser.add_argument("--out", help="folder for the pictures (None: samples/<prompt>)")
+    parser.add_argument(
+        "--out", help="folder for the pictures (None: samples/<prompt>, and the adapter's name)"
+    )
     paths = generate(Settings(**vars(parser.parse_args(argv))))
     print(f"{len(paths) - 1} pictures in {paths[-1].parent}, all of them in {paths[-1]}")
 

@@ -1,6 +1,7 @@
 """What the command lines share: one sentence and exit code 2 for a user's mistake, the device, the dtype."""
 
 import argparse
+import errno
 import sys
 
 import torch
@@ -8,6 +9,8 @@ import torch
 from fairref.errors import UserError
 
 WEIGHTS = "weights/emoji"  # the default bundle
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -24,15 +27,43 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, argv=None) -> int:
-    """The exit code of main(argv), None being 0; 2 with the UserError's sentence on stderr; 130 after Ctrl-C."""
+    """The exit code of main(argv), None being 0; 2 with one sentence on stderr for a UserError, a full disk, a forbidden
+    file or too little memory; 130 after Ctrl-C."""
     try:
         return main(argv) or 0
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (*FULL, *FORBIDDEN):
+            raise
+        print(of_files(error), file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+        print(
+            f"not enough memory ({reason}); take fewer images at once, in train.py by --micro-batch.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+
+
+def of_files(error: OSError) -> str:
+    """The sentence for a full disk, or for a file that may not be read or written."""
+    if error.errno in FULL:
+        return f"{error.filename or 'a file'}: can't be written ({error.strerror}); make room."
+    why = f"can't be read or written ({error.strerror})"
+    return f"{error.filename or 'a file'}: {why}; change its permissions or choose another place."
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether there was not enough of it, on the device or here."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def add_common(parser: Parser) -> None:
@@ -46,7 +77,8 @@ def add_common(parser: Parser) -> None:
 
 def device(name: str) -> torch.device:
     """The torch device of an option's value, on which float32 is float32. Raises UserError."""
-    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions, of 10 bits; matrix products have none
+    # torch's default for convolutions, of 10 bits; matrix products have none
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

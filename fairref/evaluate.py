@@ -259,6 +259,8 @@ def _options(argv):
 def main(argv=None):
     """The command line."""
     options = _options(argv)
+    if options.out and Path(options.out).is_dir():
+        raise UserError(f"--out is {options.out}, which is a folder; give a file.")
     if options.out and not Path(options.out).parent.is_dir():
         raise UserError(f"--out is {options.out}, whose folder doesn't exist; make it first.")
     bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])

@@ -30,7 +30,7 @@ class Settings:
     negative_prompt: str = ""  # takes the place of the empty prompt
     weights: str = cli.WEIGHTS
     adapter: str | None = None  # a run's folder or an adapter file
-    out: str | None = None  # folder; None: samples/<prompt>
+    out: str | None = None  # folder; None: samples/<prompt>, and the adapter's name
     device: str = "auto"
     dtype: str = "float32"
 
@@ -64,6 +64,9 @@ def generate(settings: Settings) -> list[Path]:
 
 def _folder(settings):
     slug = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:60] or "empty-prompt"
+    if settings.adapter:  # its pictures lie beside those without it, not in their place
+        adapter = Path(settings.adapter).expanduser().resolve()
+        slug += f"-{adapter.name}" if adapter.is_dir() else f"-{adapter.parent.name}-{adapter.stem}"
     folder = Path(settings.out).expanduser() if settings.out else Path("samples") / slug
     try:
         folder.mkdir(parents=True, exist_ok=True)

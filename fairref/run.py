@@ -1,7 +1,7 @@
 """What train.py does: options -> a run's folder -> finetuning -> evaluation before and after."""
 
-import errno
 import shlex
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fairref.finetune import checkpoints, distributed
 from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts, validation_prompts
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe, resolve
+from fairref.finetune.signals import interrupting
 from fairref.finetune.trainer import check, train
 from fairref.weights_io import write_json
 
@@ -42,19 +43,13 @@ def run(options: Options) -> Path:
     resumed = checkpoints.read_settings(options.resume) if options.resume and options.device == "auto" else {}
     processes, device = distributed.start(cli.device(resumed.get("device", options.device)))
     try:
-        return _run(options, processes, device)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        raise UserError(
-            f"{error.filename or 'the run'}: can't be written ({error.strerror}); make room, then go on"
-            " with --resume."
-        ) from None
+        with ExitStack() as held:
+            return _run(options, processes, device, held)
     finally:
         processes.stop()
 
 
-def _run(options, processes, device):
+def _run(options, processes, device, held):
     settings = _resumed(options) if options.resume else None
     weights = settings["weights"] if settings else options.weights or cli.WEIGHTS
     dtype = settings["dtype"] if settings else options.dtype or "float32"
@@ -72,6 +67,10 @@ def _run(options, processes, device):
     validation = validation_prompts(concepts, recipe.validate_prompts) if looks else ()
     setup = Setup(bundle, recipe, target, train_prompts, processes, named, validation)
     check(setup)
+    if options.recipe.get("lambda_face") and bundle.embedder is None:
+        raise UserError(
+            f"--lambda-face needs a face embedder, which {bundle.path} has not; leave it out, or 0."
+        )
     if recipe.evaluate != "none" or looks:  # what it lacks is better said before the run
         How(bundle, target, recipe.eval_steps, recipe.eval_guidance)
 
@@ -88,11 +87,12 @@ def _run(options, processes, device):
         "device": device.type,
         "versions": {"fairref": __version__, "torch": torch.__version__},
     }
-    folder = Path(options.resume).expanduser() if options.resume else _folder(options, target, processes)
+    folder = _folder(options, target, processes, held)
     if processes.first:
         soft = recipe.tokens if recipe.component == "prefix" else 0
         cli.warn_of_cut(bundle.tokenizer, [text for of_one in train_prompts for text in of_one], soft)
         print(f"the run is in {folder}")
+        _say_what_lacks(bundle, recipe, concepts)
         if not options.resume:
             write_json(folder / checkpoints.SETTINGS, settings)
     info = {
@@ -101,15 +101,40 @@ def _run(options, processes, device):
         "classes": target.classes,
         "target": target.table.tolist(),
     }
-    files = train(setup, folder, info)
-    if processes.first and "best" in files:
-        print(f"of the validated adapters {files['best']} has the least bias")
-    if recipe.evaluate != "none":
-        _evaluate(setup, files, concepts, folder)
+    with _resumable(folder):
+        files = train(setup, folder, info)
+        if recipe.evaluate != "none":
+            _evaluate(setup, files, concepts, folder)
     if processes.first:
         prompt = (concepts[0].test or concepts[0].train)[0]
         print(f"draw with it: {_sample_command(prompt, folder, weights)}")
     return folder
+
+
+@contextmanager
+def _resumable(folder):
+    """Says how a run goes on that a full disk has ended."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in cli.FULL:
+            raise
+        raise UserError(f"{cli.of_files(error)[:-1]}, then go on with --resume {folder}.") from None
+
+
+def _say_what_lacks(bundle, recipe, concepts):
+    """The terms that the loss does not have, and validation prompts that are not unseen."""
+    lacking = {
+        "no face detector: its classifiers look at whole pictures": bundle.detector,
+        "no face embedder: the loss has no L_face": bundle.embedder or not recipe.lambda_face,
+        "no DINO: L_img compares pictures by CLIP alone": bundle.dino or not recipe.lambda_img,
+    }
+    for what, there in lacking.items():
+        if not there:
+            print(f"{bundle.path} has {what}")
+    seen = [prompts.name for prompts in concepts if not prompts.validation]
+    if seen and (recipe.validate_every or recipe.grid_every):
+        print(f"no prompts for validation in {', '.join(seen)}: some of finetuning's stand in for them")
 
 
 def of_settings(settings: dict) -> tuple[JointTarget, Recipe]:
@@ -130,7 +155,8 @@ def _to_evaluate(setup, files):
 
 def _evaluate(setup, files, concepts, folder):
     try:
-        before_after(setup, _to_evaluate(setup, files), concepts, folder)
+        with interrupting():
+            before_after(setup, _to_evaluate(setup, files), concepts, folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"\nstopped in the evaluation; the adapters are in {folder}, --resume {folder} evaluates them anew"
@@ -178,12 +204,18 @@ def _resumed(options):
     return settings
 
 
-def _folder(options, target, processes):
-    """The first process makes it; what it says, also if that is an error, holds for all."""
+def _folder(options, target, processes, held):
+    """The first process makes or finds it, and keeps others out while `held`; what it says, also if that is an error,
+    holds for all."""
     answer = ""
     if processes.first:
         try:
-            answer = f"ok {checkpoints.new_folder(options.out, 'runs/' + '-'.join(target.classes))}"
+            if options.resume:
+                folder = Path(options.resume).expanduser()
+            else:
+                folder = checkpoints.new_folder(options.out, "runs/" + "-".join(target.classes))
+            held.enter_context(checkpoints.held(folder))
+            answer = f"ok {folder}"
         except UserError as error:
             answer = str(error)
     answer = processes.share(answer)

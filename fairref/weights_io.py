@@ -43,9 +43,11 @@ def read(path: str | Path) -> dict[str, Tensor]:
         pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt"))
         beside = f" ({pickles[0]} is a pickle, which could run code and isn't read)" if pickles else ""
         raise UserError(f"{path}: no such file{beside}; put the safetensors file there or correct the path.")
-    _check_header(path)
     try:
+        _check_header(path)
         return load_file(path, device="cpu")
+    except PermissionError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); change its permissions.") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); get it again.") from error
 

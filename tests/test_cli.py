@@ -1,7 +1,12 @@
 """The front doors, from the command line to the files; a user's mistake is one sentence and exit code 2."""
 
+import errno
 import json
+import os
+import shutil
+import signal
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -46,6 +51,15 @@ def refused(capsys, main, *argv):
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "Traceback" not in message
     return message
+
+
+def refused_at_last(capsys, main, *argv):
+    """The last sentence of a command that was refused in its course."""
+    capsys.readouterr()
+    assert cli.run(main, list(argv)) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message.strip().splitlines()[-1]
 
 
 def test_train_leaves_what_the_documentation_says(run_folder, weights):
@@ -200,6 +214,11 @@ def test_evaluate(weights, run_folder, tmp_path, capsys):
     assert sum(report["judges"]["classifier"]["counts"]["cook"]) == 3
     assert cli.run(evaluate.main, options) == 0
     assert json.loads(capsys.readouterr().out)["judges"] == report["judges"]
+    for out, words in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "report.json", "whose folder doesn't exist"),
+    ):
+        assert words in refused(capsys, evaluate.main, *options, "--out", str(out))
 
 
 def test_resume_goes_on_with_a_runs_own_settings(run_folder, weights, tmp_path, capsys):
@@ -247,7 +266,16 @@ def test_without_a_validation_the_average_stands_for_the_best(weights, tmp_path,
 def test_a_target_may_be_a_joint_table(weights, tmp_path, capsys):
     table = {"attributes": ["gender"], "shares": {"woman": 0.3, "man": 0.7}}
     (tmp_path / "target.json").write_text(json.dumps(table))
-    options = ["--target", str(tmp_path / "target.json"), "--weights", weights, "--evaluate", "none"]
+    options = [
+        "--target",
+        str(tmp_path / "target.json"),
+        "--weights",
+        weights,
+        "--evaluate",
+        "none",
+        "--batch",
+        "5",
+    ]
     assert cli.run(train.main, [*options, "--iterations", "1", "--out", str(tmp_path / "run")]) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["target"] == {"classes": {"gender": ["woman", "man"]}, "table": [0.3, 0.7]}
@@ -266,7 +294,13 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["gender", "gender-2"]
     assert not (tmp_path / "runs" / "gender" / "evaluation.json").exists()
     assert cli.run(sample.main, ["A Pilot!", "--weights", weights, "-n", "1"]) == 0
-    assert (tmp_path / "samples" / "a-pilot" / "seed0-000.png").exists()
+    drawn = tmp_path / "samples" / "a-pilot" / "seed0-000.png"
+    before = drawn.read_bytes()
+    for adapter in ("runs/gender", "runs/gender/adapter_raw.safetensors"):
+        assert cli.run(sample.main, ["A Pilot!", "--weights", weights, "-n", "1", "--adapter", adapter]) == 0
+    assert drawn.read_bytes() == before, "an adapter's pictures do not take the place of those without it"
+    names = ["a-pilot", "a-pilot-gender", "a-pilot-gender-adapter_raw"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
 
 
 @pytest.mark.parametrize(
@@ -284,7 +318,19 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
             "--target is for gender; name it in --attr, too",
         ),
         (["--attr", "gender,gender"], "twice"),
-        (["--attr", "gender", "--batch", "2"], "no target of gender is as certain as C = 0.8"),
+        (
+            ["--attr", "gender", "--batch", "2"],
+            "no target is woman, which has 0.5 of gender, as surely as C = 0.8",
+        ),
+        (["--attr", "gender=0.7,0.3"], "no target is man, which has 0.3 of gender, as surely"),
+        (["--attr", "gender", "--batch", "1000000000000"], "batch is 1000000000000; expected at most 65536"),
+        (["--attr", "gender", "--rank", "100000"], "rank is 100000; expected at most 65536"),
+        (["--attr", "gender", "--adam-eps", "0"], "adam_eps is 0"),
+        (["--attr", "gender", "--steps", "100000000000000000000"], "expected 1 to 1000"),
+        (["--attr", "gender", "--lambda-face", "1"], "--lambda-face needs a face embedder"),
+        (["--attr", "gender", "--prompts", "nowhere.txt"], "nowhere.txt: can't be read"),
+        (["--attr", "gender", "--prompts", "EMPTY"], "no prompt in it; write one a line"),
+        (["--attr", "gender", "--prompts", __file__, "--prompt-template", "a {occupation}"], "leave one out"),
         (["--attr", "gender", "--iterations", "0"], "iterations is 0; expected at least 1"),
         (["--attr", "gender", "--iterations", "many"], "--iterations"),
         (["--attr", "gender", "--lr", "nan"], "lr is nan"),
@@ -308,8 +354,25 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
     ],
 )
 def test_mistakes_of_train(weights, tmp_path, capsys, argv, words):
+    (tmp_path / "empty.txt").write_text("\n# nothing but this\n")
+    argv = [str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in argv]
     message = refused(capsys, train.main, *argv, "--weights", weights, "--out", str(tmp_path / "run"))
     assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_bundle_lacks_is_said(weights, tmp_path, capsys):
+    """A part that finetuning needs ends a run before its folder is made; one that makes the loss shorter is named."""
+    lame = shutil.copytree(weights, tmp_path / "lame")
+    options = ["--attr", "gender", "--iterations", "1", "--evaluate", "none", "--out", str(tmp_path / "run")]
+    assert cli.run(train.main, [*options, "--weights", str(lame)]) == 0
+    said = capsys.readouterr().out
+    assert "has no face embedder: the loss has no L_face" in said and "has no face detector" in said
+    shutil.rmtree(tmp_path / "run")
+    manifest = json.loads((lame / "bundle.json").read_text())
+    del manifest["classifiers"]["finetune"]
+    (lame / "bundle.json").write_text(json.dumps(manifest))
+    assert "has no classifier for finetuning" in refused(capsys, train.main, *options, "--weights", str(lame))
     assert not (tmp_path / "run").exists()
 
 
@@ -334,7 +397,7 @@ def test_two_runs_that_start_at_once_get_two_folders(tmp_path, monkeypatch):
 
 def test_a_run_of_a_text_file_is_evaluated_on_it(weights, tmp_path, capsys):
     """All of its prompts are for finetuning, so they are what can be measured, whatever eval_images_train says."""
-    (tmp_path / "prompts.txt").write_text("a cook\na pilot\n")
+    (tmp_path / "prompts.txt").write_text("# mine\na cook\na pilot\n", encoding="utf-8-sig")
     options = ["--weights", weights, "--attr", "gender", "--prompts", str(tmp_path / "prompts.txt")]
     options += ["--iterations", "1", "--eval-images", "2", "--eval-images-train", "0", "--evaluate", "raw"]
     assert cli.run(train.main, [*options, "--out", str(tmp_path / "run")]) == 0
@@ -353,6 +416,14 @@ def test_a_stop_in_the_evaluation_says_where_the_adapters_are(weights, tmp_path,
     monkeypatch.setattr("fairref.run.before_after", stopped)
     options = ["--weights", weights, "--attr", "gender", "--iterations", "1", "--out", str(tmp_path / "run")]
     assert cli.run(train.main, options) == 130
+    assert f"--resume {tmp_path / 'run'} evaluates them anew" in capsys.readouterr().err
+
+    def terminated(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("fairref.run.before_after", terminated)
+    assert cli.run(train.main, ["--resume", str(tmp_path / "run")]) == 130
     assert f"--resume {tmp_path / 'run'} evaluates them anew" in capsys.readouterr().err
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
@@ -380,6 +451,62 @@ def test_a_folder_that_holds_another_run_is_refused(run_folder, weights, capsys)
 def test_mistakes_of_sample(weights, tmp_path, capsys, argv, words):
     out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
     assert words in refused(capsys, sample.main, *argv, "--weights", weights, *out)
+
+
+@pytest.mark.parametrize("when", ["before_after", "train"])
+def test_a_disk_that_gets_full_says_how_to_go_on(weights, tmp_path, capsys, monkeypatch, when):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "run" / "grids" / "000002.png"))
+
+    monkeypatch.setattr(f"fairref.run.{when}", full)
+    options = ["--weights", weights, "--attr", "gender", "--iterations", "1", "--out", str(tmp_path / "run")]
+    message = refused_at_last(capsys, train.main, *options)
+    assert (
+        "000002.png: can't be written (No space left on device); make room, then go on with --resume"
+        in message
+    )
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (errno.ENOSPC, "can't be written (No space left on device); make room."),
+        (
+            errno.EACCES,
+            "can't be read or written (Permission denied); change its permissions or choose another",
+        ),
+    ],
+)
+def test_a_disk_that_does_not_take_a_picture_is_one_sentence(
+    weights, tmp_path, capsys, monkeypatch, number, words
+):
+    def refuses(image, path, texts):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("fairref.generate.save_png", refuses)
+    message = refused_at_last(capsys, sample.main, PROMPT, "--weights", weights, "--out", str(tmp_path))
+    assert words in message and "seed0-000.png" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(capsys, error):
+    def main(argv):
+        raise error
+
+    assert "not enough memory" in refused(capsys, main)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.run(defective)
+
+
+def defective(argv):
+    raise RuntimeError("a defect")
 
 
 def test_weights_that_are_not_there(capsys):

@@ -22,8 +22,9 @@ from fairref.bundle import load_bundle
 from fairref.errors import UserError
 from fairref.fairness.faces import TEMPLATE, Found
 from fairref.finetune import distributed, iteration
+from fairref.finetune.checkpoints import held
 from fairref.finetune.iteration import iteration_gradient
-from fairref.finetune.trainer import new_state, update
+from fairref.finetune.trainer import iterate, new_state, update
 
 ROOT = Path(__file__).parents[1]
 DARK = 138  # mean of a picture's values
@@ -204,15 +205,17 @@ def whole(wholes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 4, 8])
-def test_kill_in_the_middle_of_an_iteration(folder, whole, tmp_path, after):
-    (process,) = launch(1, folder, tmp_path / "run", *LONG)
+@pytest.mark.parametrize("after, count", [(1, 1), (4, 1), (8, 1), (5, 2)])
+def test_kill_in_the_middle_of_an_iteration(folder, wholes, tmp_path, after, count):
+    processes = launch(count, folder, tmp_path / "run", *LONG)
     wait_for(lambda: len(lines(tmp_path / "run")) >= after)
-    process.kill()
-    process.communicate()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
     assert len(lines(tmp_path / "run")) < 12
-    resumed(tmp_path / "run")
-    assert adapters(tmp_path / "run") == whole
+    resumed(tmp_path / "run", count)
+    assert adapters(tmp_path / "run") == wholes[count]
     assert [json.loads(line)["iteration"] for line in lines(tmp_path / "run")] == list(range(12))
 
 
@@ -312,16 +315,91 @@ def test_processes_that_cannot_work_are_refused(folder, monkeypatch):
         distributed.start(torch.device("cuda"))
 
 
-def test_a_second_signal_ends_it_at_once():
+def test_a_second_signal_ends_it_at_once(monkeypatch):
+    from fairref.finetune import signals
     from fairref.finetune.signals import StopRequest
+
+    now = iter((0.0, 0.5, 3.0))  # a terminal's and torchrun's, which are one, and another
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(now))
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         assert not stop.asked
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_a_folder_in_which_a_run_is_at_work_is_refused(folder, tmp_path):
+    """A second process in it would write between the first one's lines. A run that was killed holds nothing."""
+    (process,) = launch(1, folder, tmp_path / "run", "--iterations", "1000")
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 1)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    for count in (1, 2):
+        codes, said = ends(start(count, ROOT / "train.py", "--resume", tmp_path / "run", **pipes))
+        assert codes == [2] * count
+        assert all("run: a run is at work in it; let it end, or stop it first." in text for text in said)
+    process.kill()
+    process.communicate()
+    with held(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.slow
+def test_stopping_the_queue_of_results_stops_its_run(tmp_path):
+    """With a SIGTERM, which a terminal does not send to both as it does Ctrl-C."""
+    (tmp_path / "busy.py").write_text(
+        "import os, sys, time\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(100)\n"
+    )
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests" / "benchmarks")!r})
+import results
+results.call({str(tmp_path / "busy.py")!r}, {str(tmp_path / "pid")!r})
+print("the queue went on")
+"""
+    (process,) = start(1, "-c", code, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "the queue went on" not in out
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def skip(folder, out):
+    """What one process does: two iterations, the first with a gradient that is infinite in the last process only."""
+    processes, device = distributed.start(torch.device("cpu"))
+    torch.set_num_threads(1)
+    setup = replace(make_setup(load_bundle(folder, device), batch=N), processes=processes)
+    model, state = moved(setup)
+    real = iteration.sampling_gradient
+
+    def broken(*args):
+        found = real(*args)
+        if state.iteration == 0 and processes.rank == processes.world - 1:
+            found[0][0] = float("inf")
+        return found
+
+    iteration.sampling_gradient = broken
+    rows = [iterate(setup, model, state) for _ in range(2)]
+    ends_at = torch.cat([p.detach().flatten() for p in state.adapter.parameters()])
+    row = [state.iteration, state.updates, state.unusable, rows[0]["norm"] is None, rows[1]["skipped"]]
+    save_file({"end": ends_at, "row": torch.tensor(list(map(int, row)))}, f"{out}{processes.rank}")
+    processes.stop()
+
+
+@pytest.mark.slow
+def test_all_processes_skip_a_gradient_that_is_not_finite_in_one(folder, tmp_path):
+    code = f"import test_processes as t; t.skip({str(folder)!r}, {str(tmp_path / 'rank')!r})"
+    codes, said = ends(start(2, "-c", code, stderr=subprocess.PIPE))
+    assert codes == [0, 0], said
+    one, two = (load_file(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert one["row"].tolist() == two["row"].tolist() == [2, 1, 0, 1, 1]
+    assert torch.equal(one["end"], two["end"]) and bool(torch.isfinite(one["end"]).all())
 
 
 # bytes of a file: less than the settings, or than a checkpoint

@@ -24,7 +24,7 @@ from fairref.finetune import checkpoints, iteration, objective
 from fairref.finetune.iteration import iteration_gradient, prompt_of, task_of
 from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
-from fairref.finetune.trainer import learning_rate, new_state, train, update
+from fairref.finetune.trainer import check, learning_rate, new_state, train, update
 from fairref.prompts import occupation_prompt, read_occupations
 
 ROOT = Path(__file__).parents[1]
@@ -476,3 +476,34 @@ def test_what_a_bundle_lacks_is_said(bundles):
         replace(setup, bundle=replace(setup.bundle, clip=None))
     with pytest.raises(UserError, match="no classifier for finetuning"):
         replace(setup, bundle=replace(setup.bundle, classifiers={}))
+
+
+def test_only_checkpoints_are_taken_for_checkpoints(tmp_path):
+    """Not a user's copy of one, nor what a killed process left under a temporary name."""
+    names = ["checkpoint-000100-copy", "checkpoint-000100", "checkpoint-000020", "checkpoint-best"]
+    for name in names:
+        (tmp_path / f"{name}.safetensors").touch()
+    (tmp_path / "checkpoint-000200.safetensors.part").touch()
+    found = [path.stem for path in checkpoints.saved(tmp_path)]
+    assert found == ["checkpoint-000020", "checkpoint-000100"]
+
+
+def test_metrics_are_json_whatever_is_in_them(tmp_path):
+    checkpoints.append_metrics(tmp_path, {"loss": float("nan"), "validation": {"bias": -math.inf}, "S": 3})
+    line = (tmp_path / checkpoints.METRICS).read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "loss": None,
+        "validation": {"bias": None},
+        "S": 3,
+    }
+
+
+@pytest.mark.parametrize("rest, lacks", [(0.0, False), (0.066, False), (0.064, True)])
+def test_a_class_too_rare_for_a_confident_target_is_refused(bundles, rest, lacks):
+    """Of 24 images the likeliest is of a class of share s with 1 - (1 - s)^24, which is .8 at s = .0649."""
+    setup = make_setup(bundles[torch.float32], batch=24)
+    setup = replace(setup, target=JointTarget({"gender": ("woman", "man")}, np.array([1 - rest, rest])))
+    if not lacks:
+        return check(setup)
+    with pytest.raises(UserError, match="no target is man, which has 0.064 of gender, as surely as C = 0.8"):
+        check(setup)

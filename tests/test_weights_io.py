@@ -1,5 +1,6 @@
 """Weights are read from safetensors only, renamed by explicit tables, and loaded strictly both ways."""
 
+import errno
 import json
 import pickle
 
@@ -304,9 +305,17 @@ def test_json_files(tmp_path):
 
 
 def test_ignored_names_are_whole_names():
-    assert (
-        ignored("betas")
-        and ignored("x.position_ids")
-        and ignored("model_ema.a")
-    )
+    assert ignored("betas") and ignored("x.position_ids") and ignored("model_ema.a")
     assert not ignored("model.betas") and not ignored("position_ids.weight")
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+
+    def forbidden(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(weights_io, "_check_header", forbidden)
+    with pytest.raises(UserError, match=r"model.safetensors: can't be read \(Permission denied\)"):
+        read(path)

@@ -124,8 +124,8 @@ def step(
 def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Tensor:
     """(S,) int64 time steps, descending, each in 0..T-1, by one of diffusers' three rules. steps_offset is
     added under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
-    if S < 1:
-        raise UserError(f"the number of sampling steps is {S}; expected at least 1")
+    if not 1 <= S <= T:
+        raise UserError(f"the number of sampling steps is {S}; expected 1 to {T}")
     if spacing == "linspace":
         rising = np.linspace(0, T - 1, S + 1).round()[1:]
     elif spacing == "leading":

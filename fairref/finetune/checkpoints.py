@@ -7,7 +7,11 @@ settings.json: the resolved settings. metrics.jsonl: one line an iteration.
 
 import itertools
 import json
+import math
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from fairref.weights_io import read, read_info, read_json, write
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
 # of a run
 REMAINS = (METRICS, "*.safetensors", "evaluation*.json", "before_after.png", "grids", "tensorboard")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)\.safetensors", re.ASCII)
 NUMBERS = ("iteration", "updates", "best", "streak", "unusable")  # of a State, in a checkpoint's metadata
 
 
@@ -42,10 +47,9 @@ class State:
 
 
 def saved(folder: Path) -> list[Path]:
-    """The folder's checkpoints, the newest last."""
-    return sorted(
-        folder.glob("checkpoint-*.safetensors"), key=lambda path: int(path.stem.removeprefix("checkpoint-"))
-    )
+    """The folder's checkpoints, the newest last; another's copies beside them are none."""
+    numbers = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*.safetensors")}
+    return sorted((path for path, found in numbers.items() if found), key=lambda path: int(numbers[path][1]))
 
 
 def save(folder: Path, state: State, keep: int = 1) -> None:
@@ -132,10 +136,37 @@ def read_settings(folder: str | Path) -> dict:
     return read_json(folder / SETTINGS)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from working in the folder meanwhile, where the system can. Raises UserError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: a run is at work in it; let it end, or stop it first.") from None
+        except OSError:
+            pass  # some network folders know no locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def append_metrics(folder: Path, metrics: dict) -> None:
-    """One more line of metrics.jsonl."""
+    """One more line of metrics.jsonl; what is not finite is null there."""
     with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+        file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(of_one) for key, of_one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cut_metrics(folder: Path, iterations: int) -> None:

@@ -1,5 +1,6 @@
 """What a run says of itself: the progress bar, metrics.jsonl, TensorBoard."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from fairref.errors import UserError
 from fairref.finetune import checkpoints
 from fairref.finetune.checkpoints import State
 from fairref.finetune.objective import Setup
+from fairref.finetune.recipes import Recipe
 from fairref.progress import Progress
 
 RUNNING = 20  # iterations that the shown bias is a mean of
@@ -19,6 +21,7 @@ class Log:
 
     def __init__(self, setup: Setup, folder: Path, state: State):
         self.first, self.folder, self.recent = setup.processes.first, folder, []
+        self.start, self.began = state.iteration, time.monotonic()
         self.progress = Progress(setup.recipe.iterations, "finetuning", self.first, state.iteration)
         self.board = None
         if self.first:
@@ -34,6 +37,19 @@ class Log:
         self.progress.__exit__(*error)
         if self.board:
             self.board.close()
+
+    def summary(self, recipe: Recipe, state: State, best: Path) -> list[str]:
+        """What a run says at its end; `best` is the file of its best adapter."""
+        done, minutes = state.iteration - self.start, (time.monotonic() - self.began) / 60
+        lines = [f"iterations {self.start + 1} to {state.iteration} took {minutes:.1f} min"] if done else []
+        if state.iteration > state.updates:
+            lines += [f"{state.iteration - state.updates} were skipped, for their gradients were not finite"]
+        if state.iteration < recipe.iterations:
+            lines += [f"{state.streak} validations in a row were at most until_bias: the run ends here"]
+        if state.best:
+            bias, at = state.best["bias"], state.best["iteration"]
+            lines += [f"of the validated adapters {best} has the least bias, {bias:.2f} after iteration {at}"]
+        return lines
 
     def add(self, metrics: dict, state: State) -> None:
         """One more iteration, which `state` has behind it."""

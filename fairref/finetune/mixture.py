@@ -48,6 +48,10 @@ def read_prompts(
     """
     if template is not None and PLACE not in template:
         raise UserError(f"--prompt-template is {template!r}; expected a prompt with {PLACE} in it.")
+    if template is not None and (isinstance(wanted, list) or is_file(wanted)):
+        raise UserError(
+            f"--prompt-template is for {OCCUPATIONS}; a text file has whole prompts: leave one out."
+        )
     if isinstance(wanted, list):
         return [Prompts("prompts", tuple(wanted), tuple(wanted))]
     if is_file(wanted):
@@ -84,7 +88,7 @@ def is_file(wanted: str) -> bool:
 def read_lines(path: Path) -> list[str]:
     """The prompts of a text file: one a line, without blank lines and lines that begin with #. Raises UserError."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: can't be read ({error}); expected a text file, one prompt a line."

@@ -109,7 +109,7 @@ class Recipe:
     beta_2: float = setting(0.999, "AdamW's decay of the mean squared gradient")
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     weight_decay: float = setting(1e-2, "AdamW's weight decay")
-    clip: float = setting(100.0, "largest norm of the gradient; a longer one is shortened to it")
+    clip: float = setting(100.0, "largest norm of the gradient; a longer one is shortened to it; 0: no limit")
     ema: float = setting(
         0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i"
     )
@@ -128,7 +128,9 @@ class Recipe:
         0, "steps drawn for the adjusted gradient, which stays unbiased; 0: all of them"
     )
     micro_batch: int = setting(
-        0, "most U-Net inputs at once in the gradient, and images decoded at once; 0: all"
+        0,
+        "most U-Net inputs at once in the gradient, of which an image has two a step (more than 2 N take several"
+        " steps together), and images decoded at once; 0: all of one step",
     )
     checkpoint_every: int = setting(200, "iterations between checkpoints")
     keep: int = setting(1, "checkpoints that are kept, the newest ones")
@@ -173,6 +175,13 @@ class Recipe:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most 1.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"recipe: seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
+        for name in SIZES:
+            if getattr(self, name) > MOST:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most {MOST}.")
+        if not self.adam_eps:
+            raise UserError(
+                "recipe: adam_eps is 0; expected more, for AdamW divides by it where a gradient is 0."
+            )
         for name in BELOW_1:
             if getattr(self, name) >= 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; expected less than 1.")
@@ -209,6 +218,17 @@ AT_LEAST_1 = (
 )
 AT_MOST_1 = ("C", "lambda_2", "lambda_3", "lr_end", "ema")
 BELOW_1 = ("beta_1", "beta_2")
+MOST = 65_536  # of each of
+SIZES = (
+    "batch",
+    "micro_batch",
+    "rank",
+    "tokens",
+    "validate_prompts",
+    "validate_images",
+    "eval_images",
+    "eval_images_train",
+)
 
 
 def shown(value) -> str:

@@ -38,13 +38,13 @@ def check(setup: Setup) -> None:
     if recipe.tensorboard:
         need_tensorboard()
     # whether targets can be confident at all: an image's is a class at most as surely as one of N draws is
-    for name in target.classes:
-        share = max(target.marginal(name).target)
-        if 1 - (1 - share) ** recipe.batch < recipe.C:
-            raise UserError(
-                f"--batch is {recipe.batch}: of so few images no target of {name} is as certain as C ="
-                f" {recipe.C:g}; raise it."
-            )
+    for name, classes in target.classes.items():
+        for of_one, share in zip(classes, target.marginal(name).target):
+            if share > 0 and 1 - (1 - share) ** recipe.batch < recipe.C:
+                raise UserError(
+                    f"--batch is {recipe.batch}: of so few images no target is {of_one}, which has {share:.2g} of"
+                    f" {name}, as surely as C = {recipe.C:g}; raise the batch or lower --C."
+                )
 
 
 def learning_rate(recipe: Recipe, iteration: int) -> float:
@@ -113,6 +113,8 @@ def train(setup: Setup, folder: Path, info: dict) -> dict[str, Path]:
                 raise KeyboardInterrupt(
                     f"stopped after iteration {state.iteration}; go on with --resume {folder}"
                 )
+    if processes.first:
+        print(*log.summary(recipe, state, folder / BEST_FILE), sep="\n")
     files = {"ema": folder / FILE, "raw": folder / RAW_FILE}
     if processes.first:
         checkpoints.save(folder, state, recipe.keep)

@@ -11,6 +11,7 @@ the table of scales half an hour more.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,7 +35,9 @@ from fairref.weights_io import write_json
 
 LONGEST = 30  # minutes of finetuning
 IMAGES = 60  # of each prompt
-EVERY = 5  # where a look is thinned, one of so many prompts is looked at; odd, for neighbours lean opposite ways
+EVERY = (
+    5  # where a look is thinned, one of so many prompts is looked at; odd, for neighbours lean opposite ways
+)
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
 WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25", "--C", "0.6")
@@ -94,14 +97,22 @@ def wanted(only: list[str] | None) -> list[str]:
 
 
 def call(*command) -> int:
-    """The exit code; a Ctrl-C is left to the run, which then writes its checkpoint."""
+    """The exit code; a Ctrl-C is left to the run, which then writes its checkpoint, and a SIGTERM passed on to it."""
     print("+", *command, flush=True)
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+
+    def stop(number, frame):
+        process.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finetune(name: str, folder: Path, device: str) -> bool:
