@@ -1,17 +1,19 @@
 """U-Net steps of sampling at SD-1.5's full size, here against diffusers, and against the machine's matrix products.
 
-    python tests/benchmarks/sampling.py [--dtypes float32 bfloat16] [--steps 5] [--out FILE]
+    python tests/benchmarks/sampling.py [--dtypes float32 bfloat16] [--steps 5] [--choices] [--out FILE]
 
 One picture with guidance, so two U-Net inputs, 64 x 64 latents, random weights. The runs of all dtypes and of both ways
 start from the same noise and go on in turns, one step each, beside one large matrix product of each dtype, whose
 fastest time is the machine's peak. A first step of each is not counted. On two quiet cores about six minutes, and
-14 GB of memory.
+14 GB of memory. With --choices, float32 only and no diffusers: what our choices of memory format and attention kernel
+save, each against the same network with the other choice.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from flops import counter
 from measure import machine, table, write
 from released import peer_unet, scheduler_of, steps
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fairref import cli
 from fairref.diffusion.sampler import sample
@@ -55,35 +58,82 @@ def products(size: int, dtype: torch.dtype):
         yield a @ b
 
 
-def runs(unet: UNet, S: int, latents: int) -> dict:
-    """Two generators from the same noise, each a step at a time -> z before the step (ours) or after it."""
-    schedule = Schedule()
+def start(unet: UNet, latents: int) -> tuple:
+    """(z_T, both): the same noise and texts for all runs."""
     torch.manual_seed(1)
-    z_T = torch.randn(1, 4, latents, latents)
-    both = torch.randn(2, TOKENS, unet.config.cross_attention_dim)
-    ours = sample(unet, solver_table(schedule, S), z_T, *both.split(1), GUIDANCE)
-    theirs = steps(peer_unet(unet), scheduler_of(schedule, S, "zero"), z_T, both, GUIDANCE)
-    return {"ours": (step.z for step in ours), "diffusers": theirs}
+    return torch.randn(1, 4, latents, latents), torch.randn(2, TOKENS, unet.config.cross_attention_dim)
+
+
+def our_run(unet: UNet, S: int, latents: int) -> Iterator[torch.Tensor]:
+    """z before each step."""
+    z_T, both = start(unet, latents)
+    return (step.z for step in sample(unet, solver_table(Schedule(), S), z_T, *both.split(1), GUIDANCE))
+
+
+def their_run(unet: UNet, S: int, latents: int) -> Iterator[torch.Tensor]:
+    """z after each step."""
+    z_T, both = start(unet, latents)
+    return steps(peer_unet(unet), scheduler_of(Schedule(), S, "zero"), z_T, both, GUIDANCE)
+
+
+def choices(unet: UNet, S: int, latents: int) -> dict:
+    """Runs of our U-Net as it is, in torch's usual memory format, and with attention as two matrix products."""
+    usual = UNet(unet.config).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    usual.load_state_dict(unet.state_dict())
+    plain = our_run(unet, S, latents)
+    return {
+        "ours": our_run(unet, S, latents),
+        "usual memory format": our_run(usual, S, latents),
+        "plain attention": under(lambda: sdpa_kernel(SDPBackend.MATH), plain),
+    }
+
+
+def under(context, run):
+    """A run whose steps are each taken under context()."""
+    while True:
+        with context():
+            z = next(run)
+        yield z
 
 
 @torch.no_grad()
+def timed(runs: dict, steps: int) -> tuple[dict, dict]:
+    """Name -> the seconds of each step, of runs that take turns, and the last z."""
+    seconds, last = {name: [] for name in runs}, {}
+    for _ in range(steps):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            last[name] = next(run)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds, last
+
+
 def measure(config: UNetConfig, options) -> list[dict]:
     """Medians of each dtype."""
-    S = options.steps + 1
-    dtypes = {name: cli.DTYPES[name] for name in options.dtypes}
-    ways = {name: runs(network(config, dtype), S, options.latents) for name, dtype in dtypes.items()}
-    for name, dtype in dtypes.items():
-        ways[name]["product"] = products(options.product, dtype)
-    seconds, last = {name: {way: [] for way in ways[name]} for name in ways}, {name: {} for name in ways}
-    for _ in range(S):
-        for name in ways:
-            for way, run in ways[name].items():
-                began = time.perf_counter()
-                last[name][way] = next(run)
-                seconds[name][way].append(time.perf_counter() - began)
-    z_0 = {name: next(ways[name]["ours"]) for name in ways}  # by one more step of the solver
+    S, runs = options.steps + 1, {}
+    for name in options.dtypes:
+        unet = network(config, cli.DTYPES[name])
+        runs[name, "ours"] = our_run(unet, S, options.latents)
+        runs[name, "diffusers"] = their_run(unet, S, options.latents)
+        runs[name, "product"] = products(options.product, cli.DTYPES[name])
+    seconds, last = timed(runs, S)
+    with torch.no_grad():
+        z_0 = {name: next(runs[name, "ours"]) for name in options.dtypes}  # by one more step of the solver
     flops = flops_of_step(config, options.latents)
-    return [row_of(name, seconds[name], z_0[name], last[name]["diffusers"], flops, options) for name in ways]
+    of_one = {name: {way: t for (n, way), t in seconds.items() if n == name} for name in options.dtypes}
+    return [row_of(n, of_one[n], z_0[n], last[n, "diffusers"], flops, options) for n in options.dtypes]
+
+
+def measure_choices(config: UNetConfig, options) -> list[dict]:
+    """Medians of each choice."""
+    S = options.steps + 1
+    seconds, last = timed(choices(network(config, torch.float32), S, options.latents), S)
+    found = {name: statistics.median(of_one[1:]) for name, of_one in seconds.items()}
+    apart = {name: float((z - last["ours"]).norm() / last["ours"].norm()) for name, z in last.items()}
+    return [
+        {"choice": n, "seconds": t, "ratio": t / found["ours"], "all": seconds[n], "difference": apart[n]}
+        for n, t in found.items()
+    ]
 
 
 def row_of(name: str, seconds: dict, ours: torch.Tensor, theirs: torch.Tensor, flops: int, options) -> dict:
@@ -132,6 +182,7 @@ def shown(rows: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=cli.DTYPES)
+    parser.add_argument("--choices", action="store_true", help="our choices against others")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each run")
     parser.add_argument("--latents", type=int, default=64, help="for a trial: their height and width")
     parser.add_argument("--channels", type=int, nargs=4, help="for a trial: of the U-Net")
@@ -139,7 +190,14 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     config = replace(SD15, block_out_channels=tuple(options.channels)) if options.channels else SD15
-    where, rows = machine(), measure(config, options)
+    where = machine()
+    if options.choices:
+        rows = measure_choices(config, options)
+        keys = ["choice", "seconds", "ratio", "difference"]
+        print(table(keys, [[row[key] for key in keys] for row in rows]))
+        write(options.out, {"machine": where, "choices": rows})
+        return
+    rows = measure(config, options)
     print(shown(rows))
     write(options.out, {"machine": where, "bars": BARS, "rows": rows, "bfloat16_faster": faster(rows)})
 
