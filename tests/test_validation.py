@@ -1,9 +1,11 @@
 """Adapters of a run are compared on fixed noise; the best is kept, and a run may stop when it is fair."""
 
 import json
+import shutil
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -229,8 +231,19 @@ def test_the_newest_checkpoints_are_kept(bundle, tmp_path):
     assert [p.stem for p in checkpoints.saved(tmp_path)] == ["checkpoint-000010", "checkpoint-000100"]
 
 
-def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda unet: torch._dynamo.optimize("eager")(unet))
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")],
+        ),
+    ],
+)
+def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch, backend):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for component in ("text_encoder", "both"):
         setup = make_setup(bundle, component=component, batch=3, steps=2)
         model, state = moved(setup)
