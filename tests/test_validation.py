@@ -1,7 +1,6 @@
 """Adapters of a run are compared on fixed noise; the best is kept, and a run may stop when it is fair."""
 
 import json
-import shutil
 import sys
 import types
 from dataclasses import replace
@@ -231,19 +230,10 @@ def test_the_newest_checkpoints_are_kept(bundle, tmp_path):
     assert [p.stem for p in checkpoints.saved(tmp_path)] == ["checkpoint-000010", "checkpoint-000100"]
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "eager",
-        pytest.param(
-            "inductor",
-            marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")],
-        ),
-    ],
-)
-def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch, backend):
+def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    bundle = load_bundle(bundle.path, dtype=torch.float64)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     for component in ("text_encoder", "both"):
         setup = make_setup(bundle, component=component, batch=3, steps=2)
         model, state = moved(setup)
@@ -256,10 +246,10 @@ def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch, backend):
             assert other.unet is not model.unet
             gradient, found = iteration.iteration_gradient(again, other, parameters, 0)
             assert found == {
-                k: pytest.approx(v, rel=1e-5) if type(v) is float else v for k, v in metrics.items()
+                k: pytest.approx(v, rel=1e-9) if type(v) is float else v for k, v in metrics.items()
             }
             for a, b in zip(gradient, plain):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
 
 
 def test_tensorboard_has_the_metrics(bundle, tmp_path, monkeypatch):
