@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import MobileNetConfig, MobileNetV3
 from fairref.judges.sfnet import SFNet, SFNetConfig
 from fairref.nets.clip import ClipImage, ClipVisionConfig
-from fairref.nets.unet import Resnet, Transformer
+from fairref.nets.unet import Conv3x3, Resnet, Transformer
 from fairref.nets.vae import MidBlock, UpBlock
 
 LATENT, PICTURE = (4, 64, 64), (3, 512, 512)
@@ -145,7 +146,8 @@ def networks() -> dict[str, Cost]:
         finally:
             torch.set_default_dtype(default)
 
-    with FakeTensorMode():
+    # what is counted is a GPU's, on which convolutions have one way only
+    with FakeTensorMode(), patch.object(Conv3x3, "forward", nn.Conv2d.forward):
         built = {name: frozen(part.network, part.sd15) for name, part in PARTS.items()}
         lora, _ = with_lora(built["text_encoder"], LAYERS["text_encoder"], Recipe().rank, None)
         z, c = torch.empty(1, *LATENT, **half), torch.empty(1, *TEXT, **half)
