@@ -38,8 +38,7 @@ def main(argv=None):
     parser.add_argument(
         "--resume", metavar="FOLDER", help="go on with a run; its settings are those of its folder"
     )
-    cli.add_common(parser)
-    parser.set_defaults(weights=None, dtype=None)
+    cli.add_common(parser, ask=True)
     recipes.add_options(
         parser.add_argument_group("recipe", "what is not given is the bundle's, or else SD-1.5's")
     )

@@ -14,13 +14,18 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each option's default; where it is None the help text says what that means."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UserError instead of printing its usage; options are not abbreviated."""
 
     def __init__(self, **options):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=Defaults, **options)
 
     def error(self, message):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
@@ -66,13 +71,15 @@ def is_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def add_common(parser: Parser) -> None:
-    """--weights, --device and --dtype."""
-    parser.add_argument("--weights", default=WEIGHTS, help="bundle, diffusers-layout folder or single file")
+def add_common(parser: Parser, ask: bool = False) -> None:
+    """--weights, --device and --dtype; where one must `ask` whether weights and dtype were given, theirs is None."""
+    weights, dtype = "bundle, diffusers-layout folder or single file", "what the networks compute in"
+    weights, dtype = (f"{weights} (None: {WEIGHTS})", f"{dtype} (None: float32)") if ask else (weights, dtype)
+    parser.add_argument("--weights", default=None if ask else WEIGHTS, help=weights)
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one"
     )
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what the networks compute in")
+    parser.add_argument("--dtype", default=None if ask else "float32", choices=DTYPES, help=dtype)
 
 
 def device(name: str) -> torch.device:

@@ -21,6 +21,7 @@ import collectives
 import flops
 import measure
 import results
+import sampling
 import training
 
 
@@ -159,6 +160,21 @@ def test_the_tables_in_the_readme_are_those_of_the_committed_evaluations():
     assert made
     for title, text in made.items():
         assert text in readme, f"{title}: put in what results.py --tables prints"
+
+
+def test_the_speeds_in_the_readme_are_those_that_were_measured():
+    readme = (measure.ROOT / "README.md").read_text(encoding="utf-8")
+    files = ("training", "sampling", "choices", "collectives")
+    found = {n: json.loads((measure.ROOT / "docs" / "speed" / f"{n}.json").read_text()) for n in files}
+    texts = [
+        training.shown(found["training"]["comparisons"], found["training"]["steps"]),
+        sampling.shown(found["sampling"]["rows"]),
+        sampling.shown_choices(found["choices"]["choices"]),
+        collectives.shown(found["collectives"]["ranks"]),
+    ]
+    for text in texts:
+        for part in text.split("\n\n"):
+            assert part in readme or part.startswith("bars:"), part
 
 
 def test_several_attributes_in_the_tables_of_results():

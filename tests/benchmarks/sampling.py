@@ -179,6 +179,12 @@ def shown(rows: list[dict]) -> str:
     return text + (f"\n\nbfloat16 is {times:.2f} times as fast as float32." if times else "")
 
 
+def shown_choices(rows: list[dict]) -> str:
+    """The table."""
+    keys = ["choice", "seconds", "ratio", "difference"]
+    return table(keys, [[row[key] for key in keys] for row in rows])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=cli.DTYPES)
@@ -193,8 +199,7 @@ def main():
     where = machine()
     if options.choices:
         rows = measure_choices(config, options)
-        keys = ["choice", "seconds", "ratio", "difference"]
-        print(table(keys, [[row[key] for key in keys] for row in rows]))
+        print(shown_choices(rows))
         write(options.out, {"machine": where, "choices": rows})
         return
     rows = measure(config, options)
