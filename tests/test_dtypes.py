@@ -30,15 +30,16 @@ def bundles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("component", ["prefix", "text_encoder", "unet", "both"])
-@pytest.mark.parametrize("dtype, error", [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("dtype, error", [(torch.float16, 0.015), (torch.bfloat16, 0.12)])
 def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, error):
-    """Of three iterations the nearest counts: beside a kink of a tiny untrained classifier any rounding shows."""
-    seen, apart = {}, []
+    """With one dL/dz_0 for both: beside a kink of a tiny untrained classifier any rounding shows in it."""
+    seen, pulled = {}, []
     real = iteration.sampling_gradient
 
     def spy(recipe, model, parameters, table, path, g, both, *rest):
         seen[both.dtype] = (path[0].z.dtype, path[-1].z.dtype, g.dtype, {p.dtype for p in parameters})
-        return real(recipe, model, parameters, table, path, g, both, *rest)
+        pulled.append(g)
+        return real(recipe, model, parameters, table, path, pulled[0], both, *rest)
 
     monkeypatch.setattr(iteration, "sampling_gradient", spy)
     setups = [
@@ -47,6 +48,7 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, e
     ]
     for i in range(3):
         found = []
+        pulled.clear()
         for setup in setups:
             model, state = moved(setup)
             gradient, metrics = iteration_gradient(setup, model, list(state.adapter.parameters()), i)
@@ -54,9 +56,9 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, e
             found.append((torch.cat([g.flatten() for g in gradient]), metrics))
         (exact, metrics), (half, metrics_of_half) = found
         assert metrics["counts"] == metrics_of_half["counts"]
-        apart.append(float((half - exact).norm() / exact.norm()))
+        assert float((pulled[1] - pulled[0]).norm() / pulled[0].norm()) < 0.5
+        assert float((half - exact).norm() / exact.norm()) < error
     assert seen[dtype] == (torch.float32, torch.float32, torch.float32, {torch.float32})
-    assert min(apart) < error
 
 
 def _loss(x, factor):
@@ -109,7 +111,9 @@ def test_an_infinite_gradient_is_skipped_counted_and_shown(bundles, tmp_path, mo
     trainer.train(setup, tmp_path, {})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 1] and lines[1]["norm"] is None
-    assert "skipped 1" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "skipped 1" in said.err
+    assert "iterations 1 to 3 took 0.0 min\n1 were skipped, for their gradients were not finite\n" in said.out
 
 
 def test_a_run_without_a_finite_gradient_ends(bundles, tmp_path, monkeypatch):

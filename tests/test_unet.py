@@ -30,25 +30,13 @@ SD15_JSON = {  # unet/config.json of SD-1.5
     "sample_size": 64,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
-FOUR_LEVELS = {
-    **SD15_JSON,
-    "block_out_channels": [16, 24, 32, 32],
-    "norm_num_groups": 4,
-    "cross_attention_dim": 20,
-    "attention_head_dim": 4,
-}
-THREE_LEVELS = {
-    **FOUR_LEVELS,
-    "block_out_channels": [8, 16, 24],
-    "attention_head_dim": [2, 4, 3],
-    "norm_eps": 1e-4,
-    "layers_per_block": 1,
-    "use_linear_projection": True,
-    "in_channels": 3,
-    "out_channels": 5,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
-}
+FOUR_LEVELS = {**SD15_JSON, "block_out_channels": [16, 24, 32, 32], "norm_num_groups": 4,
+               "cross_attention_dim": 20, "attention_head_dim": 4}
+THREE_LEVELS = {**FOUR_LEVELS, "block_out_channels": [8, 16, 24], "attention_head_dim": [2, 4, 3],
+                "norm_eps": 1e-4, "layers_per_block": 1, "use_linear_projection": True,
+                "in_channels": 3, "out_channels": 5,
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]}
 BOTH = pytest.mark.parametrize("d", [FOUR_LEVELS, THREE_LEVELS], ids=["four", "three"])
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -83,11 +71,8 @@ def pair(d, dtype):
 
 def inputs(d, dtype, height=16, width=8):
     """Random z, two times, and random text embeddings of five tokens."""
-    return (
-        torch.randn(2, d["in_channels"], height, width, dtype=dtype),
-        torch.tensor([999, 37]),
-        torch.randn(2, 5, d["cross_attention_dim"], dtype=dtype),
-    )
+    return (torch.randn(2, d["in_channels"], height, width, dtype=dtype), torch.tensor([999, 37]),
+            torch.randn(2, 5, d["cross_attention_dim"], dtype=dtype))
 
 
 @BOTH
@@ -178,35 +163,16 @@ def test_what_diffusers_saves_is_read(d):
     assert UNetConfig.from_dict(dict(peer.config)) == ours.config
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("act_fn", "gelu"),
-        ("class_embed_type", "timestep"),
-        ("num_class_embeds", 10),
-        ("addition_embed_type", "text"),
-        ("down_block_types", ["AttnDownBlock2D"] * 4),
-        ("up_block_types", ["SimpleCrossAttnUpBlock2D"] * 4),
-        ("mid_block_type", "UNetMidBlock2D"),
-        ("flip_sin_to_cos", False),
-        ("freq_shift", 1),
-        ("time_embedding_type", "fourier"),
-        ("resnet_time_scale_shift", "scale_shift"),
-        ("transformer_layers_per_block", [1, 2, 10, 10]),
-        ("only_cross_attention", True),
-        ("num_attention_heads", 8),
-        ("conv_in_kernel", 1),
-        ("encoder_hid_dim", 4096),
-        ("layers_per_block", [2, 2, 2, 2]),
-        ("cross_attention_dim", None),
-        ("block_out_channels", [320]),
-        ("up_block_types", ["UpBlock2D"] * 3),
-        ("attention_head_dim", [8, 8, 8]),
-        ("attention_head_dim", 0),
-        ("norm_num_groups", 7),
-        ("norm_eps", -1e-5),
-    ],
-)
+@pytest.mark.parametrize(("key", "value"), [
+    ("act_fn", "gelu"), ("class_embed_type", "timestep"), ("num_class_embeds", 10),
+    ("addition_embed_type", "text"), ("down_block_types", ["AttnDownBlock2D"] * 4),
+    ("up_block_types", ["SimpleCrossAttnUpBlock2D"] * 4), ("mid_block_type", "UNetMidBlock2D"),
+    ("flip_sin_to_cos", False), ("freq_shift", 1), ("time_embedding_type", "fourier"),
+    ("resnet_time_scale_shift", "scale_shift"), ("transformer_layers_per_block", [1, 2, 10, 10]),
+    ("only_cross_attention", True), ("num_attention_heads", 8), ("conv_in_kernel", 1),
+    ("encoder_hid_dim", 4096), ("layers_per_block", [2, 2, 2, 2]), ("cross_attention_dim", None),
+    ("block_out_channels", [320]), ("up_block_types", ["UpBlock2D"] * 3), ("attention_head_dim", [8, 8, 8]),
+    ("attention_head_dim", 0), ("norm_num_groups", 7), ("norm_eps", -1e-5)])
 def test_what_is_not_implemented_is_refused(key, value):
     with pytest.raises(UserError, match=key):
         UNetConfig.from_dict({**SD15_JSON, key: value})

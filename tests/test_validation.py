@@ -120,7 +120,7 @@ def test_a_run_is_aligned_after_enough_fair_validations_in_a_row(bundle):
         Recipe(until_bias=0.1, validate_every=0)
 
 
-def test_a_run_stops_when_it_is_aligned_and_leaves_its_best(bundle, tmp_path, monkeypatch):
+def test_a_run_stops_when_it_is_aligned_and_leaves_its_best(bundle, tmp_path, monkeypatch, capsys):
     found = iter([0.5, 0.3, 0.35, 0.3])
     measured = []
 
@@ -132,6 +132,10 @@ def test_a_run_stops_when_it_is_aligned_and_leaves_its_best(bundle, tmp_path, mo
     monkeypatch.setattr(Validation, "measure", measure)
     setup = with_validation(bundle, iterations=9, until_bias=0.4, patience=3, lr=0.05, validate_images=100)
     files = train(setup, tmp_path, {})
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("iterations 1 to 4 took") and "skipped" not in "".join(said)
+    assert said[1] == "3 validations in a row were at most until_bias: the run ends here"
+    assert said[2] == f"of the validated adapters {files['best']} has the least bias, 0.30 after iteration 2"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["validation"]["bias"] for line in lines] == [0.5, 0.3, 0.35, 0.3]
     again = tmp_path / "two"

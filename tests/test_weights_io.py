@@ -305,7 +305,11 @@ def test_json_files(tmp_path):
 
 
 def test_ignored_names_are_whole_names():
-    assert ignored("betas") and ignored("x.position_ids") and ignored("model_ema.a")
+    assert (
+        ignored("betas")
+        and ignored("x.position_ids")
+        and ignored("model_ema.a")
+    )
     assert not ignored("model.betas") and not ignored("position_ids.weight")
 
 

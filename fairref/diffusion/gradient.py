@@ -84,11 +84,10 @@ def adjusted_gradient(
 
     w (S,): `step_weights`; steps of weight 0 are not evaluated. path: the Steps of the run; g = dL/dz_0
     (N, 4, h, w). c, c_empty: (1, T, d), where the result sums over the images, or (N, T, d). micro_batch: at
-    most this many U-Net elements (branches x images x steps) at once; default: all images of one step.
+    most this many pairs of an image and a step at once; default: all images of one step.
     Parameters of the U-Net that require grad have theirs added to `.grad`. Grad mode must be on."""
-    branches = 1 if guidance == 1 else 2
     N = g.shape[0]
-    size = N if micro_batch is None else max(1, micro_batch // branches)
+    size = micro_batch or N
     pairs = [(i, n) for i in range(table.S) if w[i] != 0 for n in range(N)]
     dc, dc_empty = _zeros(c), _zeros(c_empty)
     for start in range(0, len(pairs), size):

@@ -96,8 +96,7 @@ def sampling_gradient(
     common = (c, c_empty, guidance)
     if recipe.gradient == "exact":
         parts = torch.zeros_like(both, dtype=torch.promote_types(both.dtype, torch.float32))
-        size = max(1, recipe.micro_batch // 2) if recipe.micro_batch else len(g)  # a picture has two branches
-        for rows in torch.arange(len(g)).split(size):
+        for rows in torch.arange(len(g)).split(recipe.micro_batch or max(len(g), 1)):
             part = [step._replace(z=step.z[rows]) for step in path]
             parts += torch.cat(exact_gradient(model.unet, table, part, g[rows], *common)[:2])
     else:

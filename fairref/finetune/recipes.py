@@ -16,6 +16,9 @@ CHOICES = {
 }
 
 
+MOST = 65_536  # images, prompts or widths that memory may hold
+
+
 class Range(NamedTuple):
     """What is drawn anew at each iteration, from low to high."""
 
@@ -57,9 +60,10 @@ def _number(value):
 READERS = {Range: read_range, Shares: read_shares}  # of the types that a text can hold
 
 
-def setting(default, explanation):
-    """A field with its one-line explanation, which is also its option's help text."""
-    return field(default=default, metadata={"help": explanation})
+def setting(default, explanation, low=0, high=math.inf, above=-math.inf, below=math.inf):
+    """A field with its one-line explanation, which is also its option's help text, and the range of its numbers."""
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    return field(default=default, metadata={"help": explanation, **limits})
 
 
 @dataclass(frozen=True)
@@ -67,28 +71,32 @@ class Recipe:
     """Settings of one run; the defaults are the source's gender run on SD-1.5. Raises UserError."""
 
     seed: int = setting(
-        0, "of the noise, the order of prompts, the step counts and the adapter's first values"
+        0,
+        "of the noise, the order of prompts, the step counts and the adapter's first values",
+        high=2**32 - 1,
     )
-    iterations: int = setting(10_000, "optimizer steps, one prompt each")
-    batch: int = setting(24, "N, images of one prompt, over all processes")
+    iterations: int = setting(10_000, "optimizer steps, one prompt each", low=1)
+    batch: int = setting(24, "N, images of one prompt, over all processes", low=1, high=MOST)
     group: int = setting(
         1,
         "consecutive prompts of the list that an epoch's order keeps together: where they lean opposite ways, "
         "what they have in common cancels",
+        low=1,
     )
     named_every: int = setting(
         0,
         "every so many iterations the prompt names a class, which is then the whole target, so that such prompts "
         "still get it; 0: never",
     )
-    C: float = setting(0.8, "images with a target less certain than this have no L_align (eq 6)")
+    C: float = setting(0.8, "images with a target less certain than this have no L_align (eq 6)", high=1)
     lambda_img: float = setting(8.0, "lambda_img,1: weight of L_img (eq 7) where target and original agree")
     lambda_2: Shares = setting(
         0.2,
         "lambda_2 / lambda_1: share of that weight where they disagree; or by attribute: gender=0.2,race=0.6",
+        high=1,
     )
     lambda_3: Shares = setting(
-        0.2, "lambda_3 / lambda_2: the same inside the face, where they disagree; or by attribute"
+        0.2, "lambda_3 / lambda_2: the same inside the face, where they disagree; or by attribute", high=1
     )
     lambda_face: float = setting(1.0, "weight of L_face; 0: none")
     face_reference: str = setting(
@@ -100,18 +108,20 @@ class Recipe:
         "text_encoder",
         "what is trained: prefix (soft tokens before the prompt), or LoRA on text_encoder, unet or both",
     )
-    rank: int = setting(50, "rank of the LoRA matrices")
-    tokens: int = setting(5, "soft tokens of the prefix")
+    rank: int = setting(50, "rank of the LoRA matrices", low=1, high=MOST)
+    tokens: int = setting(5, "soft tokens of the prefix", low=1, high=MOST)
     lr: float = setting(5e-5, "AdamW's learning rate")
-    lr_end: float = setting(1.0, "share of lr at the last iteration, reached along a cosine; 1 is constant")
+    lr_end: float = setting(
+        1.0, "share of lr at the last iteration, reached along a cosine; 1 is constant", high=1
+    )
     warmup: int = setting(0, "iterations over which lr rises linearly")
-    beta_1: float = setting(0.9, "AdamW's decay of the mean gradient")
-    beta_2: float = setting(0.999, "AdamW's decay of the mean squared gradient")
-    adam_eps: float = setting(1e-8, "AdamW's epsilon")
+    beta_1: float = setting(0.9, "AdamW's decay of the mean gradient", below=1)
+    beta_2: float = setting(0.999, "AdamW's decay of the mean squared gradient", below=1)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay")
     clip: float = setting(100.0, "largest norm of the gradient; a longer one is shortened to it; 0: no limit")
     ema: float = setting(
-        0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i"
+        0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i", high=1
     )
     steps: Range = setting(
         Range(19, 23), "sampling steps S, or a range from which each iteration draws, as 19:23"
@@ -129,21 +139,22 @@ class Recipe:
     )
     micro_batch: int = setting(
         0,
-        "most U-Net inputs at once in the gradient, of which an image has two a step (more than 2 N take several"
-        " steps together), and images decoded at once; 0: all of one step",
+        "most images at once in the decoder, the judges and the gradient, where more than there are take several steps"
+        " together; 0: all of them, a step at a time",
+        high=MOST,
     )
-    checkpoint_every: int = setting(200, "iterations between checkpoints")
-    keep: int = setting(1, "checkpoints that are kept, the newest ones")
+    checkpoint_every: int = setting(200, "iterations between checkpoints", low=1)
+    keep: int = setting(1, "checkpoints that are kept, the newest ones", low=1)
     validate_every: int = setting(
         200, "iterations between validations, which choose the best adapter (of the moving average); 0: never"
     )
-    validate_prompts: int = setting(10, "prompts of a validation")
-    validate_images: int = setting(30, "images of each")
+    validate_prompts: int = setting(10, "prompts of a validation", low=1, high=MOST)
+    validate_images: int = setting(30, "images of each", low=1, high=MOST)
     until_bias: float = setting(
         0.0,
         "stop at this bias in validation, or at what a fair model measures there, if that is more; 0: never",
     )
-    patience: int = setting(2, "validations in a row that must find no more than until_bias")
+    patience: int = setting(2, "validations in a row that must find no more than until_bias", low=1)
     grid_every: int = setting(200, "iterations between sample grids; 0: never")
     tensorboard: bool = setting(False, "write the metrics for TensorBoard, too (extra log)")
     compile: bool = setting(False, "torch.compile the U-Net")
@@ -154,10 +165,10 @@ class Recipe:
     evaluate: str = setting(
         "both", "adapters evaluated after the run: both (ema and raw), best, ema, raw or none"
     )
-    eval_steps: int = setting(25, "sampling steps of evaluation and of sample.py")
+    eval_steps: int = setting(25, "sampling steps of evaluation and of sample.py", low=1)
     eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py")
-    eval_images: int = setting(60, "images of each unseen occupation in evaluation")
-    eval_images_train: int = setting(0, "images of each finetuning prompt in evaluation; 0: none")
+    eval_images: int = setting(60, "images of each unseen occupation in evaluation", low=1, high=MOST)
+    eval_images_train: int = setting(0, "images of each finetuning prompt in evaluation; 0: none", high=MOST)
 
     def __post_init__(self):
         for f in fields(self):
@@ -167,24 +178,6 @@ class Recipe:
                 raise UserError(
                     f"recipe: {name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}."
                 )
-        for name in AT_LEAST_1:
-            if getattr(self, name) < 1:
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at least 1.")
-        for name in AT_MOST_1:
-            if any(value > 1 for value in _numbers(getattr(self, name))):
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most 1.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"recipe: seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
-        for name in SIZES:
-            if getattr(self, name) > MOST:
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; expected at most {MOST}.")
-        if not self.adam_eps:
-            raise UserError(
-                "recipe: adam_eps is 0; expected more, for AdamW divides by it where a gradient is 0."
-            )
-        for name in BELOW_1:
-            if getattr(self, name) >= 1:
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; expected less than 1.")
         if not all(type(S) is int and S >= 1 for S in self.steps):
             raise UserError(f"recipe: steps is {shown(self.steps)}; expected whole numbers from 1 up.")
         for name in ("steps", "guidance"):
@@ -202,35 +195,6 @@ class Recipe:
         return asdict(self)
 
 
-AT_LEAST_1 = (
-    "iterations",
-    "batch",
-    "group",
-    "rank",
-    "tokens",
-    "eval_steps",
-    "eval_images",
-    "checkpoint_every",
-    "keep",
-    "validate_prompts",
-    "validate_images",
-    "patience",
-)
-AT_MOST_1 = ("C", "lambda_2", "lambda_3", "lr_end", "ema")
-BELOW_1 = ("beta_1", "beta_2")
-MOST = 65_536  # of each of
-SIZES = (
-    "batch",
-    "micro_batch",
-    "rank",
-    "tokens",
-    "validate_prompts",
-    "validate_images",
-    "eval_images",
-    "eval_images_train",
-)
-
-
 def shown(value) -> str:
     """A setting as its option takes it."""
     if isinstance(value, Range):
@@ -239,7 +203,7 @@ def shown(value) -> str:
 
 
 def _checked(f, value):
-    """A field's value in the field's type, its numbers finite and from 0 up. Raises UserError."""
+    """A field's value in the field's type, its numbers finite and in the field's range. Raises UserError."""
     try:
         if f.type in READERS:
             value = READERS[f.type](value)
@@ -251,8 +215,17 @@ def _checked(f, value):
         expected = {Range: "a number or two as 19:23", Shares: "a number or some as gender=0.2,race=0.6"}
         kind = expected.get(f.type) or f"a value of type {f.type.__name__}"
         raise UserError(f"recipe: {f.name} is {value!r}; expected {kind}.") from None
-    if not all(math.isfinite(v) and v >= 0 for v in _numbers(value)):
-        raise UserError(f"recipe: {f.name} is {shown(value)}; expected a number from 0 up.")
+    low, high, above, below = (f.metadata[key] for key in ("low", "high", "above", "below"))
+    for v in _numbers(value):
+        for holds, expected in (
+            (math.isfinite(v) and v >= 0, "a number from 0 up"),
+            (v >= low, f"at least {low}"),
+            (v <= high, f"at most {high}"),
+            (v > above, f"more than {above}"),
+            (v < below, f"less than {below}"),
+        ):
+            if not holds:
+                raise UserError(f"recipe: {f.name} is {shown(value)}; expected {expected}.")
     return value
 
 

@@ -170,7 +170,8 @@ class Conv3x3(nn.Conv2d):
     """(B, C, h, w) -> (B, C_out, h, w), padded by one pixel.
 
     On a CPU a quarter as many pixels as output channels, or fewer, make one matrix product: there the library's
-    convolution, which reorders the weights at every call, takes up to five times as long.
+    convolution, which reorders the weights at every call, takes up to five times as long. So the last digits depend on
+    the batch.
     """
 
     def __init__(self, c_in: int, c_out: int):

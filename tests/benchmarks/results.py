@@ -35,9 +35,8 @@ from fairref.weights_io import write_json
 
 LONGEST = 30  # minutes of finetuning
 IMAGES = 60  # of each prompt
-EVERY = (
-    5  # where a look is thinned, one of so many prompts is looked at; odd, for neighbours lean opposite ways
-)
+# where a look is thinned, one of so many prompts is looked at; odd, for neighbours lean opposite ways
+EVERY = 5
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
 WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25", "--C", "0.6")

@@ -61,9 +61,7 @@ def prepare(work: Work):
         import released  # diffusers is no part of our memory
 
         bundle = released.with_peers(bundle)
-    # our micro_batch counts U-Net inputs, of which an image has two
-    most = work.micro_batch * (1 if work.way == "released" else 2)
-    options = {"batch": work.images, "steps": work.steps, "micro_batch": most}
+    options = {"batch": work.images, "steps": work.steps, "micro_batch": work.micro_batch}
     setup = setup_of(bundle, component="text_encoder", recompute=work.way == WAYS[1], **options)
     model, state = adapted(setup)
     if work.way != "released":
