@@ -17,7 +17,7 @@ CLASSES = {
     "race": ("WMELH", "Asian", "Black", "Indian"),
     "age": ("young", "old"),  # up to 39, over 39
 }
-# METHOD.md §6: White, Middle Eastern and Latino Hispanic are one class, East and Southeast Asian another.
+# docs/method.md §6: White, Middle Eastern and Latino Hispanic are one class, East and Southeast Asian another.
 FAIRFACE = {
     "gender": {"Female": "woman", "Male": "man"},
     "race": {

@@ -1,4 +1,4 @@
-"""How fair, and how faithful, the pictures of a model are (METHOD.md §8).
+"""How fair, and how faithful, the pictures of a model are (docs/method.md §8).
 
 P prompts, n images of each, K classes. Two judges count classes: the evaluation classifier, whose gradient no
 finetuning has seen (validation asks it which adapter is best), and the nearest-template judge, through which no
@@ -272,7 +272,7 @@ def main(argv=None):
         "eval_images": options.num_images,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    recipe = resolve(tuple(target.classes), bundle.recipe, given, str(bundle.path))
+    recipe = resolve(tuple(target.classes), bundle.recipe, given, str(bundle.path), bundle.attributes)
     concepts = read_prompts(options.prompts, None, bundle, list(target.classes))
     for prompts in concepts:
         if not getattr(prompts, options.part):

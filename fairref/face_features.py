@@ -1,4 +1,4 @@
-"""The external faces of L_face: a folder of photographs -> D_F, one unit embedding a photograph (METHOD.md §5).
+"""The external faces of L_face: a folder of photographs -> D_F, one unit embedding a photograph (docs/method.md §5).
 
     python -m fairref.face_features --images celeba/img_align_celeba --weights weights/sd15 --out weights/sd15/faces.safetensors
 

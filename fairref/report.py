@@ -1,4 +1,4 @@
-"""What was seen of a model's pictures -> a report of numbers (METHOD.md §8), and the report in a few lines of text.
+"""What was seen of a model's pictures -> a report of numbers (docs/method.md §8), and the report in a few lines of text.
 
 P prompts, n images of each, K classes.
 """

@@ -58,7 +58,9 @@ def _run(options, processes, device, held):
         target, recipe = of_settings(settings)
     else:
         target = wanted_target(options.attr, options.target, bundle.attributes, str(bundle.path))
-        recipe = resolve(tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path))
+        recipe = resolve(
+            tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path), bundle.attributes
+        )
     wanted, template = _prompts(settings or vars(options))
     concepts = read_prompts(wanted, template, bundle, list(target.classes))
     named = tuple(asked for prompts in concepts for asked in prompts.named("train", target.classes))

@@ -541,7 +541,7 @@ def test_the_defaults_are_the_methods():
 
 
 @pytest.mark.parametrize(
-    "attributes, N, C, face, image, shares_2, shares_3, iterations",  # the rows of METHOD.md §6
+    "attributes, N, C, face, image, shares_2, shares_3, iterations",  # the rows of docs/method.md §6
     [
         (("gender",), 24, 0.8, 1, 8, (0.2,), (0.2,), 10_000),
         (("race",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000),
@@ -580,8 +580,13 @@ def test_who_overrides_whom():
         ("gender", {"steps": [3, 4, 5]}, "steps is .*; expected a number or two"),
         ("gender", {"guidance": True}, "guidance is True"),
         ("gender", {"lambda_2": "much"}, "lambda_2 is 'much'"),
+        (
+            "gender",
+            {"gender,rase": {"lr": 1.0}},
+            "unknown key 'rase'; expected a setting, or attributes .* gender, race",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(attribute, bundle, words):
     with pytest.raises(UserError, match=words):
-        resolve((attribute,), bundle, {})
+        resolve((attribute,), bundle, {}, known_attributes=("gender", "race"))

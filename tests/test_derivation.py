@@ -1,4 +1,4 @@
-"""METHOD.md section 2, proved in float64 on a toy network: eq 9, eq 10, and that the weighted sum of
+"""docs/method.md section 2, proved in float64 on a toy network: eq 9, eq 10, and that the weighted sum of
 vector-Jacobian products is Algorithm A.1."""
 
 import math

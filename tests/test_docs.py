@@ -36,10 +36,19 @@ def test_every_file_that_is_named_exists(document):
         assert (ROOT / name).exists() or (ROOT / "fairref" / name).exists(), name
 
 
-def test_the_derivation_names_functions_that_exist():
-    text = (ROOT / "docs" / "derivation.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document, least", [("derivation", 8), ("method", 7)])
+def test_the_equations_name_functions_that_exist(document, least):
+    text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
     known = defined("fairref") | defined("tests")
-    code = re.findall(r"\*Code:\*(.*?)\*Checked", text, re.DOTALL)
-    assert len(code) >= 8
+    code = re.findall(r"\*Code:\*(.*?)(?:\*Checked|\n\n)", text, re.DOTALL)
+    assert len(code) >= least
     for name in re.findall(r"`(\w+)`", " ".join(code)):
         assert name in known, name
+
+
+def test_the_sections_that_docstrings_refer_to_exist():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^## (\d)\.", text, re.MULTILINE))
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "fairref").rglob("*.py"))
+    named = re.findall(r"§(\d)", " ".join(re.findall(r"method\.md ([§\d, ]+)", sources)))
+    assert named and set(named) <= sections

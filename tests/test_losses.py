@@ -193,7 +193,7 @@ AGREES = {
 
 
 def test_weights_of_images_with_and_without_faces():
-    """The cases of METHOD.md, one by one: agree; one disagrees; no face in o; none in x; and so on."""
+    """The cases of docs/method.md, one by one: agree; one disagrees; no face in o; none in x; and so on."""
     found = dynamic_weights(AGREES, 8, {"gender": 1.6, "race": 4.8}, FACES, ORIGINAL_FACES)
     torch.testing.assert_close(found, torch.tensor([8, 1.6, 1.6, 8, 1.6, 8, 4.8, 1.6], dtype=torch.float64))
     assert torch.equal(

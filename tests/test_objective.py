@@ -1,4 +1,4 @@
-"""The loss of an iteration with faces and DINO is METHOD.md §5 case by case, and its gradient Algorithm A.1's."""
+"""The loss of an iteration with faces and DINO is docs/method.md §5 case by case, and its gradient Algorithm A.1's."""
 
 from dataclasses import replace
 
@@ -106,7 +106,7 @@ def pictures(setup, model, i):
 
 
 def literal_loss(setup, x, o):
-    """METHOD.md §3-5, image by image -> loss, and the cases that occurred."""
+    """docs/method.md §3-5, image by image -> loss, and the cases that occurred."""
     bundle, r, N = setup.bundle, setup.recipe, setup.recipe.batch
     h, D_F = bundle.classifiers["finetune"], F.normalize(bundle.face_features.double(), dim=1)
     faces, o_faces = [face_of(image) for image in x], [face_of(image) for image in o]

@@ -1,4 +1,4 @@
-"""The lists of prompts have the method's sizes (METHOD.md §7), stand once, and name nobody's gender."""
+"""The lists of prompts have the method's sizes (docs/method.md §7), stand once, and name nobody's gender."""
 
 import re
 from collections import Counter

@@ -78,6 +78,13 @@ def test_the_closed_form_is_the_enumeration_for_two_classes(d, shift):
     assert abs(closed.cost - general.cost) < 1e-12
 
 
+def test_the_example_of_the_method():
+    """docs/method.md §3."""
+    p = torch.tensor([0.9, 0.7, 0.6, 0.2], dtype=torch.float64)
+    q = expected_ot(torch.stack([p, 1 - p], 1).log(), [0.5, 0.5]).q
+    torch.testing.assert_close(q[:, 0] * 16, torch.tensor([15.0, 11, 5, 1], dtype=torch.float64))
+
+
 def test_class_0_goes_to_the_largest_log_odds_for_class_0():
     ot = expected_ot(torch.tensor([[0.0, 3.0], [3.0, 0.0], [0.0, 1.0]]), [0.5, 0.5])
     # P(Binomial(3, ½) >= 1, 2, 3) = 7/8, 4/8, 1/8 for the ranks

@@ -160,7 +160,7 @@ KINDS_OF = {"sports": ("activity",), "style_context": ("context", "style"), "des
 
 
 def concept_rows(name: str) -> list[tuple[Concept, Occupation | None, str]]:
-    """A concept (METHOD.md §7): what is said, of whom, and the prompt; a part's occupations take turns."""
+    """A concept (docs/method.md §7): what is said, of whom, and the prompt; a part's occupations take turns."""
     jobs = {split: [job for job in occupations() if job.split == split] for split in SPLITS}
     rows = []
     for n, c in enumerate(c for kind in KINDS_OF[name] for c in concepts(kind)):

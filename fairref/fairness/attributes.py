@@ -110,7 +110,7 @@ class JointTarget:
     def and_in_every_group(self, attribute: Attribute) -> "JointTarget":
         """One attribute more, with the same target within every group: D(g) D(a | g), D(a | g) = D(a).
 
-        METHOD.md's conditional target, as age 75/25 in every gender x race group; for independent attributes
+        docs/method.md's conditional target, as age 75/25 in every gender x race group; for independent attributes
         it is the product.
         """
         if attribute.name in self.classes:

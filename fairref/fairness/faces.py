@@ -1,4 +1,4 @@
-"""Faces in images: which one counts, what of it the judges see, and how the gradient gets back (METHOD.md §5).
+"""Faces in images: which one counts, what of it the judges see, and how the gradient gets back (docs/method.md §5).
 
 B images of H x W pixels, M of them with a face. Coordinates are pixels: the pixel of index i reaches from i to
 i + 1 and has its centre at i + 0.5. A box is (left, top, right, bottom), landmarks are (5, 2): x, y of the left and

@@ -1,4 +1,4 @@
-"""The losses on generated images (METHOD.md §3, §4, §5; eqs 6 and 7).
+"""The losses on generated images (docs/method.md §3, §4, §5; eqs 6 and 7).
 
 Every loss comes as one value an image, already divided by `N`, the number of images over all processes: their
 sum over the images of any split of the batch, and over the splits, is the loss of the equation.
@@ -65,7 +65,7 @@ def dynamic_weights(
     """λ_img of each image (n,): λ1 where target and original agree, else λ2 < λ1: the image may change.
 
     `agrees` maps each attribute to (n,) bool, `lambda_2` each attribute to its λ2; the smallest λ2 of the
-    attributes that disagree counts (METHOD.md §5). With faces, `face` and `original_face` (n,) bool say whether
+    attributes that disagree counts (docs/method.md §5). With faces, `face` and `original_face` (n,) bool say whether
     x and o show one: an o without leaves nothing to agree with, and an x without has no loss but L_img, with λ1.
     """
     weights = []
@@ -79,7 +79,7 @@ def dynamic_weights(
 def region_factors(agrees: dict[str, Tensor], lambda_3: dict[str, float]) -> Tensor:
     """λ3/λ2, by which the gradient of L_img is multiplied inside the face box: (n,), 1 where all agree.
 
-    `lambda_3` maps each attribute to its λ3/λ2; the smallest of those that disagree counts (METHOD.md §5).
+    `lambda_3` maps each attribute to its λ3/λ2; the smallest of those that disagree counts (docs/method.md §5).
     """
     factors = [_either(agree, 1.0, lambda_3[attribute]) for attribute, agree in agrees.items()]
     return torch.stack(factors).amin(0)
@@ -119,7 +119,7 @@ def face_references(
     """The reference of each face (m, D): the original image's `own` (m, D) where `sure` (m,), else the nearest.
 
     `sure`: target and original agree in every attribute, the classifier gives the original's class p >= 0.9, and
-    the original has a face (METHOD.md §5).
+    the original has a face (docs/method.md §5).
     """
     return torch.where(sure[:, None], own.detach(), nearest_faces(embeddings, external, chunk))
 

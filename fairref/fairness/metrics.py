@@ -1,4 +1,4 @@
-"""Measures of generated images (METHOD.md §8). K classes, n images of a prompt, P prompts."""
+"""Measures of generated images (docs/method.md §8). K classes, n images of a prompt, P prompts."""
 
 import numpy as np
 import torch

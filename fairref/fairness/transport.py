@@ -1,4 +1,4 @@
-"""Targets of the distributional alignment loss by expected optimal transport (METHOD.md §3, eqs 4 and 5).
+"""Targets of the distributional alignment loss by expected optimal transport (docs/method.md §3, eqs 4 and 5).
 
 N images of one prompt, K classes. u^(1..N) are iid one-hot draws from the target distribution D; only their
 class counts n ~ Multinomial(N, D) matter. Everything here is float64 on the CPU and carries no gradient.

@@ -166,7 +166,7 @@ def picture_gradient(setup: Setup, pictures: Pictures, q: dict[str, Tensor]) -> 
 
 
 def loss_of(setup: Setup, x: Tensor, p: Pictures, q: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The loss of images x = p.x with target rows q (m, K_a), summed, and the SUMS (METHOD.md §5)."""
+    """The loss of images x = p.x with target rows q (m, K_a), summed, and the SUMS (docs/method.md §5)."""
     recipe, N = setup.recipe, setup.recipe.batch
     found, o_found = (None if f is None else f.found for f in (p.faces, p.o_faces))
     logits, align, sure, agrees = setup.classify(x, p.faces), 0, [], {}

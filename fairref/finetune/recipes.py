@@ -1,7 +1,8 @@
-"""The numbers of a finetuning run: METHOD.md §6, overridden by the bundle's, then by the user's."""
+"""The numbers of a finetuning run: docs/method.md §6, overridden by the bundle's, then by the user's."""
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple
 
@@ -236,7 +237,7 @@ def _numbers(value):
     return [] if isinstance(value, str) else list(value) if isinstance(value, Range) else [value]
 
 
-# METHOD.md §6, beside the defaults above, which are the gender run's. Skin tone stands where the source has race.
+# docs/method.md §6, beside the defaults above, which are the gender run's. Skin tone stands where the source has race.
 RACE = {"batch": 32, "lambda_img": 6.0, "lambda_face": 0.1, "iterations": 12_000}
 GENDER_RACE = {"batch": 32, "C": 0.6, "lambda_face": 0.1, "iterations": 14_000}
 WITH_AGE = {"batch": 40, "lambda_face": 0.1, "iterations": 15_000}
@@ -251,7 +252,7 @@ LAMBDA_3 = {"gender": 0.2, "race": 0.3, "age": 0.3}
 
 
 def methods(attributes: tuple[str, ...]) -> dict:
-    """What METHOD.md §6 says of a run for these attributes; the gender run's numbers where it says nothing."""
+    """What docs/method.md §6 says of a run for these attributes; the gender run's numbers where it says nothing."""
     known = {name: "race" if name == "skin_tone" else name for name in attributes}
     return {
         **RUNS.get(frozenset(known.values()), {}),
@@ -261,21 +262,31 @@ def methods(attributes: tuple[str, ...]) -> dict:
 
 
 def resolve(
-    attributes: tuple[str, ...], bundle_recipe: dict, overrides: dict, source: str = "bundle.json"
+    attributes: tuple[str, ...],
+    bundle_recipe: dict,
+    overrides: dict,
+    source: str = "bundle.json",
+    known_attributes: Iterable[str] | None = None,
 ) -> Recipe:
-    """The recipe of a run: METHOD.md's, the bundle's, the bundle's for the attributes, the user's; later wins.
+    """The recipe of a run: docs/method.md's, the bundle's, the bundle's for the attributes, the user's; later wins.
 
     In `bundle_recipe` a key that is no setting, with an object, is for the run of the attributes it names, as
-    "gender" or "gender,race". lambda_2 and lambda_3 become a number for each attribute. Raises UserError for unknown
-    keys; `source` names the manifest.
+    "gender" or "gender,race": of `known_attributes`, the bundle's. lambda_2 and lambda_3 become a number for each
+    attribute. Raises UserError for unknown keys; `source` names the manifest.
     """
     known = {f.name for f in fields(Recipe)}
     runs = {
         key: value for key, value in bundle_recipe.items() if key not in known and isinstance(value, dict)
     }
+    strangers = set(",".join(runs).split(",")) - set(known_attributes or ()) if runs else ()
+    if known_attributes is not None and strangers:
+        raise UserError(
+            f"{source}: recipe has the unknown key {min(strangers)!r}; expected a setting, or attributes of the bundle,"
+            f" {', '.join(known_attributes)}."
+        )
     specific = [value for key, value in runs.items() if set(key.split(",")) == set(attributes)]
     layers = [
-        (methods(attributes), "METHOD.md"),
+        (methods(attributes), "docs/method.md"),
         ({key: value for key, value in bundle_recipe.items() if key not in runs}, f"{source}: recipe"),
         *((value, f"{source}: recipe of {','.join(attributes)}") for value in specific),
         (overrides, "options"),

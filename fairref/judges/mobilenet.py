@@ -178,7 +178,7 @@ class MobileNetV3(nn.Module):
 
 
 class Classifier(nn.Module):
-    """h of METHOD.md: pictures x (B, 3, H, W) in [-1, 1] -> {attribute: logits (B, K)}, differentiable.
+    """h of docs/method.md: pictures x (B, 3, H, W) in [-1, 1] -> {attribute: logits (B, K)}, differentiable.
 
     `attributes` maps a name to its class names, `logits` to the places of their logits among the network's M;
     without it they lie side by side in that order and are all there are.

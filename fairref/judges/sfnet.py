@@ -83,7 +83,7 @@ class SFNet(nn.Module):
 
 
 def embed_faces(network: nn.Module, x: Tensor) -> Tensor:
-    """emb of METHOD.md section 5: (B, 3, side, side) -> unit vectors (B, D), mean of a face and its mirror image."""
+    """emb of docs/method.md section 5: (B, 3, side, side) -> unit vectors (B, D), mean of a face and its mirror image."""
     x = x.to(next(network.parameters()).dtype)
     return F.normalize(network(x) + network(x.flip(3)), dim=1)
 

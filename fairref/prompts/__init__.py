@@ -1,4 +1,4 @@
-"""The prompts of finetuning and evaluation (METHOD.md §7): a bundle's occupations, and four lists for any model.
+"""The prompts of finetuning and evaluation (docs/method.md §7): a bundle's occupations, and four lists for any model.
 
 The lists are the CSV files beside this one, written for this project; each has disjoint parts.
 """
