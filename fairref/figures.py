@@ -27,7 +27,6 @@ def curves(
     labels: tuple[str, str],
     title: str,
     log: bool = False,
-    backwards: bool = False,
 ) -> None:
     """One curve a name, of rows with `x`, "mean", "low" and "high": the mean, and the rest as a band."""
     plt = pyplot()
@@ -39,8 +38,6 @@ def curves(
         axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
     if log:
         axes.set_yscale("log")
-    if backwards:
-        axes.invert_xaxis()
     axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=len(series))  # beside the curves, not over them

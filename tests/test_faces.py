@@ -67,7 +67,7 @@ def test_the_largest_face_inside_the_image_counts():
         seen = [Found(b, m) for b, m in zip(boxes, marks)]
         return [seen[0], seen[1], Found(boxes[0, :0], marks[0, :0]), seen[2]]
 
-    found = find(detector, torch.zeros(4, 3, 40, 50), enlarge=0.5)
+    found = find(detector, torch.zeros(4, 3, 40, 50))
     assert found.found.tolist() == [True, True, False, False]
     assert found.boxes.tolist() == [[5, 5, 35, 35], [4.75, 4.75, 6.25, 6.25]]
     assert torch.equal(found.landmarks, torch.stack([marks[0, 1], marks[1, 1]]))

@@ -147,6 +147,6 @@ def test_pictures_of_curves_and_paths(tmp_path):
     figures = pytest.importorskip("fairref.figures")
     pytest.importorskip("matplotlib")
     rows = {name: [{"t": t, "mean": t, "low": t / 2, "high": 2 * t} for t in (1, 10, 100)] for name in "ab"}
-    figures.curves(tmp_path / "c.png", rows, "t", ("time", "size"), "A title", log=True, backwards=True)
+    figures.curves(tmp_path / "c.png", rows, "t", ("time", "size"), "A title", log=True)
     figures.gradient_paths(tmp_path / "p.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("c.png", "p.png"))

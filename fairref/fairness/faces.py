@@ -92,7 +92,7 @@ def square_around(boxes: Tensor, enlarge: float = ENLARGE) -> Tensor:
 
 
 @torch.no_grad()
-def find(detector: Detector, x: Tensor, enlarge: float = ENLARGE) -> Faces:
+def find(detector: Detector, x: Tensor) -> Faces:
     """The largest face, by area inside the image, of each of the images x (B, 3, H, W) in [-1, 1]."""
     H, W = x.shape[2:]
     found, boxes, landmarks = [], [x.new_zeros(0, 4)], [x.new_zeros(0, 5, 2)]
@@ -104,7 +104,7 @@ def find(detector: Detector, x: Tensor, enlarge: float = ENLARGE) -> Faces:
             boxes.append(seen.boxes[best, None].to(x))
             landmarks.append(seen.landmarks[best, None].to(x))
     found = torch.tensor(found, dtype=torch.bool, device=x.device)
-    return Faces(found, square_around(torch.cat(boxes), enlarge), torch.cat(landmarks))
+    return Faces(found, square_around(torch.cat(boxes)), torch.cat(landmarks))
 
 
 def crops(x: Tensor, faces: Faces, side: int = CROP) -> Tensor:

@@ -254,18 +254,6 @@ class ClipText(nn.Module):
         return self.text_model(self.embed(ids) if embeddings is None else embeddings)
 
 
-class ClipVision(nn.Module):
-    """The image tower without projection: normalised pixels (B, 3, image_size, image_size) -> (B, D)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.vision_model = VisionTower(config)
-
-    def forward(self, pixels):
-        return self.vision_model(pixels)
-
-
 def clip_pixels(x, size):
     """x (B, 3, H, W) in [-1, 1] -> (B, 3, size, size) as CLIP's image tower expects: bicubic, normalised."""
     x = F.interpolate((x + 1) / 2, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
