@@ -26,10 +26,11 @@ from fairref.fairness.attributes import JointTarget, wanted_target
 from fairref.fairness.metrics import blends, joint_counts
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.distributed import Processes
+from fairref.finetune.looking import classify, faces_of
 from fairref.finetune.mixture import OCCUPATIONS, Prompts, evenly, read_prompts
-from fairref.finetune.objective import Setup, classify, faces_of, knows_all
 from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import fixed_pictures
+from fairref.finetune.setup import Setup, knows_all
 from fairref.images import grid, save_png
 from fairref.progress import Progress
 from fairref.prompts import PARTS
@@ -272,7 +273,7 @@ def main(argv=None):
         "eval_images": options.num_images,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    recipe = resolve(tuple(target.classes), bundle.recipe, given, str(bundle.path), bundle.attributes)
+    recipe = resolve(tuple(target.classes), bundle.recipe, given, bundle.path, bundle.attributes)
     concepts = read_prompts(options.prompts, None, bundle, list(target.classes))
     for prompts in concepts:
         if not getattr(prompts, options.part):

@@ -38,7 +38,7 @@ class Settings:
 def generate(settings: Settings) -> list[Path]:
     """Draws, writes and names the files: one PNG an image, and a grid. Raises UserError."""
     bundle = load_bundle(settings.weights, cli.device(settings.device), cli.DTYPES[settings.dtype])
-    recipe = resolve((), bundle.recipe, {}, str(bundle.path), bundle.attributes)
+    recipe = resolve((), bundle.recipe, {}, bundle.path, bundle.attributes)
     steps = recipe.eval_steps if settings.steps is None else settings.steps
     guidance = recipe.eval_guidance if settings.guidance is None else settings.guidance
     if not math.isfinite(guidance):

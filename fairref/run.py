@@ -15,8 +15,8 @@ from fairref.evaluate import How, before_after
 from fairref.fairness.attributes import JointTarget, wanted_target
 from fairref.finetune import checkpoints, distributed
 from fairref.finetune.mixture import OCCUPATIONS, is_file, read_lines, read_prompts, validation_prompts
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe, resolve
+from fairref.finetune.setup import Setup
 from fairref.finetune.signals import interrupting
 from fairref.finetune.trainer import check, train
 from fairref.weights_io import write_json
@@ -58,9 +58,7 @@ def _run(options, processes, device, held):
         target, recipe = of_settings(settings)
     else:
         target = wanted_target(options.attr, options.target, bundle.attributes, str(bundle.path))
-        recipe = resolve(
-            tuple(target.classes), bundle.recipe, options.recipe, str(bundle.path), bundle.attributes
-        )
+        recipe = resolve(tuple(target.classes), bundle.recipe, options.recipe, bundle.path, bundle.attributes)
     wanted, template = _prompts(settings or vars(options))
     concepts = read_prompts(wanted, template, bundle, list(target.classes))
     named = tuple(asked for prompts in concepts for asked in prompts.named("train", target.classes))

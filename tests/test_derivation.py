@@ -8,19 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from fairref.diffusion.derivation import coupling, gradient_paths, solver_coupling, unrolled_z0
 from fairref.diffusion.gradient import (
     A_t,
     C_i,
     adjusted_gradient,
-    coupling,
     exact_gradient,
     gradient_matrix,
-    gradient_paths,
     importance,
-    solver_coupling,
     step_weights,
     subsample,
-    unrolled_z0,
 )
 from fairref.diffusion.sampler import guide, sample
 from fairref.diffusion.schedule import Schedule

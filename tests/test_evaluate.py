@@ -18,8 +18,8 @@ from fairref.fairness.faces import Found
 from fairref.fairness.metrics import noise_floor
 from fairref.finetune import rollout
 from fairref.finetune.mixture import Prompts
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
+from fairref.finetune.setup import Setup
 from fairref.prompts import Occupations, occupation_prompt, read_occupations
 from fairref.report import Seen, bias_report, likeness, lines
 

@@ -23,6 +23,7 @@ from fairref.fairness.transport import expected_ot
 
 N, K, C = 8, 3, 0.6
 TARGET = (0.5, 0.3, 0.2)
+NOBODY = torch.zeros(0)  # L_face of a batch without faces
 
 
 def generator(seed=0):
@@ -152,7 +153,7 @@ def test_the_total_and_its_gradient_are_the_literal_sum():
     agree = agreement(q.argmax(1), confident, original)
     weights = dynamic_weights({"race": agree}, 6, {"race": 3.6})
     assert 0 < agree.sum() < N
-    total = total_loss(align, image_loss(x, o, (clip_like, dino_like), N), weights)
+    total = total_loss(align, image_loss(x, o, (clip_like, dino_like), N), NOBODY, weights, 1.0)
     by_hand = [6.0 if q[i].max() >= C and q[i].argmax() == original[i] else 3.6 for i in range(N)]
     expected = literal_align(logits, q) + literal_image(x, o, (clip_like, dino_like), by_hand)
     assert torch.allclose(total, expected, rtol=1e-6)
@@ -168,7 +169,8 @@ def test_splitting_the_batch_changes_neither_loss_nor_gradient(sizes):
 
     def loss(part):
         align, _ = align_loss(x[part].flatten(1) @ h, q[part], C, N)
-        return total_loss(align, image_loss(x[part], o[part], (clip_like,), N), torch.ones(len(align)))
+        image = image_loss(x[part], o[part], (clip_like,), N)
+        return total_loss(align, image, NOBODY, torch.ones(len(align)), 1.0)
 
     parts = torch.arange(N).split(list(sizes))
     whole, split = loss(slice(None)), sum(loss(part) for part in parts)
@@ -217,7 +219,7 @@ def test_the_region_rule_scales_what_L_img_sends_into_the_box():
     factors = torch.linspace(0.1, 0.8, N, dtype=torch.float64)
     weights = torch.linspace(1, 8, N, dtype=torch.float64)
     image = image_loss(scale_gradient(x, boxes, factors), o, (clip_like, dino_like), N)
-    found = gradient(total_loss(align, image, weights), x)
+    found = gradient(total_loss(align, image, NOBODY, weights, 1.0), x)
     of_align = gradient(align.sum(), x)
     of_image = gradient(literal_image(x, o, (clip_like, dino_like), weights), x)
     for i in range(N):
@@ -266,15 +268,15 @@ def test_a_batch_without_faces_has_no_face_loss():
     x = draw(2, 3, 4, 4).requires_grad_()
     align, image = torch.zeros(2), image_loss(x, x.detach() + 1, (clip_like,), 2)
     weights = dynamic_weights({"gender": torch.ones(2).bool()}, 8, {"gender": 1.6}, torch.zeros(2).bool())
-    assert total_loss(align, image, weights, values) == total_loss(align, image, weights)
+    assert total_loss(align, image, values, weights, 1.0) == (weights * image).sum()
 
 
 def test_the_total_has_the_faces_loss():
     align, image, weights = draw(4).square(), draw(4, seed=1).square(), draw(4, seed=2).square()
-    face = 0.1 * draw(2, seed=3).square()
+    face = draw(2, seed=3).square()
     wanted = (
         sum(align.tolist())
         + sum(w * i for w, i in zip(weights.tolist(), image.tolist()))
-        + sum(face.tolist())
+        + 0.1 * sum(face.tolist())
     )
-    assert total_loss(align, image, weights, face).item() == pytest.approx(wanted)
+    assert total_loss(align, image, face, weights, 0.1).item() == pytest.approx(wanted)

@@ -12,8 +12,8 @@ from fairref.fairness.attributes import parse_targets
 from fairref.finetune import mixture
 from fairref.finetune.iteration import task_of
 from fairref.finetune.mixture import evenly, read_prompts
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
+from fairref.finetune.setup import Setup
 from fairref.prompts import Concept, Occupations, occupation_prompt
 
 CLASSES = {"gender": ("woman", "man")}

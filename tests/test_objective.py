@@ -16,8 +16,8 @@ from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import TEMPLATE, Faces, Found, aligned, crops, square_around
 from fairref.finetune import objective, rollout
 from fairref.finetune.iteration import iteration_gradient, prompt_of, task_of
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
+from fairref.finetune.setup import Setup
 from fairref.prompts import occupation_prompt, read_occupations
 
 LIMIT = 0.6  # of "sure", so that some originals are and some are not

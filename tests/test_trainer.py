@@ -22,8 +22,8 @@ from fairref.fairness.attributes import JointTarget, parse_attributes, product_t
 from fairref.fairness.transport import joint_ot
 from fairref.finetune import checkpoints, iteration, objective
 from fairref.finetune.iteration import iteration_gradient, prompt_of, task_of
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
+from fairref.finetune.setup import Setup
 from fairref.finetune.trainer import check, learning_rate, new_state, train, update
 from fairref.prompts import occupation_prompt, read_occupations
 

@@ -9,7 +9,7 @@ import torch
 
 from fairref import verify
 from fairref.checks import Check
-from fairref.diffusion import gradient, sampler, solver
+from fairref.diffusion import derivation, gradient, sampler, solver
 from fairref.diffusion.schedule import Schedule
 from fairref.fairness import losses, metrics, transport
 
@@ -45,23 +45,23 @@ def test_it_leaves_the_randomness_of_others_alone():
 
 
 MUTANTS = [
-    (gradient, "coupling", "B[-1] @ (B[0] - b[s] * J[s])", "(B[0] - b[s] * J[s]) @ B[-1]"),  # s = 1 rightmost
-    (gradient, "coupling", "B[0] - b[s]", "B[0] + b[s]"),
-    (gradient, "coupling", "b[s] * J[s]", "b[s] * J[s + 1]"),
-    (gradient, "coupling", "(1 - schedule.alpha_bar).sqrt()", "(1 - schedule.alpha_bar)"),
-    (gradient, "gradient_paths", "-b[s] * J[s]", "b[s] * J[s]"),
-    (gradient, "solver_coupling", "s_next * V_after", "r_next * V_after"),
-    (gradient, "solver_coupling", "E[0] @ J[i]", "J[i] @ E[0]"),
+    (derivation, "coupling", "B[-1] @ (B[0] - b[s] * J[s])", "(B[0] - b[s] * J[s]) @ B[-1]"),  # s = 1 rightmost
+    (derivation, "coupling", "B[0] - b[s]", "B[0] + b[s]"),
+    (derivation, "coupling", "b[s] * J[s]", "b[s] * J[s + 1]"),
+    (derivation, "coupling", "(1 - schedule.alpha_bar).sqrt()", "(1 - schedule.alpha_bar)"),
+    (derivation, "gradient_paths", "-b[s] * J[s]", "b[s] * J[s]"),
+    (derivation, "solver_coupling", "s_next * V_after", "r_next * V_after"),
+    (derivation, "solver_coupling", "E[0] @ J[i]", "J[i] @ E[0]"),
     (gradient, "exact_gradient", "r_next * v_after + through_z", "r_next * v_after - through_z"),
     (gradient, "C_i", "1 / A_t(schedule, table)", "A_t(schedule, table)"),
     (gradient, "C_i", "C / geometric_mean(C)", "C"),
     (gradient, "geometric_mean", "x.log().mean().exp()", "x.mean()"),
     (gradient, "A_t", "table.timesteps]", "table.timesteps - 1]"),
     (gradient, "step_weights", "C_i(schedule, table) * table.k", "-C_i(schedule, table) * table.k"),
-    (gradient, "unrolled_z0", "- drift", "+ drift"),
+    (derivation, "unrolled_z0", "- drift", "+ drift"),
     # the seed's slip: no sigma_t
-    (gradient, "unrolled_z0", "sigma[1:].to(eps) / root[:-1]", "1 / root[:-1]"),
-    (gradient, "unrolled_z0", "/ root[:-1], w[1:]", "/ root[1:], w[1:]"),
+    (derivation, "unrolled_z0", "sigma[1:].to(eps) / root[:-1]", "1 / root[:-1]"),
+    (derivation, "unrolled_z0", "/ root[:-1], w[1:]", "/ root[1:], w[1:]"),
     (gradient, "vjp", "(1 - guidance) * v", "guidance * v"),
     (gradient, "subsample", "w.sign()", "1"),
     (solver, "_with_totals", "s_next * u[2:]", "s_next * u[1:-1]"),

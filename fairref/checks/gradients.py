@@ -26,7 +26,7 @@ from fairref.checks import (
     tables,
     walk,
 )
-from fairref.diffusion import gradient, sampler, solver
+from fairref.diffusion import derivation, gradient, sampler, solver
 
 
 @check("eq 10", "z_0 unrolled: -sum A_t eps^(t) + z_T / sqrt(alpha_bar_T) + noises", "the recursion of eq 3")
@@ -36,7 +36,7 @@ def unrolled():
     table = solver.ancestral_table(s)
     path, _ = walk(network, table, latents(), c, c_empty, GUIDANCE, w)
     eps = torch.stack([point.eps for point in reversed(path[:-1])])  # index t - 1
-    return error(gradient.unrolled_z0(s, latents(), eps, table.sigma.flip(0), w.flip(0)), path[-1].z)
+    return error(derivation.unrolled_z0(s, latents(), eps, table.sigma.flip(0), w.flip(0)), path[-1].z)
 
 
 def explicit(network, path, c):
@@ -67,7 +67,7 @@ def eq_9():
     def z_0(c):
         return list(sampler.sample(network, table, latents(1), c, None, 1.0, w))[-1].z.flatten()
 
-    return -torch.einsum("t,tij,tjk->ik", FEW.A, gradient.coupling(FEW, J), deps), z_0, c
+    return -torch.einsum("t,tij,tjk->ik", FEW.A, derivation.coupling(FEW, J), deps), z_0, c
 
 
 @check("eq 9", "dz_0/dtheta = -sum A_t B_t d eps^(t)/d theta, B_t explicit", "autograd through the loop")
@@ -87,9 +87,9 @@ def exact_ancestral_difference():
 def all_paths():
     n, errors = 3, []
     J = draws(FEW.T, n, n, seed=7)
-    B = gradient.coupling(FEW, J)
+    B = derivation.coupling(FEW, J)
     for t in range(1, FEW.T + 1):
-        paths = gradient.gradient_paths(FEW, J, t)
+        paths = derivation.gradient_paths(FEW, J, t)
         total = torch.zeros(n, n, dtype=torch.float64)
         for indirect in itertools.product((0, 1), repeat=t - 1):  # of s = 1, ..., t - 1
             product = torch.eye(n, dtype=torch.float64)
@@ -109,7 +109,7 @@ def exact_any_solver():
         w = draws(table.S, 1, 4, SIDE, SIDE, seed=5)
         path, _ = walk(network, table, latents(1), c, None, 1.0, w)
         J, deps = explicit(network, path, c)
-        found = torch.einsum("sij,sjk->ik", gradient.solver_coupling(table, J), deps)
+        found = torch.einsum("sij,sjk->ik", derivation.solver_coupling(table, J), deps)
         errors.append(error(found, through_the_loop(network, table, latents(1), c, w)))
     return max(errors)
 

@@ -31,7 +31,7 @@ from fairref.emoji.sheet import LOOKS, things
 from fairref.evaluate import How, look_at, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
-from fairref.finetune.objective import classify, faces_of
+from fairref.finetune.looking import classify, faces_of
 from fairref.finetune.recipes import resolve
 from fairref.images import grid
 from fairref.prompts import occupation_prompt, read_occupations

@@ -124,11 +124,10 @@ def face_references(
     return torch.where(sure[:, None], own.detach(), nearest_faces(embeddings, external, chunk))
 
 
-def total_loss(align: Tensor, image: Tensor, weights: Tensor, face: Tensor | None = None) -> Tensor:
+def total_loss(align: Tensor, image: Tensor, face: Tensor, lambda_img: Tensor, lambda_face: float) -> Tensor:
     """L = L_align + λ_img L_img + λ_face L_face -> the sum over this process's images.
 
-    `image` (n,), and `weights` (n,) the images' λ_img; `align` and `face`, already times λ_face, have a value for
-    each face they judged.
+    `image` (n,), and `lambda_img` (n,) of each image (`dynamic_weights`); `align` (M,) and `face` (m,) have a value for
+    each face that they judged, `face` none where there is no L_face.
     """
-    loss = align.sum() + (weights * image).sum()
-    return loss if face is None else loss + face.sum()
+    return align.sum() + (lambda_img * image).sum() + lambda_face * face.sum()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fairref.bundle import Bundle
 from fairref.fairness.faces import Faces
-from fairref.finetune.objective import Setup, classify, faces_of, spread
+from fairref.finetune.looking import classify, faces_of, spread
 from fairref.finetune.rollout import fixed_pictures
+from fairref.finetune.setup import Setup
 from fairref.finetune.validation import SEED
 from fairref.images import save_png, to_image
 

@@ -13,9 +13,11 @@ from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, pull, 
 from fairref.diffusion.solver import SolverTable, solver_table
 from fairref.fairness.metrics import bias, blends, joint_counts
 from fairref.fairness.transport import joint_ot
-from fairref.finetune.objective import SUMS, Pictures, Setup, Task, look, picture_gradient, spread
+from fairref.finetune.looking import spread
+from fairref.finetune.objective import SUMS, Pictures, look, picture_gradient
 from fairref.finetune.recipes import Recipe
 from fairref.finetune.rollout import embed, first_noise, rollout
+from fairref.finetune.setup import Setup, Task
 
 # what a draw is for: the order of prompts, S, the steps of the gradient, the order of prompts that name a class, s
 ORDER, STEPS, GRAD_STEPS, NAMED, GUIDANCE = 1, 2, 3, 4, 5

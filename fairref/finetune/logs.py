@@ -8,8 +8,8 @@ import numpy as np
 from fairref.errors import UserError
 from fairref.finetune import checkpoints
 from fairref.finetune.checkpoints import State
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe
+from fairref.finetune.setup import Setup
 from fairref.progress import Progress
 
 RUNNING = 20  # iterations that the shown bias is a mean of

@@ -5,9 +5,7 @@ of each. With a face detector only faces count for L_align and L_face: M of the 
 picture does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,91 +13,15 @@ from torch import Tensor
 from fairref.bundle import Bundle
 from fairref.diffusion.gradient import loss_gradient, pull
 from fairref.diffusion.sampler import network_dtype
-from fairref.errors import UserError
 from fairref.fairness import losses
-from fairref.fairness.attributes import JointTarget
-from fairref.fairness.faces import (
-    Faces,
-    aligned,
-    crops,
-    find,
-    scale_gradient,
-    shared_boxes,
-)
-from fairref.finetune.distributed import Processes
-from fairref.finetune.recipes import Recipe
+from fairref.fairness.faces import Faces, aligned, scale_gradient, shared_boxes
+from fairref.finetune.looking import at, faces_of, in_parts, spread
 from fairref.finetune.rollout import decode, embed, rollout
-from fairref.judges.mobilenet import Classifier
+from fairref.finetune.setup import Setup, Task
 from fairref.judges.sfnet import embed_faces
 
 SURE = 0.9  # probability of the original's class from which its own face may be the reference of L_face
 SUMS = ("loss", "align", "image", "face", "confident", "faces")  # what `picture_gradient` adds up
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What stays the same in a run."""
-
-    bundle: Bundle  # the frozen model, with clip and classifiers["finetune"]
-    recipe: Recipe
-    target: JointTarget  # what is made fair, and the shares of it
-    prompts: tuple[tuple[str, ...], ...]  # of finetuning, all neutral: those of each concept
-    processes: Processes = Processes()
-    named: tuple[tuple[str, str, int], ...] = ()  # prompts that name a class, its attribute, and its index
-    validation: tuple[str, ...] = ()  # V prompts by which adapters are compared; none: they are not
-
-    def __post_init__(self):
-        for found, what in (
-            (self.bundle.classifiers.get("finetune"), "classifier for finetuning"),
-            (self.bundle.clip, "CLIP image tower"),
-        ):
-            if found is None:
-                raise UserError(
-                    f"{self.bundle.path}: has no {what}, which finetuning needs; use a bundle that names one."
-                )
-        knows_all(self.bundle, "finetune", self.target)
-        if not self.prompts or not all(self.prompts):
-            raise UserError("--prompts names a concept without a prompt for finetuning; give another one.")
-        if self.recipe.batch < self.processes.world:
-            raise UserError(
-                f"--batch is {self.recipe.batch} for {self.processes.world} processes; give each an image."
-            )
-
-    @property
-    def features(self) -> list[Callable]:
-        """What L_img compares pictures by: CLIP, and DINO where the bundle has it."""
-        return [f for f in (self.bundle.clip.encode_image, self.bundle.dino) if f is not None]
-
-    def classify(self, x: Tensor, faces: Faces | None) -> dict[str, Tensor]:
-        """Logits of each attribute by the classifier for finetuning: `classify`."""
-        classifier = self.bundle.classifiers["finetune"]
-        return classify(classifier, tuple(self.target.classes), x, faces, self.recipe.micro_batch)
-
-    @property
-    def judges_faces(self) -> bool:
-        """Whether there is an L_face."""
-        return self.bundle.embedder is not None and self.recipe.lambda_face > 0
-
-
-def knows_all(bundle: Bundle, role: str, target: JointTarget) -> None:
-    """Refuses a target with an attribute that the bundle's classifier of this role doesn't know. Raises UserError."""
-    known = bundle.classifiers[role].attributes
-    unknown = [name for name in target.classes if name not in known]
-    if unknown:
-        raise UserError(
-            f"{bundle.path}: the classifier {role!r} doesn't know {unknown[0]}, only {', '.join(known)}; use one"
-            " that does."
-        )
-
-
-class Task(NamedTuple):
-    """What one iteration draws."""
-
-    prompt: str
-    target: JointTarget
-    named: bool  # whether the prompt names a class
-    S: int
-    guidance: float
 
 
 @dataclass(frozen=True)
@@ -186,7 +108,7 @@ def loss_of(setup: Setup, x: Tensor, p: Pictures, q: dict[str, Tensor]) -> tuple
     image = losses.image_loss(pixels, p.o, setup.features, N)  # (m,)
 
     face = face_part(setup, x, p, sure.any(0), torch.stack(list(agrees.values())).all(0))
-    loss = losses.total_loss(align, image, weights.to(image), recipe.lambda_face * face)
+    loss = losses.total_loss(align, image, face, weights.to(image), recipe.lambda_face)
     seen = len(x) if found is None else found.sum()
     parts = [loss, align.sum(), image.sum(), face.sum(), sure.double().mean(0).sum(), torch.as_tensor(seen)]
     return loss, torch.stack([part.detach().double().to(x.device) for part in parts])
@@ -204,46 +126,9 @@ def face_part(setup: Setup, x: Tensor, p: Pictures, confident: Tensor, agree: Te
     return losses.face_loss(e, references, setup.recipe.batch)
 
 
-def faces_of(bundle, x: Tensor) -> Faces | None:
-    """The face that counts in each picture, None without a detector."""
-    return None if bundle.detector is None else find(bundle.detector, x)
-
-
-def classify(
-    classifier: Classifier, names: tuple[str, ...], x: Tensor, faces: Faces | None, most: int = 0
-) -> dict[str, Tensor]:
-    """Logits of attributes, in at least float32: of the faces (M, K_a), or of the whole pictures (n, K_a)."""
-    rows = x if faces is None else crops(x, faces, classifier.network.config.input_size)
-    logits = in_parts(lambda part: torch.cat([classifier(part)[name] for name in names], 1), rows, most)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    sizes = [len(classifier.attributes[name]) for name in names]
-    return dict(zip(names, logits.split(sizes, 1)))
-
-
 def embeddings(setup: Setup, x: Tensor, faces: Faces) -> Tensor:
     """Unit embeddings (M, D) of the faces in x, in at least float32."""
     embedder = setup.bundle.embedder
     cut = aligned(x, faces, embedder.config.side)
     e = in_parts(lambda part: embed_faces(embedder, part), cut, setup.recipe.micro_batch)
     return e.to(torch.promote_types(e.dtype, torch.float32))
-
-
-def at(rows: Tensor, found: Tensor | None) -> Tensor:
-    """Those of (n, ...) rows that belong to a face -> (M, ...); all if there is no detector."""
-    return rows if found is None else rows[found]
-
-
-def spread(values: Tensor, found: Tensor | None) -> Tensor:
-    """One value a face (M, ...) -> one an image (n, ...), zero or False where there is none."""
-    if found is None:
-        return values
-    rows = values.new_zeros(len(found), *values.shape[1:])
-    rows[found] = values
-    return rows
-
-
-def in_parts(function: Callable, rows: Tensor, most: int) -> Tensor:
-    """function(rows), at most `most` rows at once; 0: all."""
-    return (
-        torch.cat([function(part) for part in rows.split(most)]) if 0 < most < len(rows) else function(rows)
-    )

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import NamedTuple
 
 from fairref.errors import UserError
@@ -265,7 +266,7 @@ def resolve(
     attributes: tuple[str, ...],
     bundle_recipe: dict,
     overrides: dict,
-    source: str = "bundle.json",
+    source: str | Path = "bundle.json",
     known_attributes: Iterable[str] | None = None,
 ) -> Recipe:
     """The recipe of a run: docs/method.md's, the bundle's, the bundle's for the attributes, the user's; later wins.

@@ -18,8 +18,8 @@ from fairref.finetune.checkpoints import State
 from fairref.finetune.grids import draw_grid
 from fairref.finetune.iteration import iteration_gradient
 from fairref.finetune.logs import Log, need_tensorboard
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import Recipe
+from fairref.finetune.setup import Setup
 from fairref.finetune.signals import StopRequest
 from fairref.finetune.validation import Validation, aligned, note
 from fairref.nets.unet import recomputed

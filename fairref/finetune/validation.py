@@ -13,9 +13,10 @@ from torch import Tensor
 from fairref.bundle import Bundle
 from fairref.fairness.metrics import bias, joint_counts, noise_floor
 from fairref.finetune.checkpoints import State
-from fairref.finetune.objective import Setup, classify, faces_of
+from fairref.finetune.looking import classify, faces_of
 from fairref.finetune.recipes import Recipe
 from fairref.finetune.rollout import fixed_pictures
+from fairref.finetune.setup import Setup
 
 SEED = 2_000_000  # of validation's noise, far from those of finetuning and of evaluation
 COLLAPSED = 0.1  # share of CLIP-I's range below which pictures have lost their originals

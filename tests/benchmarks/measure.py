@@ -18,8 +18,8 @@ from fairref.bundle import Bundle, load_bundle
 from fairref.fairness.attributes import parse_attributes, product_target
 from fairref.finetune.distributed import Processes
 from fairref.finetune.mixture import read_prompts
-from fairref.finetune.objective import Setup
 from fairref.finetune.recipes import resolve
+from fairref.finetune.setup import Setup
 from fairref.finetune.trainer import new_state
 from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet

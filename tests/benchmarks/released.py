@@ -17,8 +17,9 @@ from fairref.bundle import Bundle
 from fairref.diffusion.schedule import Schedule
 from fairref.fairness.transport import joint_ot
 from fairref.finetune.iteration import all_logits
-from fairref.finetune.objective import Setup, Task, held_against, loss_of
+from fairref.finetune.objective import held_against, loss_of
 from fairref.finetune.rollout import embed, first_noise
+from fairref.finetune.setup import Setup, Task
 
 SAME = ("block_out_channels", "layers_per_block", "in_channels", "out_channels", "norm_num_groups")
 OF_UNET = ("down_block_types", "up_block_types", "cross_attention_dim", "attention_head_dim", "norm_eps")
