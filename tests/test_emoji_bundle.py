@@ -132,8 +132,10 @@ def test_the_adjusted_gradient_is_algorithm_A1_in_float32(bundle):
 
 @pytest.mark.slow
 def test_its_pictures_pass_the_gates(bundle):
-    """Fewer images than `python -m fairref.emoji.build --check` looks at; at guidance 1 every other occupation."""
-    gates = list(check.sampling_gates(bundle, images=16, named_images=4, named_every=8, follow_every=2))
+    """Fewer prompts than `python -m fairref.emoji.build --check` looks at; at guidance 1 every other occupation.
+
+    Of prompts that name a class as many images: of half as many, agreement scatters by a percent around .96."""
+    gates = list(check.sampling_gates(bundle, images=16, named_images=8, named_every=8, follow_every=2))
     assert all(gate.holds for gate in gates), "\n".join(map(str, gates))
 
 
