@@ -10,15 +10,20 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_bundle import RECIPE, write_tiny_bundle
 
 from fairref import cli, evaluate
+from fairref.bundle import load_bundle
 from fairref.errors import UserError
+from fairref.fairness.attributes import parse_targets
 from fairref.finetune import checkpoints
+from fairref.finetune.adapters import load_adapter
 from fairref.finetune.recipes import Recipe, resolve
+from fairref.images import grid
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -97,6 +102,39 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
     assert set(evaluation) == {"before", "after (ema)", "after (raw)"}
     assert set(evaluation["before"]) == {"test", "train"}
     assert evaluation["after (raw)"]["test"]["clip_i"] < 1
+
+
+def test_the_last_picture_has_a_row_before_and_a_row_after_from_the_same_noise(run_folder, weights):
+    bundle = load_bundle(weights)
+    target = parse_targets(["gender"], bundle.attributes)
+    how = evaluate.How(bundle, target, RECIPE["eval_steps"], RECIPE["eval_guidance"])
+    prompts = [f"a photo of the face of a {job}, a person" for job in ("singer", "farmer")]
+    models = bundle, load_adapter(bundle, run_folder / "adapter.safetensors")
+    rows = [evaluate.pictures(how, model, prompt, 12) for prompt in prompts for model in models]
+    assert not any(torch.equal(rows[i], rows[i + 1]) for i in (0, 2))
+    with Image.open(run_folder / "before_after.png") as found:
+        assert found.text["prompts"] == "\n".join(prompts) and "before and after (ema)" in found.text["rows"]
+        assert np.array_equal(np.array(found), np.array(grid(torch.cat(rows), 12)))
+
+
+def test_a_run_of_the_default_bundle_prints_what_two_judges_say(tmp_path, capsys):
+    """Everything that the small world has: a detector, L_face, DINO, the template judge, validation and grids."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\na photo of the face of a nurse, a person\n")
+    few = "--iterations 1 --batch 3 --steps 2 --eval-steps 3 --eval-images 2 --evaluate ema"
+    few += " --validate-every 1 --validate-images 2 --grid-every 1"
+    out = tmp_path / "run"
+    assert (
+        cli.run(train.main, ["--attr", "gender", *few.split(), "--prompts", str(prompts), "--out", str(out)])
+        == 0
+    )
+    said = capsys.readouterr().out
+    after = said[said.index("after (ema):") :]
+    for text in (said[said.index("before:") : said.index("after (ema):")], after):
+        assert "gender bias, 2 " in text and "classifier" in text and "templates" in text and "CLIP-T" in text
+    assert "CLIP-I" in after and "DINO" in after
+    line = json.loads((out / "metrics.jsonl").read_text())
+    assert {"face", "faces", "validation"} <= set(line) and (out / "grids").is_dir()
 
 
 def test_a_run_for_two_attributes_and_two_networks(weights, tmp_path, capsys):
