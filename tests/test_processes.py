@@ -160,6 +160,25 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
     assert evaluations[0]["before"] == evaluations[1]["before"]
 
 
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does_with_all_judges(tmp_path):
+    """The default bundle's evaluation: three prompts, so that one process has one more."""
+    prompts = tmp_path / "prompts.txt"
+    jobs = ("nurse", "pilot", "baker")
+    prompts.write_text(
+        "".join(f"a photo of the face of a {job}, a person\n" for job in jobs), encoding="utf-8"
+    )
+    options = "--iterations 1 --batch 3 --steps 2 --validate-every 0 --grid-every 0".split()
+    options += ["--eval-images", "4", "--evaluate", "ema", "--prompts", prompts]
+    for count in (1, 2):
+        codes, said = ends(launch(count, ROOT / "weights" / "emoji", tmp_path / str(count), *options))
+        assert codes == [0] * count, said
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("1", "2"))
+    assert set(one["before"]["train"]["judges"]) == {"classifier", "templates"}
+    assert one["before"] == two["before"]
+    assert one["after (ema)"]["train"].keys() == two["after (ema)"]["train"].keys() >= {"background", "dino"}
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
