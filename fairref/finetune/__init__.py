@@ -1,1 +1,2 @@
-"""Finetuning: the one room that knows both the sampler and fairness. Read recipes, adapters, iteration, trainer."""
+"""Finetuning: the one room that knows both the sampler and fairness. Read recipes, setup, adapters, objective,
+iteration, trainer."""
