@@ -1,6 +1,7 @@
-"""The documents name functions, tests and files that exist."""
+"""The documents name functions, tests and files that exist, and their figures' numbers."""
 
 import ast
+import csv
 import re
 from pathlib import Path
 
@@ -52,3 +53,36 @@ def test_the_sections_that_docstrings_refer_to_exist():
     sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "fairref").rglob("*.py"))
     named = re.findall(r"§(\d)", " ".join(re.findall(r"method\.md ([§\d, ]+)", sources)))
     assert named and set(named) <= sections
+
+
+def means(figure):
+    """Curve -> {iteration or time: mean} of a figure's numbers."""
+    found = {}
+    with (ROOT / "docs" / "figures" / f"{figure}.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["curve"], {})[int(row.get("iteration") or row["t"])] = float(row["mean"])
+    return found
+
+
+def test_the_figures_numbers_in_the_readme_are_those_of_their_files():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    curves = means("fig6a")
+    begun, early, late = (
+        [
+            f"{sum(curves[mode][i] for i in part) / len(part):.3f}"[1:]
+            for mode in ("none", "solver", "paper", "exact")
+        ]
+        for part in ([0], range(20, 30), range(40, 50))
+    )
+    assert f"starts at {begun[0]}. Over" in readme and len(set(begun)) == 1
+    assert (
+        "its mean is {} with `none`, {} with `solver`, {} with `paper` and {} with the exact".format(*early)
+        in readme
+    )
+    assert "over the last ten it is {}, {}, {} and {}.".format(*late) in readme
+    coupled, alone = (means("fig6b")[name] for name in ("|R A_t B_t dε/dc|", "|R A_t dε/dc|"))
+    first, last, other = (f"{value:.4f}"[1:] for value in (coupled[10], coupled[1000], alone[1000]))
+    assert (
+        f"is {first} at t = 10 and {last} at t = 1000, where |R A_t dε/dc|, without the coupling B_t, is {other}."
+        in readme
+    )
