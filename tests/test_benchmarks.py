@@ -23,6 +23,7 @@ import measure
 import results
 import sampling
 import training
+import transport
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +165,14 @@ def test_the_tables_in_the_readme_are_those_of_the_committed_evaluations():
 
 def test_the_speeds_in_the_readme_are_those_that_were_measured():
     readme = (measure.ROOT / "README.md").read_text(encoding="utf-8")
-    files = ("training", "sampling", "choices", "collectives")
+    files = ("training", "sampling", "choices", "collectives", "transport")
     found = {n: json.loads((measure.ROOT / "docs" / "speed" / f"{n}.json").read_text()) for n in files}
     texts = [
         training.shown(found["training"]["comparisons"], found["training"]["steps"]),
         sampling.shown(found["sampling"]["rows"]),
         sampling.shown_choices(found["choices"]["choices"]),
         collectives.shown(found["collectives"]["ranks"]),
+        transport.shown(found["transport"]["rows"]),
     ]
     for text in texts:
         for part in text.split("\n\n"):

@@ -4,9 +4,10 @@
 
 One picture with guidance, so two U-Net inputs, 64 x 64 latents, random weights. The runs of all dtypes and of both ways
 start from the same noise and go on in turns, one step each, beside one large matrix product of each dtype, whose
-fastest time is the machine's peak. A first step of each is not counted. On two quiet cores about three
-minutes for float32, many more for bfloat16 where the processor has none, and 10 GB of memory. With --choices, float32 only and no diffusers: what our choices of memory format and attention kernel
-save, each against the same network with the other choice.
+fastest time is the machine's peak. A first step of each is not counted. On two quiet cores five minutes with bfloat16,
+three without it, many more where the processor has none; 10 GB of memory. With --choices, float32 only and no
+diffusers: what our choices of memory format and attention kernel save, each against the same network with the other
+choice.
 """
 
 import argparse

@@ -1,13 +1,12 @@
 """What expected optimal transport costs, and what the released way of the method, 100 draws of POT's emd, gives.
 
-    python tests/benchmarks/transport.py [--repeats 9] [--json FILE]
+    python tests/benchmarks/transport.py [--repeats 9] [--out FILE]
 
 Medians of interleaved runs. The error is the largest of q, against the exact expectation where it can be
 enumerated, else against 200,000 draws.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import ot
 import torch
+from measure import machine, table, write
 
 from fairref.fairness.transport import expected_ot
 
@@ -68,18 +68,25 @@ def measure(N, K, repeats):
     return {**row, "reference_stderr": scatter}
 
 
+def shown(rows: list[dict]) -> str:
+    """The table of all cases."""
+    cells = []
+    for r in rows:
+        error = "exact" if r["exact"] else r["ours_error"]
+        cells.append([f"{r['N']}, {r['K']}", r["ours_ms"], error, r["released_ms"], r["released_error"]])
+    return table(["N images, K classes", "here, ms", "error", "100 draws of `ot.emd`, ms", "error"], cells)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for N, K in CASES:
-        rows.append(measure(N, K, options.repeats))
-        print(json.dumps(rows[-1]), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    where = machine()
+    rows = [measure(N, K, options.repeats) for N, K in CASES]
+    print(shown(rows))
+    write(options.out, {"machine": where, "rows": rows})
 
 
 if __name__ == "__main__":
