@@ -30,8 +30,8 @@ def bundles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("component", ["prefix", "text_encoder", "unet", "both"])
-@pytest.mark.parametrize("dtype, error", [(torch.float16, 0.015), (torch.bfloat16, 0.12)])
-def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, error):
+@pytest.mark.parametrize("dtype, error, kink", [(torch.float16, 0.015, 0.1), (torch.bfloat16, 0.12, 0.4)])
+def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, error, kink):
     """With one dL/dz_0 for both: beside a kink of a tiny untrained classifier any rounding shows in it."""
     seen, pulled = {}, []
     real = iteration.sampling_gradient
@@ -56,7 +56,7 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, e
             found.append((torch.cat([g.flatten() for g in gradient]), metrics))
         (exact, metrics), (half, metrics_of_half) = found
         assert metrics["counts"] == metrics_of_half["counts"]
-        assert float((pulled[1] - pulled[0]).norm() / pulled[0].norm()) < 0.5
+        assert float((pulled[1] - pulled[0]).norm() / pulled[0].norm()) < kink
         assert float((half - exact).norm() / exact.norm()) < error
     assert seen[dtype] == (torch.float32, torch.float32, torch.float32, {torch.float32})
 

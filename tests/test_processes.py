@@ -176,7 +176,9 @@ def test_two_processes_judge_as_one_does_with_all_judges(tmp_path):
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("1", "2"))
     assert set(one["before"]["train"]["judges"]) == {"classifier", "templates"}
     assert one["before"] == two["before"]
-    assert one["after (ema)"]["train"].keys() == two["after (ema)"]["train"].keys() >= {"background", "dino"}
+    for name in ("background", "clothes", "clip_i", "dino"):  # of an adapter whose last digits differ
+        found, wanted = (of_one["after (ema)"]["train"][name] for of_one in (two, one))
+        assert found == pytest.approx(wanted, abs=1e-3), name
 
 
 def wait_for(condition, seconds=60):

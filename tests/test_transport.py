@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fairref.fairness.losses import confident_targets
 from fairref.fairness.transport import (
     assign,
     class_distance,
@@ -83,6 +84,8 @@ def test_the_example_of_the_method():
     p = torch.tensor([0.9, 0.7, 0.6, 0.2], dtype=torch.float64)
     q = expected_ot(torch.stack([p, 1 - p], 1).log(), [0.5, 0.5]).q
     torch.testing.assert_close(q[:, 0] * 16, torch.tensor([15.0, 11, 5, 1], dtype=torch.float64))
+    y, confident = confident_targets(q, 0.8)
+    assert confident.tolist() == [True, False, False, True] and (y[0], y[3]) == (0, 1)
 
 
 def test_class_0_goes_to_the_largest_log_odds_for_class_0():

@@ -279,7 +279,7 @@ def resolve(
     runs = {
         key: value for key, value in bundle_recipe.items() if key not in known and isinstance(value, dict)
     }
-    strangers = set(",".join(runs).split(",")) - set(known_attributes or ()) if runs else ()
+    strangers = {name for key in runs for name in key.split(",")} - set(known_attributes or ())
     if known_attributes is not None and strangers:
         raise UserError(
             f"{source}: recipe has the unknown key {min(strangers)!r}; expected a setting, or attributes of the bundle,"
