@@ -324,6 +324,31 @@ def test_a_process_that_dies_ends_the_others_with_a_message(folder, tmp_path, vi
         assert "Traceback" not in said[rank]
 
 
+def threads(out):
+    """What one process does: its threads' names with the group and after it."""
+    processes, _ = distributed.start(torch.device("cpu"))
+    assert processes.any(True)
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # imports more of torch
+
+    def names():
+        return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+    with_group = names()
+    processes.stop()
+    Path(f"{out}-{processes.rank}").write_text(json.dumps([with_group, names()]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    code = f"import test_processes as t; t.threads({str(tmp_path / 'names')!r})"
+    codes, said = ends(start(2, "-c", code, stderr=subprocess.PIPE))
+    assert codes == [0, 0], said
+    for rank in range(2):
+        before, after = json.loads((tmp_path / f"names-{rank}").read_text())
+        assert any("gloo" in name for name in before) and not any("gloo" in name for name in after)
+
+
 def test_processes_that_cannot_work_are_refused(folder, monkeypatch):
     setup = make_setup(load_bundle(folder), batch=3)
     assert replace(setup, processes=distributed.Processes(2, 3))

@@ -96,6 +96,10 @@ def start(device: torch.device) -> tuple[Processes, torch.device]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Processes(), device
+    # torch.distributed.nn's functions have the group as a default argument; imported later, as torch.optim does, they
+    # would keep the group and its threads beyond `stop`, into the interpreter's end, where such a thread aborts
+    import torch.distributed.nn  # noqa: F401
+
     if device.type == "cuda":
         device, there = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
         if device.index >= there:
