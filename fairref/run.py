@@ -89,10 +89,9 @@ def _run(options, processes, device, held):
     }
     folder = _folder(options, target, processes, held)
     if processes.first:
-        soft = recipe.tokens if recipe.component == "prefix" else 0
-        cli.warn_of_cut(bundle.tokenizer, [text for of_one in train_prompts for text in of_one], soft)
         print(f"the run is in {folder}")
         _say_what_lacks(bundle, recipe, concepts)
+        _say_of_prompts(setup, concepts)
         if not options.resume:
             write_json(folder / checkpoints.SETTINGS, settings)
     info = {
@@ -135,6 +134,21 @@ def _say_what_lacks(bundle, recipe, concepts):
     seen = [prompts.name for prompts in concepts if not prompts.validation]
     if seen and (recipe.validate_every or recipe.grid_every):
         print(f"no prompts for validation in {', '.join(seen)}: some of finetuning's stand in for them")
+
+
+def _say_of_prompts(setup, concepts):
+    """Which are cut, and whose own words are at odds with the target."""
+    prompts = [prompt for of_one in concepts for prompt in of_one.train]
+    soft = setup.recipe.tokens if setup.recipe.component == "prefix" else 0
+    cli.warn_of_cut(setup.bundle.tokenizer, prompts, soft)
+    for attribute in setup.target.classes:
+        named = [found for of_one in concepts for found in of_one.naming(attribute).items()]
+        if named:
+            (prompt, words), *_ = named
+            print(
+                f"{len(named)} of {len(prompts)} prompts name {attribute} themselves, as {words!r} in {prompt!r}: "
+                "their pictures are made fair, too; leave them out if that isn't meant"
+            )
 
 
 def of_settings(settings: dict) -> tuple[JointTarget, Recipe]:

@@ -226,12 +226,28 @@ def test_prompts_that_are_too_long_are_named_before_a_run_and_an_evaluation(weig
     options = ["--weights", weights, "--prompts", str(tmp_path / "prompts.txt")]
     run = ["--attr", "gender", "--iterations", "1", "--evaluate", "none", "--out", str(tmp_path / "run")]
     assert cli.run(train.main, [*options, *run]) == 0
-    assert "2 prompts are too long" in (error := capsys.readouterr().err) and "in a hat" in error
+    captured = capsys.readouterr()
+    assert "2 prompts are too long" in captured.err and "in a hat" in captured.err
+    assert "name gender" not in captured.out
     measured = ["--part", "train", "--num-images", "1", "--target", "gender=0.3,0.7"]
     assert cli.run(evaluate.main, [*options, *measured]) == 0
     captured = capsys.readouterr()
     assert "2 prompts are too long" in captured.err
     assert "from_target" in json.loads(captured.out)["judges"]["classifier"]
+
+
+def test_prompts_that_name_a_class_themselves_are_noticed(weights, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a pilot\na female cook\na tall man\n")
+    options = [
+        "--weights",
+        weights,
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.run(train.main, [*options, "--attr", "gender", "--iterations", "1", "--evaluate", "none"]) == 0
+    assert "2 of 3 prompts name gender themselves, as 'female' in 'a female cook'" in capsys.readouterr().out
 
 
 def test_evaluate(weights, run_folder, tmp_path, capsys):

@@ -11,7 +11,7 @@ from fairref.errors import UserError
 from fairref.fairness.attributes import parse_targets
 from fairref.finetune import mixture
 from fairref.finetune.iteration import task_of
-from fairref.finetune.mixture import evenly, read_prompts
+from fairref.finetune.mixture import Prompts, evenly, read_prompts
 from fairref.finetune.recipes import resolve
 from fairref.finetune.setup import Setup
 from fairref.prompts import Concept, Occupations, occupation_prompt
@@ -82,6 +82,13 @@ def test_a_bundles_own_concept_and_what_shows_an_attribute(bundle, monkeypatch):
     assert (moods.train, moods.validation, moods.test) == (("a brave person",), (), ())
     assert read(bundle, "moods")[0].test == ("a shy person",)
     assert len(read(bundle)[0].train) == 3
+
+
+def test_words_that_name_a_class():
+    occupations = {"a foreman": "foreman", "a lady cook": "cook", "a pilot": "pilot"}
+    prompts = Prompts("occupations", (*occupations, "a king"), test=("a man",), occupations=occupations)
+    assert prompts.naming("gender") == {"a lady cook": "lady", "a king": "king"}
+    assert prompts.naming("age") == {}
 
 
 def test_an_even_choice_has_both_of_pairs():

@@ -1,12 +1,14 @@
-"""The lists of prompts have the method's sizes (docs/method.md §7), stand once, and name nobody's gender."""
+"""The lists of prompts have the method's sizes (docs/method.md §7), stand once, and name nobody's class."""
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from fairref.errors import UserError
-from fairref.prompts import CONCEPTS, NAMES, concept, occupation_prompt
+from fairref.prompts import CONCEPTS, NAMES, PARTS, concept, occupation_prompt, read_occupations
+from fairref.prompts.words import WORDS, naming
 
 COUNTS = {  # concept -> prompts for finetuning, validation, test
     "occupations": (1000, 20, 50),
@@ -14,13 +16,6 @@ COUNTS = {  # concept -> prompts for finetuning, validation, test
     "style_context": (150, 0, 19),
     "descriptors": (40, 0, 10),
 }
-GENDERED = re.compile(
-    r"\b((?!hu)\w*(wo)?m[ae]n|(fe)?males?|(he|she|his|hers?|him)|(boy|girl|lad|guy)s?|lad(y|ies)"
-    r"|mothers?|fathers?|sisters?|brothers?|sons?|daughters?|wi(fe|ves)|husbands?|king|queen|prince|lord|sir"
-    r"|\w*(waiter|cowboy|maid|wife|master|mistress|groom|bride|nun|monk|priest|seamster)s?"
-    r"|\w+tress(es)?|(host|steward|godd|govern|princ|duch|heir|lion)ess(es)?|masseuse|ballerina)\b",
-    re.IGNORECASE,
-)
 # what may be written with capitals: abbreviations, names of languages and places, and of games
 PROPER = {
     "3D",
@@ -71,28 +66,54 @@ def test_each_prompt_stands_once_in_one_part(name):
     assert [words for words, n in count.items() if n > 1] == []
 
 
+@pytest.mark.parametrize("attribute", WORDS)
 @pytest.mark.parametrize("name", CONCEPTS)
-def test_no_prompt_names_a_gender(name):
-    assert [p for p in everything(name) if GENDERED.search(p)] == []
+def test_no_prompt_names_a_class(name, attribute):
+    assert [p for p in everything(name) if naming(p, attribute)] == []
+
+
+@pytest.mark.parametrize("attribute", WORDS)
+def test_no_prompt_of_the_small_bundle_names_a_class_but_those_that_should(attribute):
+    own = read_occupations(Path(__file__).parents[1] / "weights" / "emoji")
+    prompts = [occupation_prompt(name) for part in PARTS for name in getattr(own, part)]
+    prompts += [p for of_one in own.concepts.values() for texts in of_one.values() for p in texts]
+    titles = ["factory foreman"] if attribute == "gender" else []
+    found = [p for p in prompts if naming(p, attribute)]
+    assert len(prompts) > 300 and found == [occupation_prompt(name) for name in titles]
+    for name in own.named.get(attribute, {}):
+        assert naming(own.named_prompt(attribute, name, "pilot"), attribute)
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, attribute, words",
     [
-        ("fireman", True),
-        ("a business woman", True),
-        ("two policemen", True),
-        ("her dog", True),
-        ("an actress", True),
-        ("a chambermaid", True),
-        ("a human rights lawyer", False),
-        ("the manager of a theater", False),
-        ("a shepherd in the mist", False),
-        ("a medical examiner", False),
+        ("fireman", "gender", "fireman"),
+        ("a business woman", "gender", "woman"),
+        ("two policemen", "gender", "policemen"),
+        ("HER dog", "gender", "HER"),
+        ("an actress", "gender", "actress"),
+        ("a chambermaid", "gender", "chambermaid"),
+        ("a human rights lawyer", "gender", ""),
+        ("the manager of a theater", "gender", ""),
+        ("a shepherd in the mist", "gender", ""),
+        ("a medical examiner", "gender", ""),
+        ("an Asian chef", "race", "Asian"),
+        ("a Middle Eastern poet", "race", "Middle Eastern"),
+        ("a young black woman", "race", "black woman"),
+        ("a black-haired man", "race", ""),
+        ("a diplomat in a black car", "race", ""),
+        ("a medium-light-skinned pilot", "skin_tone", "medium-light-skinned"),
+        ("a cook with dark skin", "skin_tone", "dark skin"),
+        ("a black woman", "age", ""),
+        ("an old bearded man", "age", "old bearded man"),
+        ("a photo of the face of an old pilot, a person", "age", "face of an old"),
+        ("a 40-year-old nurse", "age", "40-year-old"),
+        ("a youngster in an old town", "age", ""),
+        ("a woman in a hat", "hat", ""),
     ],
 )
-def test_what_names_a_gender(text, found):
-    assert bool(GENDERED.search(text)) == found
+def test_the_words_by_which_a_class_is_named(text, attribute, words):
+    assert naming(text, attribute) == words
 
 
 @pytest.mark.parametrize("name", CONCEPTS)

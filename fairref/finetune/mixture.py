@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fairref.errors import UserError
 from fairref.prompts import CONCEPTS, FILE, PARTS, Occupations, concept, occupation_prompt, read_occupations
+from fairref.prompts.words import naming
 
 OCCUPATIONS = "occupations"
 PLACE = "{occupation}"  # of an occupation in a template
@@ -33,6 +34,12 @@ class Prompts:
             for attribute, of_one in classes.items()
             for k, name in enumerate(of_one)
         ]
+
+    def naming(self, attribute: str) -> dict[str, str]:
+        """The prompts for finetuning that name a class of the attribute -> by which words; an occupation's title, such as
+        foreman, is not one."""
+        free = {prompt: prompt.replace(self.occupations.get(prompt, "\n"), "") for prompt in self.train}
+        return {prompt: words for prompt in self.train if (words := naming(free[prompt], attribute))}
 
     def short(self, prompt: str) -> str:
         """What a report calls a prompt."""
