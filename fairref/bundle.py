@@ -52,7 +52,7 @@ from fairref.nets.clip import Clip, ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
 from fairref.tokenizer import Tokenizer
-from fairref.weights_io import load_strict, read, read_json
+from fairref.weights_io import exists, load_strict, read, read_json
 from fairref.weights_names import ldm_split, text_encoder_names, vae_names
 
 MANIFEST = "bundle.json"
@@ -267,7 +267,7 @@ def _weights(path, single, configs):
     weights = {}
     for name, part in PARTS.items():
         full, half = (path / name / f"{part.file}{variant}.safetensors" for variant in ("", ".fp16"))
-        file = half if half.is_file() and not full.is_file() else full
+        file = full if exists(full) or not exists(half) else half
         weights[name] = part.names(read(file), str(file)), str(file)
     return weights
 

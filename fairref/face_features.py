@@ -19,6 +19,7 @@ from fairref import cli
 from fairref.bundle import MANIFEST, bundle_path, read_manifest
 from fairref.errors import UserError
 from fairref.fairness.faces import Detector, aligned, find
+from fairref.images import UNREADABLE
 from fairref.judge_files import FACE_FEATURES, load_detector, load_embedder
 from fairref.judges.sfnet import embed_faces
 from fairref.progress import Progress
@@ -47,7 +48,7 @@ def load(file: Path, largest: int = LARGEST) -> Tensor | None:
             image = ImageOps.exif_transpose(image).convert("RGB")
             image.thumbnail((largest, largest))
             pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 

@@ -9,6 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 GAP = 2  # pixels between the pictures of a grid
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow's ways to say so
 
 
 def grid(x: Tensor, columns: int | None = None) -> Image.Image:

@@ -18,7 +18,7 @@ from fairref.judge_files import (
     load_embedder,
     load_face_features,
 )
-from fairref.prompts import read_occupations
+from fairref.prompts import read_own
 
 USES = {  # what a bundle is good for -> the kinds of parts that it takes
     "draw": {"to draw"},
@@ -204,10 +204,11 @@ def main(argv=None) -> int:
     print("\n".join(lines(options.weights, found)))
     prompts = None  # what is wrong with them
     try:
-        read_occupations(path)
+        if read_own(path) is None:
+            print("  prompts.json is not there: fairref's own prompts take its place")
     except UserError as error:
         prompts = str(error)
-        print(f"  {'missing':10}{'prompts.json':22}\n      {error}")
+        print(f"  {'broken':10}{'prompts.json':22}\n      {error}")
     good = uses(found)
     try:
         if good:

@@ -106,7 +106,8 @@ def likeness(seen: list[Seen], originals: list[Seen]) -> dict[str, float]:
             for other in (o, torch.cat([s.colours[name].roll(1, 0) for s in originals]))
         )
         known = near.isfinite() & far.isfinite()
-        found[name] = _number(1 - float(near[known].mean() / far[known].mean()))
+        alone = len(originals[0].colours[name]) == 1  # there is no next image
+        found[name] = None if alone else _number(1 - float(near[known].mean() / far[known].mean()))
     return found
 
 

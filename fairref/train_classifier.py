@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fairref import cli
 from fairref.datasets import Photographs, Row, describe_bad, read_photographs
 from fairref.errors import UserError
+from fairref.images import UNREADABLE
 from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.progress import Progress
@@ -53,7 +54,7 @@ def load(file: Path, side: int) -> Tensor | None:
     try:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
 

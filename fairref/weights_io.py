@@ -30,15 +30,24 @@ def read_json(path: str | Path) -> dict:
     return d
 
 
+def index_of(path: Path) -> Path:
+    """Where the index of a split file is, which then stands in the file's place."""
+    return path.with_name(f"{path.name}.index.json")
+
+
+def exists(path: Path) -> bool:
+    """Whether `read` finds the file, whole or split."""
+    return path.is_file() or index_of(path).is_file()
+
+
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises UserError; never unpickles.
 
     Where the file is split, `PATH.index.json` stands in its place and names the files that hold each tensor.
     """
     path = Path(path)
-    index = path.with_name(f"{path.name}.index.json")
-    if not path.is_file() and index.is_file():
-        return _read_split(index)
+    if not path.is_file() and index_of(path).is_file():
+        return _read_split(index_of(path))
     if not path.is_file():
         pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt"))
         beside = f" ({pickles[0]} is a pickle, which could run code and isn't read)" if pickles else ""
@@ -101,12 +110,15 @@ def read_judge(folder: str | Path, name: str = "model") -> tuple[dict[str, Tenso
     path = folder / f"{name}.safetensors"
     others = sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
     if path.is_file() or not others:
-        return read(path), str(path)
+        return _plain(read(path)), str(path)
     if len(others) > 1:
         found = ", ".join(p.name for p in others)
         raise UserError(f"{folder}: found {found}; expected {path.name} or one such file: leave one there.")
-    tensors = read_pickled(others[0])
-    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, str(others[0])
+    return _plain(read_pickled(others[0])), str(others[0])
+
+
+def _plain(tensors):
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:

@@ -269,6 +269,13 @@ def test_variant_names_are_those_that_diffusers_writes(tmp_path):
 def test_full_precision_comes_before_half(world, copy):
     (copy / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
     assert same(load_bundle(copy), world.loaded)
+    whole = copy / FILES["unet"]  # nor does it where the full one is split
+    part = whole.with_name("diffusion_pytorch_model-00001-of-00001.safetensors")
+    names = load_file(whole)
+    whole.rename(part)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, part.name)}
+    whole.with_name(f"{whole.name}.index.json").write_text(json.dumps(index))
+    assert same(load_bundle(copy), world.loaded)
 
 
 @pytest.mark.parametrize("as_convolutions", [False, True])

@@ -1,8 +1,9 @@
 """DINOv2 against transformers' Dinov2Model: values and gradients, and the position grid of the released models."""
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 from fairref.errors import UserError
 from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
@@ -84,12 +85,14 @@ def test_vit_b_14_is_transformers():
 
 
 def test_pictures_are_resized_and_normalised():
+    """Against Pillow's bicubic filter, which takes all pixels into account."""
     ours, _ = pair()
     x = torch.rand(2, 3, 50, 50, dtype=torch.float64) * 2 - 1
-    expected = F.interpolate(x, (24, 24), mode="bicubic", antialias=True, align_corners=False)
-    for c in range(3):
-        mean, std = IMAGENET_MEAN[c], IMAGENET_STD[c]
-        torch.testing.assert_close(ours.preprocess(x)[:, c], ((expected[:, c] + 1) / 2 - mean) / std)
+    for image, found in zip(x, ours.preprocess(x)):
+        for c in range(3):
+            resized = Image.fromarray(image[c].float().numpy()).resize((24, 24), Image.Resampling.BICUBIC)
+            expected = ((torch.from_numpy(np.array(resized)) + 1) / 2 - IMAGENET_MEAN[c]) / IMAGENET_STD[c]
+            torch.testing.assert_close(found[c], expected.double(), rtol=0, atol=1e-5)
     features = ours(x)
     assert features.shape == (2, 48) and torch.equal(features, ours.tokens(ours.preprocess(x))[:, 0])
 
@@ -132,6 +135,8 @@ def test_vit_b_14_has_the_released_shapes():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="expected each to divide"):
         DinoConfig(input_size=223)
+    with pytest.raises(UserError, match="offset is 'x'; expected a number"):
+        DinoConfig(offset="x")
     for wrong in ({"heads": 0}, {"patch": 0}, {"width": "12"}, {"depth": 1.5}, {"mlp_ratio": True}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*; expected a whole number from 1 up"):
             DinoConfig(**wrong)

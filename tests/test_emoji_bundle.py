@@ -45,7 +45,11 @@ def test_its_prompts_are_the_worlds(bundle):
     for part, most in (("train", 150), ("validation", 12), ("test", 50)):
         names = getattr(world, part)
         assert sorted(names) == sorted(job.name for job in jobs if job.split == part) and len(names) == most
-    for name, (train, test) in {"sports": (40, 10), "style_context": (40, 10), "descriptors": (30, 10)}.items():
+    for name, (train, test) in {
+        "sports": (40, 10),
+        "style_context": (40, 10),
+        "descriptors": (30, 10),
+    }.items():
         prompts = world.concepts[name]
         assert len(set(prompts["train"])) >= train and len(set(prompts["test"])) >= test
         assert not set(prompts["train"]) & set(prompts["test"])
@@ -137,6 +141,14 @@ def test_its_pictures_pass_the_gates(bundle):
     Of prompts that name a class as many images: of half as many, agreement scatters by a percent around .96."""
     gates = list(check.sampling_gates(bundle, images=16, named_images=8, named_every=8, follow_every=2))
     assert all(gate.holds for gate in gates), "\n".join(map(str, gates))
+
+
+@pytest.mark.slow
+def test_who_is_hard_to_find(bundle):
+    """The shares in the bundle's README; of two people it is the larger one that must be found."""
+    found = check.faces_by_kind(bundle, 300)
+    expected = {"portrait": 1, "far": 0.93, "pair": 0.98, "thing": 0.97, "plain": 1}
+    assert found == pytest.approx(expected, abs=0.015)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), 0.4])

@@ -64,6 +64,9 @@ def test_how_much_of_the_colours_stays():
         assert found["clothes"] == 1
         # to the original part d, to the neighbour (1 - part) d
         assert found["background"] == (pytest.approx(1 - part / (1 - part)) if part < 1 else None)
+    one = [Seen(counts, features={"clip": torch.eye(1)}, colours={"background": o[:1], "clothes": o[:1]})]
+    found = likeness(one, one)  # without a neighbour nothing is known
+    assert found["background"] is None and found["clothes"] is None
 
 
 def test_how_far_from_a_target_that_is_not_even():
@@ -245,6 +248,10 @@ def test_occupations_are_read_and_checked(how, tmp_path):
         ),
         (
             f'{{"occupations": {whole}, "named": {{"gender": {{"woman": "a woman"}}}}}}',
+            '"named" is not names',
+        ),
+        (
+            f'{{"occupations": {whole}, "named": {{"gender": {{"woman": "a {{mood}} {{occupation}}"}}}}}}',
             '"named" is not names',
         ),
         (f'{{"occupations": {whole}, "hiding": ["age"]}}', '"hiding" is not names'),

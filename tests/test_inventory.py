@@ -42,7 +42,7 @@ def test_what_is_missing_broken_or_not_named_is_said(folder, capsys):
     (folder / "bundle.json").write_text(json.dumps(manifest))
     (folder / "embedder" / "model.safetensors").write_bytes(b"broken")
     (folder / "D_F.safetensors").unlink()
-    (folder / "prompts.json").unlink()
+    (folder / "prompts.json").write_text("{}")
     found = state(folder)
     assert (
         found["dino"] == "not named" and found["face_features"] == found["classifiers.evaluate"] == "missing"
@@ -52,7 +52,7 @@ def test_what_is_missing_broken_or_not_named_is_said(folder, capsys):
     said = capsys.readouterr().out
     assert 'add "dino": "dino" to bundle.json' in said
     assert "python -m fairref.face_features on CelebA" in said and "licence: CreativeML" not in said
-    assert "prompts.json: can't be read" in said
+    assert "broken    prompts.json" in said and "prompts.json: expected {" in said
     # what the manifest names must be there and whole, or the bundle doesn't load, and so draws nothing
     assert uses(look(folder)) == ["draw", "finetune"]
     said = said.rstrip().splitlines()[-1]
@@ -61,6 +61,12 @@ def test_what_is_missing_broken_or_not_named_is_said(folder, capsys):
     (folder / "bundle.json").write_text(json.dumps(manifest))
     assert main(["check", str(folder)]) == 1
     assert capsys.readouterr().out.rstrip().endswith("good to draw; finetune")
+
+
+def test_prompts_are_optional(folder, capsys):
+    (folder / "prompts.json").unlink()
+    assert main(["check", str(folder)]) == 0
+    assert "prompts.json is not there: fairref's own prompts take its place" in capsys.readouterr().out
 
 
 def test_an_empty_folder_lists_everything(tmp_path):

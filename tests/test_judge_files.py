@@ -109,6 +109,8 @@ def test_tensors_are_read_from_pickles_under_their_plain_names(tmp_path):
         assert set(read) == set(tensors) and all(torch.equal(read[k], tensors[k]) for k in tensors)
     save_file({"a.weight": torch.zeros(1)}, tmp_path / "plain.pth" / "model.safetensors")
     assert list(read_judge(tmp_path / "plain.pth")[0]) == ["a.weight"]  # safetensors first
+    save_file({"module.a.weight": torch.zeros(1)}, tmp_path / "parallel.pt" / "model.safetensors")
+    assert list(read_judge(tmp_path / "parallel.pt")[0]) == ["a.weight"]
 
 
 class Bomb:

@@ -76,7 +76,7 @@ def test_a_bundles_own_concept_and_what_shows_an_attribute(bundle, monkeypatch):
     moods = {"moods": {"train": ["a brave person"], "test": ["a shy person"]}}
     hiding = {"age": ["b", "d", "f", "a shy person"]}
     own = Occupations(("a", "b", "c"), ("d",), ("e", "f"), concepts=moods, hiding=hiding)
-    monkeypatch.setattr("fairref.finetune.mixture.read_occupations", lambda path: own)
+    monkeypatch.setattr("fairref.finetune.mixture.read_own", lambda path: own)
     occupations, moods = read(bundle, "occupations,moods", attributes=("gender", "age"))
     assert list(occupations.occupations.values()) == ["a", "c", "e"] and occupations.validation == ()
     assert (moods.train, moods.validation, moods.test) == (("a brave person",), (), ())

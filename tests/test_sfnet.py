@@ -116,3 +116,9 @@ def test_sfnet_20_has_opensphere_s_names_and_shapes():
 def test_another_checkpoint_is_refused(tensors, said):
     with pytest.raises(UserError, match=said):
         config_of(tensors)
+
+
+@pytest.mark.parametrize("wrong", [{"side": "112"}, {"features": 0}, {"depth": True}])
+def test_sizes_that_are_none_are_refused(wrong):
+    with pytest.raises(UserError, match="expected a whole number from 1 up"):
+        SFNetConfig(**wrong)

@@ -169,6 +169,11 @@ def test_one_text_instead_of_a_list_is_a_mistake(small):
         load(small)("a pilot")
 
 
+def test_a_text_that_is_not_unicode_is_refused(small):
+    with pytest.raises(UserError, match=r"the prompt 'a \\udcff' is not in UTF-8"):
+        load(small)(["a pilot", "a \udcff"])
+
+
 def test_training_is_deterministic_and_in_clips_format(tmp_path, small):
     texts = [f"a photo of the face of a {role}, a person" for role in ROLES] + CORNERS
     assert train_bpe(texts, 700, tmp_path) == 700

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fairref import datasets
+from fairref import datasets, face_features
 from fairref.cli import run
 from fairref.datasets import CLASSES, FAIRFACE, read_photographs
 from fairref.errors import UserError
@@ -222,6 +224,19 @@ def test_unreadable_images_are_skipped_and_counted_or_refused(celeba, tmp_path, 
     assert "2 images can't be read, such as img_align_celeba/000003.jpg" in capsys.readouterr().err
     assert run(main, train_on(celeba, tmp_path / "strict", "--strict")) == 2
     assert "2 images can't be read" in capsys.readouterr().err and not (tmp_path / "strict").exists()
+
+
+def test_a_png_that_breaks_off_between_its_chunks_is_unreadable(tmp_path):
+    """Pillow calls that a SyntaxError."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    at = whole.index(b"IDAT")
+    (size,) = struct.unpack(">I", whole[at - 4 : at])
+    half = whole[at + 4 : at + 4 + size // 2]
+    chunk = struct.pack(">I", len(half)) + b"IDAT" + half + struct.pack(">I", zlib.crc32(b"IDAT" + half))
+    (tmp_path / "b.png").write_bytes(whole[: at - 4] + chunk + b"\0\0\0\4\1\2\3\4" + bytes(8))
+    assert load(tmp_path / "a.png", 16) is not None and load(tmp_path / "b.png", 16) is None
+    assert face_features.load(tmp_path / "b.png") is None
 
 
 def test_pictures_of_the_same_name_in_both_parts_are_two(fairface, tmp_path, capsys):

@@ -123,6 +123,8 @@ def train(folder: Path) -> dict[str, nn.Module]:
 
 def save_half(network: nn.Module, path: Path, limit: int = LARGEST_FILE) -> None:
     """Float16 safetensors (scalars as they are), split as diffusers does into files of at most `limit` bytes."""
+    for old in path.parent.glob(f"{path.stem}*"):  # a build may split it otherwise
+        old.unlink()
     tensors = {k: (v.half() if v.dim() else v).contiguous() for k, v in network.state_dict().items()}
     parts, size = [{}], 0
     for name, tensor in tensors.items():

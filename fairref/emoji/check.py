@@ -116,6 +116,23 @@ def real_face_gates(bundle, count: int) -> list[Gate]:
     ]
 
 
+@torch.no_grad()
+def faces_by_kind(bundle, count: int) -> dict[str, float]:
+    """What `real_face_gates` pools, by view and background: faces found, and pictures of nobody without one."""
+    scene = stages.balanced_scene(10 * count, stages.generator_for(0, UNSEEN, 2))
+    scene = replace(scene, style=torch.zeros_like(scene.style))
+    found = {}
+    for number, view in enumerate(VIEWS):
+        if view != "nobody":
+            some = scene[(scene.view == number).nonzero()[:count, 0]]
+            found[view] = found_right(find(bundle.detector, through(bundle, some)), some.person)
+    none = ~find(
+        bundle.detector, through(bundle, nobody_scene(4 * count, stages.generator_for(0, UNSEEN, 3)))
+    ).found
+    found |= {"thing": none[::2], "plain": none[1::2]}
+    return {kind: values.float().mean().item() for kind, values in found.items()}
+
+
 def nobody_scene(B: int, generator: torch.Generator) -> Scene:
     """B scenes without a person, half of them without a thing."""
     zero = torch.zeros(B, dtype=torch.long)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fairref.errors import UserError
-from fairref.prompts import CONCEPTS, FILE, PARTS, Occupations, concept, occupation_prompt, read_occupations
+from fairref.prompts import CONCEPTS, PARTS, Occupations, concept, occupation_prompt, read_own
 from fairref.prompts.words import naming
 
 OCCUPATIONS = "occupations"
@@ -68,7 +68,7 @@ def read_prompts(
         raise UserError(f"--prompts is {wanted}, which names a concept twice.")
     if template is not None and OCCUPATIONS not in names:
         raise UserError(f"--prompt-template is for {OCCUPATIONS}, which --prompts {wanted} leaves out.")
-    own = bundle_prompts(bundle)
+    own = read_own(bundle.path)
     return [_concept(name, template, own, attributes) for name in names]
 
 
@@ -104,12 +104,6 @@ def read_lines(path: Path) -> list[str]:
     if not found:
         raise UserError(f"{path}: no prompt in it; write one a line.")
     return found
-
-
-def bundle_prompts(bundle) -> Occupations | None:
-    """The bundle's prompts.json, None without one. Raises UserError."""
-    folder = bundle.path if bundle.path.is_dir() else bundle.path.parent
-    return read_occupations(bundle.path) if (folder / FILE).is_file() else None
 
 
 def _concept(name, template, own, attributes):

@@ -35,6 +35,8 @@ class DinoConfig:
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}
         if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
             raise UserError(f"DINO's {wrong[0]} is {sizes[wrong[0]]!r}; expected a whole number from 1 up.")
+        if not isinstance(self.offset, int | float):
+            raise UserError(f"DINO's offset is {self.offset!r}; expected a number.")
         if self.width % self.heads or self.trained_size % self.patch or self.input_size % self.patch:
             raise UserError(
                 f"DINO's width is {self.width} with {self.heads} heads, its sizes are {self.trained_size} and"

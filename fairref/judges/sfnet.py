@@ -27,6 +27,9 @@ class SFNetConfig:
     relu_before_sum: bool = False  # as in the older checkpoints, whose first layer is layer1.0.conv
 
     def __post_init__(self):
+        for name in ("depth", "features", "side"):
+            if type(size := getattr(self, name)) is not int or size < 1:
+                raise UserError(f"SFNet's {name} is {size!r}; expected a whole number from 1 up.")
         if self.depth not in BLOCKS_OF:
             depths = ", ".join(map(str, BLOCKS_OF))
             raise UserError(f"SFNet's depth is {self.depth}; expected one of {depths}.")

@@ -76,9 +76,14 @@ def occupation_prompt(occupation: str) -> str:
     return TEMPLATE.format(occupation=occupation)
 
 
+def read_own(bundle_path: str | Path) -> Occupations | None:
+    """The prompts.json of the bundle in a folder or file; None where it has none. Raises UserError."""
+    return read_occupations(bundle_path) if _place(bundle_path).exists() else None
+
+
 def read_occupations(bundle_path: str | Path) -> Occupations:
-    """The occupations of the bundle in a folder. Raises UserError."""
-    path = (Path(bundle_path) if Path(bundle_path).is_dir() else Path(bundle_path).parent) / FILE
+    """The prompts.json of the bundle in a folder or file. Raises UserError."""
+    path = _place(bundle_path)
     d = read_json(path)
     parts = d.get("occupations")
     unknown = sorted(set(d) - {"occupations", *EXTRAS})
@@ -100,6 +105,11 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)
 
 
+def _place(bundle_path):
+    path = Path(bundle_path)
+    return (path if path.is_dir() else path.parent) / FILE
+
+
 def _are_texts(texts):
     """Whether it is a list of texts, none of them empty."""
     return isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
@@ -116,10 +126,12 @@ def _is_concept(parts):
 
 
 def _is_named(templates):
-    """Whether it is class -> template of an occupation."""
-    return isinstance(templates, dict) and all(
-        isinstance(text, str) and "{occupation}" in text for text in templates.values()
-    )
+    """Whether it is class -> template of an occupation, with no other place than {name}."""
+    try:
+        made = [text.format(occupation="\0", name="") for text in templates.values()]
+    except (AttributeError, KeyError, IndexError, ValueError, TypeError):
+        return False
+    return all("\0" in text for text in made)
 
 
 EXTRAS = {  # what prompts.json may hold besides: key -> whether a name's value is right, what is expected

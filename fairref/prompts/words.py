@@ -6,12 +6,21 @@ Lists, not understanding: "the wives of windsor" names a gender, "someone with a
 import re
 
 PERSON = r"(?:\w+ )?(?:person|people|face|skin|m[ae]n|wom[ae]n|male|female|lady|gentleman|girl|boy)"
+TITLES = (  # of which -man and -woman make words; German, shaman and specimen are none
+    "alder|anchor|barrow|boat|bonds|business|camera|chair|church|clergy|congress|council|country|crafts|dairy|delivery"
+    "|door|drafts|draughts|ferry|fire|fisher|foot|fore|frontiers|garbage|gentle|guards|handy|hench|herds|horse|hunts|ice"
+    "|journey|lay|line|mail|marks|mid|milk|motor|news|night|noble|oars|ombuds|orchard|patrol|pitch|plow|police|post|repair"
+    "|sales|service|show|signal|sound|spokes|sports|states|stunt|trades|trash|tribes|watch|weather|wood|work|yacht"
+    "|yachts"
+)
 WORDS = {  # attribute -> patterns of whole words; a colour, or "old", only of a person
     "gender": (
-        r"(?!hu)\w*(?:wo)?m[ae]n|(?:fe)?males?|he|she|his|hers?|him|(?:boy|girl|lad|guy)s?|lad(?:y|ies)",
-        r"(?:grand)?(?:mother|father|son|daughter)s?|sisters?|brothers?|wi(?:fe|ves)|husbands?|king|queen|prince|lord|sir",
-        r"\w*(?:waiter|cowboy|maid|wife|master|mistress|groom|bride|nun|monk|priest|seamster)s?",
-        r"\w+tress(?:es)?|(?:host|steward|godd|govern|princ|duch|heir|lion)ess(?:es)?|masseuse|ballerina",
+        r"(?:wo)?m[ae]n|(?:fe)?males?|he|she|his|hers?|him|(?:boy|girl|lad|guy)s?|lad(?:y|ies)",
+        rf"(?:{TITLES})-?(?:wo)?m[ae]n|(?:cow|school)(?:boy|girl)s?|(?:head|school)m(?:aster|istress)(?:es|s)?",
+        r"(?:(?:step|grand)-?)?(?:mother|father|son|daughter)s?|sisters?|brothers?|(?:house)?wi(?:fe|ves)|husbands?",
+        r"(?:king|queen|prince|lord|monk|nun|(?:bride)?groom|bride|waiter|masseuse|ballerina)s?|sir",
+        r"(?:house|chamber|bar|milk|brides|mer)?maids?",
+        r"(?:actr|duch|godd|govern|heir|host|huntr|lion|mistr|priest|princ|seamstr|songstr|steward|waitr)ess(?:es)?",
     ),
     "race": (
         r"asian|african|african-american|arab|caucasian|european|hispanic|indian|latin[oa]|middle[- ]eastern",
