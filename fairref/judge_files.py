@@ -175,10 +175,10 @@ def load_detector(folder: str | Path, device="cpu", dtype=torch.float32) -> Dete
 
 
 def load_embedder(folder: str | Path) -> SFNet:
-    """The face embedder of a folder: any SFNet of opensphere's, told by its tensors; config.json may give `side`."""
+    """The face embedder of a folder: any SFNet of opensphere's; config.json gives `relu_before_sum` and may give `side`."""
     tensors, source = read_judge(folder)
     try:
-        config = config_of(tensors, **_options(folder, ("side",)))
+        config = config_of(tensors, **_options(folder, ("side", "relu_before_sum")))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     return _loaded(SFNet(config), tensors, source)

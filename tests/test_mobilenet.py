@@ -1,9 +1,9 @@
 """MobileNetV3 against torchvision's own values (tests/golden), and the classifier around it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import make_mobilenet as maker
 import numpy as np
 import pytest
 import torch
@@ -24,16 +24,6 @@ from fairref.weights_io import load_strict
 
 GOLDEN = Path(__file__).parent / "golden"
 ATTRIBUTES = {"gender": ("woman", "man"), "skin_tone": ("light", "medium-light", "medium", "dark")}
-
-
-def load_maker():
-    spec = importlib.util.spec_from_file_location("make_mobilenet", GOLDEN / "make_mobilenet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-maker = load_maker()
 
 
 def formula_network(kind, width=0.5, logits=maker.NUM_LOGITS):

@@ -1,18 +1,28 @@
-"""SFNet against its text written out, layer by layer, in both generations."""
+"""SFNet against opensphere's own values (tests/golden), and against its text written out, layer by layer."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from make_mobilenet import formula_weights, uniform
+from make_sfnet import EVERY, SHAPE
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fairref.errors import UserError
 from fairref.judges.sfnet import SFNet, SFNetConfig, config_of, embed_faces
 
+GOLDEN = Path(__file__).parent / "golden" / "sfnet.safetensors"
 NARROW = (4, 6, 8, 10)
 
 
 def network(older, depth=20, seed=0, full=False):
     torch.manual_seed(seed)
-    net = SFNet(SFNetConfig() if full else SFNetConfig(depth, NARROW, 12, 112, older)).double()
+    net = SFNet(
+        SFNetConfig() if full else SFNetConfig(depth, NARROW, 12, 112, older, "conv" if older else "conv1")
+    ).double()
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else (2 / p[0].numel()) ** 0.5))
@@ -32,6 +42,35 @@ def written_out(state, x, older):
             h = F.conv2d(h, state[f"{name}.conv2.weight"], state[f"{name}.conv2.bias"], padding=1)
             x = x + h.clamp(min=0) if older else (x + h).clamp(min=0)
     return x.reshape(len(x), -1) @ state["fc.weight"].T + state["fc.bias"]
+
+
+@pytest.mark.parametrize(
+    ("version", "before", "told"),
+    [("sfnet", False, False), ("deprecated", True, True), ("deprecated, renamed", True, None)],
+)
+def test_values_and_gradients_are_opensphere_s(version, before, told):
+    golden = load_file(GOLDEN)
+    with safe_open(GOLDEN, "pt") as file:
+        shapes = json.loads(file.metadata()[version])
+    tensors = {key: torch.from_numpy(value) for key, value in formula_weights(shapes).items()}
+    config = config_of(tensors, relu_before_sum=told)
+    assert config.relu_before_sum == before and config.channels == NARROW
+    net = SFNet(config).double()
+    net.load_state_dict(tensors, strict=True)
+    x = torch.from_numpy(uniform("x", SHAPE)).double().requires_grad_()
+    features = net(x)
+    torch.testing.assert_close(features, golden[f"{version}.features"], rtol=1e-10, atol=1e-10)
+    (features * torch.from_numpy(uniform("g", tuple(features.shape)))).sum().backward()
+    found, expected = x.grad[:, :, ::EVERY, ::EVERY], golden[f"{version}.gradient"]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_checkpoint_that_could_be_of_either_kind_is_not_guessed():
+    with pytest.raises(
+        UserError, match='Write {"relu_before_sum": true} into config.json for sfnet20_deprecated'
+    ):
+        config_of(network(False).state_dict())
+    assert config_of(network(False, depth=4).state_dict()).depth == 4  # without blocks both are the same
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -76,8 +115,9 @@ def test_an_embedding_is_of_unit_length_and_the_same_for_the_mirror_image():
 def test_a_checkpoint_says_its_shape(older, depth):
     net = network(older, depth)
     tensors = net.state_dict()
-    assert config_of(tensors) == net.config
-    again = SFNet(config_of(tensors)).double()
+    config = config_of(tensors, relu_before_sum=older)
+    assert config == net.config
+    again = SFNet(config).double()
     again.load_state_dict(tensors, strict=True)
     x = torch.rand(1, 3, 112, 112, dtype=torch.float64)
     assert torch.equal(again(x), net(x))
@@ -118,7 +158,7 @@ def test_another_checkpoint_is_refused(tensors, said):
         config_of(tensors)
 
 
-@pytest.mark.parametrize("wrong", [{"side": "112"}, {"features": 0}, {"depth": True}])
+@pytest.mark.parametrize("wrong", [{"side": "112"}, {"features": 0}, {"depth": True}, {"relu_before_sum": 1}])
 def test_sizes_that_are_none_are_refused(wrong):
-    with pytest.raises(UserError, match="expected a whole number from 1 up"):
+    with pytest.raises(UserError, match="expected (a whole number from 1 up|true or false)"):
         SFNetConfig(**wrong)

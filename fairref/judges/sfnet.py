@@ -1,7 +1,7 @@
 """SphereFace's residual network (Liu et al. 2017), the face embedder. Parameter names are opensphere's.
 
-B faces, D features. No normalisation layers. Two generations of checkpoints exist, with other names and another
-place of the last ReLU of a block: `config_of` tells them apart.
+B faces, D features. No normalisation layers. opensphere has two kinds of it, `sfnet20` and the earlier
+`sfnet20_deprecated`, which differ in the place of a block's last ReLU; checkpoints of both may have the same names.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,19 @@ class SFNetConfig:
     channels: tuple[int, ...] = (64, 128, 256, 512)
     features: int = 512
     side: int = SIDE
-    relu_before_sum: bool = False  # as in the older checkpoints, whose first layer is layer1.0.conv
+    relu_before_sum: bool = (
+        False  # a block is x + relu(h), as in opensphere's sfnet20_deprecated, not relu(x + h)
+    )
+    first: str = (
+        "conv1"  # what the first convolution of a level is called; "conv" in the last sfnet20_deprecated
+    )
 
     def __post_init__(self):
         for name in ("depth", "features", "side"):
             if type(size := getattr(self, name)) is not int or size < 1:
                 raise UserError(f"SFNet's {name} is {size!r}; expected a whole number from 1 up.")
+        if type(self.relu_before_sum) is not bool:
+            raise UserError(f"SFNet's relu_before_sum is {self.relu_before_sum!r}; expected true or false.")
         if self.depth not in BLOCKS_OF:
             depths = ", ".join(map(str, BLOCKS_OF))
             raise UserError(f"SFNet's depth is {self.depth}; expected one of {depths}.")
@@ -43,27 +50,27 @@ class SFNetConfig:
 class Down(nn.Module):
     """x (B, C_in, h, w) -> (B, C, h/2, w/2)."""
 
-    def __init__(self, c_in: int, c: int, older: bool):
+    def __init__(self, c_in: int, c: int, name: str):
         super().__init__()
-        self.name = "conv" if older else "conv1"
-        self.add_module(self.name, nn.Conv2d(c_in, c, 3, stride=2, padding=1))
+        self.name = name
+        self.add_module(name, nn.Conv2d(c_in, c, 3, stride=2, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(getattr(self, self.name)(x))
 
 
 class Residual(nn.Module):
-    """x (B, C, h, w) -> relu(x + conv2(relu(conv1(x)))); older: x + relu(conv2(relu(conv1(x))))."""
+    """x (B, C, h, w) -> relu(x + conv2(relu(conv1(x)))); relu_before_sum: x + relu(conv2(relu(conv1(x))))."""
 
-    def __init__(self, c: int, older: bool):
+    def __init__(self, c: int, relu_before_sum: bool):
         super().__init__()
-        self.older = older
+        self.relu_before_sum = relu_before_sum
         self.conv1 = nn.Conv2d(c, c, 3, padding=1)
         self.conv2 = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.relu(self.conv1(x)))
-        return x + F.relu(h) if self.older else F.relu(x + h)
+        return x + F.relu(h) if self.relu_before_sum else F.relu(x + h)
 
 
 class SFNet(nn.Module):
@@ -72,9 +79,9 @@ class SFNet(nn.Module):
     def __init__(self, config: SFNetConfig):
         super().__init__()
         self.config = config
-        c_in, older = 3, config.relu_before_sum
+        c_in, before = 3, config.relu_before_sum
         for level, (c, blocks) in enumerate(zip(config.channels, BLOCKS_OF[config.depth]), 1):
-            layer = nn.Sequential(Down(c_in, c, older), *(Residual(c, older) for _ in range(blocks)))
+            layer = nn.Sequential(Down(c_in, c, config.first), *(Residual(c, before) for _ in range(blocks)))
             self.add_module(f"layer{level}", layer)
             c_in = c
         self.fc = nn.Linear(c_in * (config.side // STRIDE) ** 2, config.features)
@@ -91,10 +98,12 @@ def embed_faces(network: nn.Module, x: Tensor) -> Tensor:
     return F.normalize(network(x) + network(x.flip(3)), dim=1)
 
 
-def config_of(tensors: dict[str, Tensor], side: int = SIDE) -> SFNetConfig:
-    """The shape that a checkpoint's tensors have. Raises UserError."""
-    older = "layer1.0.conv.weight" in tensors
-    first = "layer{}.0.conv.weight" if older else "layer{}.0.conv1.weight"
+def config_of(
+    tensors: dict[str, Tensor], side: int = SIDE, relu_before_sum: bool | None = None
+) -> SFNetConfig:
+    """The shape that a checkpoint's tensors have. Raises UserError, also where only the user can know (None)."""
+    name = "conv" if "layer1.0.conv.weight" in tensors else "conv1"
+    first = f"layer{{}}.0.{name}.weight"
     missing = [name for name in (*map(first.format, range(1, 5)), "fc.weight") if name not in tensors]
     if missing:
         raise UserError(f"An SFNet checkpoint lacks {missing[0]}; take one that opensphere wrote.")
@@ -104,4 +113,10 @@ def config_of(tensors: dict[str, Tensor], side: int = SIDE) -> SFNetConfig:
         for level in range(1, 5)
     )
     depth = next((depth for depth, counts in BLOCKS_OF.items() if counts == blocks), 0)
-    return SFNetConfig(depth, channels, len(tensors["fc.weight"]), side, older)
+    if relu_before_sum is None and name == "conv1" and depth and any(blocks):
+        raise UserError(
+            "An SFNet's tensors don't say which of opensphere's two kinds it is, but the config.yml beside the checkpoint"
+            ' does, as "type". Write {"relu_before_sum": true} into config.json for sfnet20_deprecated, false for sfnet20.'
+        )
+    before = name == "conv" if relu_before_sum is None else relu_before_sum
+    return SFNetConfig(depth, channels, len(tensors["fc.weight"]), side, before, name)
