@@ -82,8 +82,10 @@ def _checked(texts):
     if isinstance(texts, str):
         raise TypeError("a list of texts is expected, not one text")
     for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"the prompt {text!r} is not in UTF-8; write it in UTF-8.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the prompt {text!r} is not in UTF-8; write it in UTF-8.") from None
     return list(texts)
 
 

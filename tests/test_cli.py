@@ -238,15 +238,8 @@ def test_prompts_that_are_too_long_are_named_before_a_run_and_an_evaluation(weig
 
 def test_prompts_that_name_a_class_themselves_are_noticed(weights, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a pilot\na female cook\na tall man\n")
-    options = [
-        "--weights",
-        weights,
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert cli.run(train.main, [*options, "--attr", "gender", "--iterations", "1", "--evaluate", "none"]) == 0
+    run = ["--attr", "gender", "--iterations", "1", "--evaluate", "none", "--out", str(tmp_path / "run")]
+    assert cli.run(train.main, ["--weights", weights, "--prompts", str(tmp_path / "prompts.txt"), *run]) == 0
     assert "2 of 3 prompts name gender themselves, as 'female' in 'a female cook'" in capsys.readouterr().out
 
 

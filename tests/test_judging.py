@@ -7,6 +7,7 @@ from fairref.emoji import build, check, judging, stages
 from fairref.emoji.pictures import RESOLUTION, STYLES, VIEWS, draw, face_points
 from fairref.fairness.faces import area, square_around, with_mtcnn
 from fairref.judges import mtcnn
+from fairref.weights_io import read
 
 
 def seeded(seed=0):
@@ -115,6 +116,16 @@ def test_nobody_is_nobody():
     assert x.shape == (32, 3, RESOLUTION, RESOLUTION)
     plain = x[1::2]  # a background alone has no edges
     assert (plain[..., 1:] - plain[..., :-1]).abs().max() < 0.05
+
+
+def test_weights_that_are_split_otherwise_leave_nothing_behind(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for limit, files in ((100, 5), (200, 3), (10**6, 1), (100, 5)):
+        network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        build.save_half(network, path, limit)
+        assert len(list(tmp_path.iterdir())) == files
+        found = read(path)
+        assert all(torch.equal(found[key], value.half()) for key, value in network.state_dict().items())
 
 
 @pytest.mark.slow

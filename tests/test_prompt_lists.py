@@ -16,6 +16,14 @@ COUNTS = {  # concept -> prompts for finetuning, validation, test
     "style_context": (150, 0, 19),
     "descriptors": (40, 0, 10),
 }
+# stricter than `naming`: of what is written here a doubtful word is one too many
+GENDERED = re.compile(
+    r"\b((?!hu)\w*(wo)?m[ae]n|(fe)?males?|(he|she|his|hers?|him)|(boy|girl|lad|guy)s?|lad(y|ies)"
+    r"|mothers?|fathers?|sisters?|brothers?|sons?|daughters?|wi(fe|ves)|husbands?|king|queen|prince|lord|sir"
+    r"|\w*(waiter|cowboy|maid|wife|master|mistress|groom|bride|nun|monk|priest|seamster)s?"
+    r"|\w+tress(es)?|(host|steward|godd|govern|princ|duch|heir|lion)ess(es)?|masseuse|ballerina)\b",
+    re.IGNORECASE,
+)
 # what may be written with capitals: abbreviations, names of languages and places, and of games
 PROPER = {
     "3D",
@@ -64,6 +72,30 @@ def test_counts(name):
 def test_each_prompt_stands_once_in_one_part(name):
     count = Counter(map(core, everything(name)))
     assert [words for words, n in count.items() if n > 1] == []
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_no_prompt_names_a_gender(name):
+    assert [p for p in everything(name) if GENDERED.search(p)] == []
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("fireman", True),
+        ("a business woman", True),
+        ("two policemen", True),
+        ("her dog", True),
+        ("an actress", True),
+        ("a chambermaid", True),
+        ("a human rights lawyer", False),
+        ("the manager of a theater", False),
+        ("a shepherd in the mist", False),
+        ("a medical examiner", False),
+    ],
+)
+def test_what_names_a_gender(text, found):
+    assert bool(GENDERED.search(text)) == found
 
 
 @pytest.mark.parametrize("attribute", WORDS)

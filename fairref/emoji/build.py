@@ -20,7 +20,7 @@ from fairref.emoji.pictures import AGES, COLOURLESS, RESOLUTION, draw, sprites
 from fairref.emoji.sheet import LOOKS
 from fairref.emoji.templates import Templates
 from fairref.judge_files import FACE_FEATURES, load_embedder, save_classifier
-from fairref.weights_io import write_json
+from fairref.weights_io import index_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE_PICTURES = 2048  # by which the template judge is set
@@ -140,9 +140,7 @@ def save_half(network: nn.Module, path: Path, limit: int = LARGEST_FILE) -> None
         save_file(part, file, metadata={"format": "pt"})
         place |= dict.fromkeys(part, file.name)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(
-        path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": place}
-    )
+    write_json(index_of(path), {"metadata": {"total_size": total}, "weight_map": place})
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:

@@ -126,9 +126,8 @@ def faces_by_kind(bundle, count: int) -> dict[str, float]:
         if view != "nobody":
             some = scene[(scene.view == number).nonzero()[:count, 0]]
             found[view] = found_right(find(bundle.detector, through(bundle, some)), some.person)
-    none = ~find(
-        bundle.detector, through(bundle, nobody_scene(4 * count, stages.generator_for(0, UNSEEN, 3)))
-    ).found
+    nobody = nobody_scene(4 * count, stages.generator_for(0, UNSEEN, 3))
+    none = ~find(bundle.detector, through(bundle, nobody)).found
     found |= {"thing": none[::2], "plain": none[1::2]}
     return {kind: values.float().mean().item() for kind, values in found.items()}
 

@@ -38,8 +38,11 @@ class Prompts:
     def naming(self, attribute: str) -> dict[str, str]:
         """The prompts for finetuning that name a class of the attribute -> by which words; an occupation's title, such as
         foreman, is not one."""
-        free = {prompt: prompt.replace(self.occupations.get(prompt, "\n"), "") for prompt in self.train}
-        return {prompt: words for prompt in self.train if (words := naming(free[prompt], attribute))}
+        found = {}
+        for prompt in self.train:
+            title = self.occupations.get(prompt)
+            found[prompt] = naming(prompt.replace(title, "") if title else prompt, attribute)
+        return {prompt: words for prompt, words in found.items() if words}
 
     def short(self, prompt: str) -> str:
         """What a report calls a prompt."""

@@ -1,6 +1,6 @@
 """Which words of a prompt name a class of an attribute: its pictures are then not free to be fair.
 
-Lists, not understanding: "the wives of windsor" names a gender, "someone with a beard" does not.
+Lists, not understanding: "a princess cake" names a gender to them, "someone with a beard" does not.
 """
 
 import re
