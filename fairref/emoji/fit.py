@@ -85,7 +85,9 @@ def fit(
     Progress goes to stderr. `folder/STAGE.pt` holds the state; a later call goes on from it.
     """
     file = folder / f"{stage}.pt"
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
     training = Training(network, optimizer, {k: v.detach().clone() for k, v in network.state_dict().items()})
     training.restore(file)
     network.train()

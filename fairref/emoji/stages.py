@@ -122,8 +122,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(*files)
 
 
-def balanced_scene(B: int, generator: torch.Generator, portraits: bool = False) -> Scene:
-    """B scenes with look, gender, tone and age uniform and independent, and all kinds of views; or portraits only."""
+def balanced_scene(
+    B: int, generator: torch.Generator, portraits: bool = False, views: tuple[float, ...] = VIEW_SHARE
+) -> Scene:
+    """B scenes with look, gender, tone and age uniform and independent, and `views` in these shares, or portraits."""
     look, gender, tone, old, thing, style = (
         torch.randint(len(names), (B,), generator=generator)
         for names in (LOOKS, GENDERS, TONES, AGES, things(), STYLES)
@@ -131,7 +133,7 @@ def balanced_scene(B: int, generator: torch.Generator, portraits: bool = False) 
     with_thing, in_style = torch.rand(2, B, generator=generator) < torch.tensor(
         [[THING_SHARE], [STYLE_SHARE]]
     )
-    view = torch.multinomial(torch.tensor(VIEW_SHARE), B, replacement=True, generator=generator)
+    view = torch.multinomial(torch.tensor(views), B, replacement=True, generator=generator)
     if portraits:
         view, in_style = torch.zeros_like(view), torch.zeros_like(in_style)
     thing = thing.where(with_thing | (view == VIEWS.index("nobody")), -1)
