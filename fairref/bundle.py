@@ -52,7 +52,7 @@ from fairref.nets.clip import Clip, ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
 from fairref.tokenizer import Tokenizer
-from fairref.weights_io import exists, load_strict, read, read_json
+from fairref.weights_io import exists, expanded, load_strict, read, read_json
 from fairref.weights_names import ldm_split, text_encoder_names, vae_names
 
 MANIFEST = "bundle.json"
@@ -137,7 +137,7 @@ def bundle_path(name_or_path: str | Path) -> Path:
 
     `weights/emoji` and `emoji` name the same one. Raises UserError where there is none.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     package = Path(__file__).resolve().parent
     name = path.relative_to("weights") if path.parts[:1] == ("weights",) else path
     places = [path, package.parent / "weights" / name, package / "weights" / name]
@@ -163,8 +163,10 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
     dino = load_dino(path / manifest["dino"]) if "dino" in manifest else None
     detector = load_detector(path / manifest["detector"], device, dtype) if "detector" in manifest else None
     embedder, face_features = _faces(path, manifest)
-    if "templates" in manifest and not (path / manifest["templates"]).is_file():  # read later, refused now
-        raise UserError(f"{path / manifest['templates']}: no such file; {MANIFEST} names it as templates.")
+    if "templates" in manifest:  # made later, refused now
+        from fairref.emoji.templates import read_settings
+
+        read_settings(path / manifest["templates"])
 
     def ready(module: nn.Module) -> nn.Module:
         # channels last: a tenth to a quarter faster for convolutions, on CPUs as well
@@ -238,7 +240,19 @@ def load_stable_diffusion(path: Path) -> tuple[dict, int]:
     tokenizer = _tokenizer(path, single, length)
     parts = {**networks, "schedule": _schedule(folder, single), "tokenizer": tokenizer}
     _check_sizes(parts, path)
-    return parts, found.get("unet", {}).get("sample_size") or SD15_SAMPLE_SIZE
+    return parts, _side(found.get("unet", {}).get("sample_size"), texts["unet"])
+
+
+def _side(sample_size, source):
+    """Height and width of z: a number, as diffusers has it, or two that are equal; SD-1.5's where it isn't said."""
+    sides = (
+        sample_size if isinstance(sample_size, list) and sample_size else [sample_size or SD15_SAMPLE_SIZE]
+    )
+    if not all(type(side) is int and side == sides[0] for side in sides):
+        raise UserError(
+            f"{source}: sample_size is {sample_size!r}; expected a whole number, or a square's two."
+        )
+    return sides[0]
 
 
 def _faces(path, manifest):

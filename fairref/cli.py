@@ -2,7 +2,10 @@
 
 import argparse
 import errno
+import io
+import math
 import sys
+from pathlib import Path
 
 import torch
 
@@ -10,7 +13,10 @@ from fairref.errors import UserError
 
 WEIGHTS = "weights/emoji"  # the default bundle
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+FORBIDDEN = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -30,10 +36,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
 
+    def parse_args(self, args=None, namespace=None):
+        """An option may be empty only if that is its default: an unset shell variable shall not leave it out."""
+        found = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if action.option_strings and "" in (value, *(value if isinstance(value, list) else ())):
+                if action.default != "":
+                    self.error(f"{action.option_strings[0]} is empty")
+        return found
+
 
 def run(main, argv=None) -> int:
     """The exit code of main(argv), None being 0; 2 with one sentence on stderr for a UserError, a full disk, a forbidden
     file or too little memory; 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal can't show ends no run
     try:
         return main(argv) or 0
     except UserError as error:
@@ -109,6 +127,21 @@ def warn_of_cut(tokenizer, prompts: list[str], prefix: int = 0) -> None:
             f"warning: {len(ends)} prompts are too long, their ends are not used, as in: {ends[0]!r}",
             file=sys.stderr,
         )
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path, which is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a number above 0")
+    return value
 
 
 def whole(low: int, high: int = 2**32 - 1):

@@ -7,10 +7,12 @@ Rows that can't be used are counted and named, and left out, or refused (`strict
 """
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fairref.errors import UserError
+from fairref.weights_io import expanded
 
 CLASSES = {
     "gender": ("woman", "man"),
@@ -74,7 +76,7 @@ def read_photographs(data: str, root: str | Path, attributes: list[str], strict:
 
     `attributes` are names of CLASSES that the set labels. With `strict` a single bad row is an error.
     """
-    root, readers = Path(root).expanduser(), {"celeba": _read_celeba, "fairface": _read_fairface}
+    root, readers = expanded(root), {"celeba": _read_celeba, "fairface": _read_fairface}
     if data not in readers:
         raise UserError(f"--data is {data!r}; expected {' or '.join(readers)}.")
     labelled = CELEBA if data == "celeba" else FAIRFACE
@@ -138,13 +140,20 @@ def _read_celeba(root: Path, found: Photographs) -> None:
             found.add(part_of[name], root / "img_align_celeba" / name, labels, where)
 
 
+def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; get the file again.") from None
+
+
 def _read_fairface(root: Path, found: Photographs) -> None:
     for part, name in FAIRFACE_FILES.items():
         reader = csv.DictReader(_lines(root / name))
         missing = {"file", *found.attributes} - set(reader.fieldnames or ())
         if missing:
             raise UserError(f"{root / name}: has no column {min(missing)!r}; get the file again.")
-        for row in reader:
+        for row in _rows(reader, root / name):
             where = f"{name}, line {reader.line_num}"
             labels = {key: FAIRFACE[key].get(row[key]) for key in found.attributes}
             found.add(part, root / (row["file"] or "?"), labels, where)

@@ -9,6 +9,7 @@ else is measured with it.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -64,8 +65,13 @@ class How:
 
 
 def pictures(how: How, model: Bundle, prompt: str, n: int) -> Tensor:
-    """(n, 3, H, W) of one prompt; the noise follows from (seed, prompt, image)."""
-    return fixed_pictures(model, how.seed, prompt, range(n), how.steps, how.guidance, how.end)
+    """(n, 3, H, W) of one prompt; the noise follows from (seed, prompt, image). Raises UserError."""
+    x = fixed_pictures(model, how.seed, prompt, range(n), how.steps, how.guidance, how.end)
+    if not x.isfinite().all():
+        raise UserError(
+            f"Pictures of {prompt!r} at guidance {how.guidance} are no numbers; take a lower one or float32."
+        )
+    return x
 
 
 def judge(how: How, x: Tensor) -> Seen:
@@ -264,6 +270,8 @@ def main(argv=None):
         raise UserError(f"--out is {options.out}, which is a folder; give a file.")
     if options.out and not Path(options.out).parent.is_dir():
         raise UserError(f"--out is {options.out}, whose folder doesn't exist; make it first.")
+    if options.out and not os.access(Path(options.out).parent, os.W_OK):
+        raise UserError(f"--out is {options.out}, whose folder can't be written to; give another.")
     bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])
     attr = options.attr or (None if options.target else "gender")
     target = wanted_target(attr, options.target, bundle.attributes, str(bundle.path))
@@ -280,7 +288,7 @@ def main(argv=None):
             raise UserError(
                 f"--part is {options.part}, of which {prompts.name} has no prompt; give another part."
             )
-    model = load_adapter(bundle, options.adapter) if options.adapter else bundle
+    model = bundle if options.adapter is None else load_adapter(bundle, options.adapter)
     texts = [text for prompts in concepts for text in getattr(prompts, options.part)]
     cli.warn_of_cut(bundle.tokenizer, texts, 0 if model.prefix is None else len(model.prefix))
     how = How(bundle, target, recipe.eval_steps, recipe.eval_guidance, recipe.end, options.seed)
@@ -292,8 +300,8 @@ def main(argv=None):
     report = reports if len(reports) > 1 else next(iter(reports.values()))
     report = {"weights": options.weights, "adapter": options.adapter, **report}
     if options.out:
-        write_json(Path(options.out), report)
         print(text)
+        write_json(Path(options.out), report)
         print(f"written: {options.out}")
     else:
         print(text, file=sys.stderr)

@@ -86,10 +86,10 @@ def judges_of(weights: str, device: torch.device) -> tuple[Detector, nn.Module]:
 def main(argv=None) -> int:
     parser = cli.Parser(prog="python -m fairref.face_features", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--images", required=True, type=Path, help="folder of photographs, searched to its depth"
+        "--images", required=True, type=cli.path, help="folder of photographs, searched to its depth"
     )
     parser.add_argument("--weights", default=cli.WEIGHTS, help="bundle whose detector and embedder are used")
-    parser.add_argument("--out", required=True, type=Path, help="safetensors file; must not be there yet")
+    parser.add_argument("--out", required=True, type=cli.path, help="safetensors file; must not be there yet")
     parser.add_argument(
         "--largest", type=cli.whole(16), default=LARGEST, help="bigger photographs are reduced to this"
     )

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import draw, first_noise, group_size
 from fairref.images import grid, save_png, to_image
 from fairref.progress import Progress
+from fairref.weights_io import expanded
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def generate(settings: Settings) -> list[Path]:
     guidance = recipe.eval_guidance if settings.guidance is None else settings.guidance
     if not math.isfinite(guidance):
         raise UserError(f"--guidance is {guidance}; expected a number.")
-    if settings.adapter:
+    if settings.adapter is not None:
         bundle = load_adapter(bundle, settings.adapter)
     texts = (settings.prompt, settings.negative_prompt)
     prefix = 0 if bundle.prefix is None else len(bundle.prefix)
@@ -59,15 +61,23 @@ def generate(settings: Settings) -> list[Path]:
             z_T = first_noise(bundle, settings.seed, 0, group.tolist())
             pictures.append(draw(bundle, texts, z_T, steps, guidance, recipe.end, progress.step))
     x = torch.cat(pictures)
+    if not x.isfinite().all():
+        raise UserError(
+            f"--guidance {guidance} and --dtype {settings.dtype}: what was drawn is no number; take a lower guidance or"
+            " float32."
+        )
     return _write(folder, x, settings, resolved)
 
 
 def _folder(settings):
-    slug = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:60] or "empty-prompt"
-    if settings.adapter:  # its pictures lie beside those without it, not in their place
-        adapter = Path(settings.adapter).expanduser().resolve()
+    words = re.sub(r"[\W_]+", "-", settings.prompt.lower()).strip("-")
+    slug = words[:40] or "empty-prompt"
+    if slug != words:  # others may begin alike
+        slug += f"-{zlib.crc32(settings.prompt.encode()):08x}"
+    if settings.adapter is not None:  # its pictures lie beside those without it, not in their place
+        adapter = expanded(settings.adapter).resolve()
         slug += f"-{adapter.name}" if adapter.is_dir() else f"-{adapter.parent.name}-{adapter.stem}"
-    folder = Path(settings.out).expanduser() if settings.out else Path("samples") / slug
+    folder = Path("samples") / slug if settings.out is None else expanded(settings.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

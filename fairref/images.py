@@ -1,6 +1,7 @@
 """Tensors as pictures: one, a grid of them, and PNG files that say how they were made."""
 
 import math
+import struct
 from pathlib import Path
 
 import torch
@@ -9,7 +10,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 GAP = 2  # pixels between the pictures of a grid
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow's ways to say so
+# what Pillow raises on damaged files
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError),
+    *(struct.error, Image.DecompressionBombError),
+)
 
 
 def grid(x: Tensor, columns: int | None = None) -> Image.Image:

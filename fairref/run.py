@@ -19,7 +19,7 @@ from fairref.finetune.recipes import Recipe, resolve
 from fairref.finetune.setup import Setup
 from fairref.finetune.signals import interrupting
 from fairref.finetune.trainer import check, train
-from fairref.weights_io import write_json
+from fairref.weights_io import expanded, write_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Options:
 
 def run(options: Options) -> Path:
     """The whole run -> its folder. Raises UserError."""
-    resumed = checkpoints.read_settings(options.resume) if options.resume and options.device == "auto" else {}
+    resumed = _resumed(options) if options.resume and options.device == "auto" else {}
     processes, device = distributed.start(cli.device(resumed.get("device", options.device)))
     try:
         with ExitStack() as held:
@@ -194,7 +194,7 @@ def _prompts(settings):
     """--prompts, a text file as its lines, which a resumed run finds in its settings; and --prompt-template."""
     wanted = settings["prompts"] or OCCUPATIONS
     if isinstance(wanted, str) and is_file(wanted):
-        wanted = read_lines(Path(wanted).expanduser())
+        wanted = read_lines(expanded(wanted))
     return wanted, settings["prompt_template"]
 
 
@@ -208,14 +208,30 @@ def _resumed(options):
             " leave it out."
         )
     settings = checkpoints.read_settings(options.resume)
-    needed = {"weights", "dtype", "target", "prompts", "prompt_template", "recipe"}
-    whole = needed <= set(settings) and isinstance(settings["target"], dict)
-    if not whole or not set(settings["recipe"]) <= set(Recipe.__dataclass_fields__):
+    if not _is_whole(settings):
         raise UserError(
             f"{options.resume}/{checkpoints.SETTINGS}: not the settings of a run of this version;"
             " start a new one."
         )
     return settings
+
+
+def _is_whole(settings):
+    """Whether a settings.json has all that a run goes on with, each in its type."""
+    kinds = {"weights": str, "dtype": str, "device": str, "target": dict, "prompts": str | list}
+    kinds |= {"prompt_template": str | None, "recipe": dict, "versions": dict}
+    if not all(key in settings and isinstance(settings[key], kind) for key, kind in kinds.items()):
+        return False
+    lines = settings["prompts"] if isinstance(settings["prompts"], list) else []
+    if settings["dtype"] not in cli.DTYPES or not all(isinstance(line, str) for line in lines):
+        return False
+    if set(settings["recipe"]) != set(Recipe.__dataclass_fields__):
+        return False
+    try:
+        of_settings(settings)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
+    return True
 
 
 def _folder(options, target, processes, held):
@@ -225,7 +241,7 @@ def _folder(options, target, processes, held):
     if processes.first:
         try:
             if options.resume:
-                folder = Path(options.resume).expanduser()
+                folder = expanded(options.resume)
             else:
                 folder = checkpoints.new_folder(options.out, "runs/" + "-".join(target.classes))
             held.enter_context(checkpoints.held(folder))

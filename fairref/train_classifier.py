@@ -65,7 +65,11 @@ def load_batch(rows: list[Row], side: int, pool: ThreadPoolExecutor) -> tuple[Te
     read = [i for i, x in enumerate(pictures) if x is not None]
     unread = [short_name(row.file) for row, x in zip(rows, pictures) if x is None]
     x = torch.stack([pictures[i] for i in read]) if read else torch.zeros(0, 3, side, side)
-    return x, torch.tensor([rows[i].labels for i in read], dtype=torch.long).view(len(read), -1), unread
+    return (
+        x,
+        torch.tensor([rows[i].labels for i in read], dtype=torch.long).view(len(read), len(rows[0].labels)),
+        unread,
+    )
 
 
 def changed(x: Tensor, jitter: bool, rng: np.random.Generator) -> Tensor:
@@ -106,11 +110,14 @@ def new_classifier(found: Photographs, config: MobileNetConfig, init: str | None
 
 
 def train(classifier: Classifier, found: Photographs, settings: Settings, device: torch.device) -> list[str]:
-    """AdamW on the sum of the attributes' cross-entropies, rate falling along a cosine -> files that couldn't be read."""
+    """AdamW on the sum of the attributes' cross-entropies, rate falling along a cosine -> files that couldn't be read.
+
+    Raises UserError where nothing can be learnt.
+    """
     rows, names = found.parts["train"], list(found.attributes)
     side, jitter = classifier.network.config.input_size, not NO_JITTER & set(names)
     per_epoch = math.ceil(len(rows) / settings.batch)
-    total, unread = settings.epochs * per_epoch, set()
+    total, unread, updates = settings.epochs * per_epoch, set(), 0
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=settings.lr)
     classifier.to(device).train()
     with Progress(total, "training") as progress, ThreadPoolExecutor(THREADS) as pool:
@@ -130,8 +137,17 @@ def train(classifier: Classifier, found: Photographs, settings: Settings, device
                 group["lr"] = settings.lr * (0.5 + 0.5 * math.cos(math.pi * step / total))
             optimizer.zero_grad()
             loss.backward()
+            if not loss.isfinite():
+                raise UserError(
+                    f"The loss is {loss.item()} at step {step + 1}; take a lower --lr than {settings.lr}."
+                )
             optimizer.step()
+            updates += 1
             progress.step(f"loss {loss.item():.3f}")
+    if not updates:
+        raise UserError(
+            "Fewer than two training images of a batch can be read: nothing was learnt; mend them."
+        )
     settle(classifier, rows, settings.batch, device)
     return sorted(unread)
 
@@ -232,16 +248,18 @@ def options_of(argv):
     parser.add_argument("--data", required=True, choices=("celeba", "fairface"), help="data set")
     parser.add_argument("--root", required=True, help="folder that it was unpacked to")
     parser.add_argument("--attr", required=True, help="gender, race or age; several joined by +")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the classifier")
+    parser.add_argument("--out", required=True, type=cli.path, help="folder of the classifier, new or empty")
     parser.add_argument("--kind", default="large", choices=("large", "small"), help="of MobileNetV3")
-    parser.add_argument("--width", type=float, default=1.0, help="multiplies the channels of MobileNetV3")
-    parser.add_argument("--input-size", type=cli.whole(32), default=224, help="pixels a side")
+    parser.add_argument(
+        "--width", type=cli.positive, default=1.0, help="multiplies the channels of MobileNetV3"
+    )
+    parser.add_argument("--input-size", type=cli.whole(32, 4096), default=224, help="pixels a side")
     parser.add_argument(
         "--init", help="torchvision's weights as .safetensors, to start from; None: from scratch"
     )
     parser.add_argument("--epochs", type=cli.whole(1), default=Settings.epochs, help="times through the data")
     parser.add_argument("--batch", type=cli.whole(2), default=Settings.batch, help="images a step")
-    parser.add_argument("--lr", type=float, default=Settings.lr, help="AdamW's rate at the start")
+    parser.add_argument("--lr", type=cli.positive, default=Settings.lr, help="AdamW's rate at the start")
     parser.add_argument(
         "--seed", type=cli.whole(0), default=Settings.seed, help="of order, changes and weights"
     )
@@ -273,8 +291,8 @@ def unreadable(found: Photographs, side: int) -> list[str]:
 def main(argv=None) -> int:
     options = options_of(argv)
     device, names = cli.device(options.device), options.attr.split("+")
-    if (options.out / "model.safetensors").exists():
-        raise UserError(f"{options.out}: holds a classifier; give another --out.")
+    if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
+        raise UserError(f"{options.out}: is there already; give a new or an empty folder as --out.")
     found = read_photographs(options.data, options.root, names, options.strict)
     if found.bad:
         print(f"left out {describe_bad(found.bad)}", file=sys.stderr)
@@ -283,6 +301,7 @@ def main(argv=None) -> int:
     if options.strict and (broken := unreadable(found, config.input_size)):
         raise UserError(f"{options.root}: {_unread(broken)}; mend them or leave --strict out.")
     classifier = new_classifier(found, config, options.init, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)  # better refused now than after the training
     settings = Settings(options.epochs, options.batch, options.lr, options.seed)
     unread = train(classifier, found, settings, device)
     part = next((p for p in ("test", "validation") if found.parts.get(p)), "train")

@@ -64,8 +64,8 @@ def verify(shown: bool = False) -> list[Result]:
 def main(argv=None) -> int:
     """The command line."""
     parser = cli.Parser(prog="python -m fairref.verify", description="Check every equation of the method.")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--figures", type=Path, help="folder for figures 6a, 6b and 7 and their numbers")
+    parser.add_argument("--json", type=cli.path, help="file for the results")
+    parser.add_argument("--figures", type=cli.path, help="folder for figures 6a, 6b and 7 and their numbers")
     parser.add_argument("--weights", default=cli.WEIGHTS, help="bundle that the figures are about")
     options = parser.parse_args(argv)
     bundle = _ready_for_figures(options) if options.figures else None

@@ -16,6 +16,17 @@ from fairref.weights_names import ignored, some
 PICKLES = (".pth", ".pt", ".bin")
 INFO = "fairref"  # the one key of our files' metadata: several would come in an order of their own at each run
 
+
+def expanded(path: str | Path) -> Path:
+    """A path with ~ written out. Raises UserError for one that is empty or names no user."""
+    if not str(path):
+        raise UserError("An empty path was given; name a file or folder.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error} Write the path out.") from None
+
+
 def read_json(path: str | Path) -> dict:
     """The object of a JSON file. Raises UserError."""
     path = Path(path)
@@ -23,7 +34,7 @@ def read_json(path: str | Path) -> dict:
         d = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); put the file there.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); get or write the file again.") from error
     if not isinstance(d, dict):
         raise UserError(f"{path}: found a {type(d).__name__}, expected a JSON object; correct the file.")
@@ -32,7 +43,7 @@ def read_json(path: str | Path) -> dict:
 
 def index_of(path: Path) -> Path:
     """Where the index of a split file is, which then stands in the file's place."""
-    return path.with_name(f"{path.name}.index.json")
+    return path.parent / f"{path.name}.index.json"
 
 
 def exists(path: Path) -> bool:
@@ -192,7 +203,8 @@ def _data_bytes(header):
 def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copies the tensors into the module's parameters and buffers; `source` names the file in errors.
 
-    Keys must be the same both ways, and so must each shape and each kind (floating or not); else UserError.
+    Keys must be the same both ways, and so must each shape and each kind (floating or not), and all values finite;
+    else UserError.
     A module on the meta device, which has no memory yet, gets its own on the CPU.
     """
     wanted = module.state_dict()
@@ -212,9 +224,16 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     ]
     if wrong:
         raise UserError(f"{source}: {some(wrong)}; use the configuration and weights that belong together.")
+    if broken := [key for key in wanted if not _finite(tensors[key])]:
+        raise UserError(f"{source}: {some(broken)} holds what is no number; get or train the weights again.")
     # copies, for what safetensors reads is backed by the file
     copies = {key: tensors[key].to(value.dtype, copy=True) for key, value in wanted.items()}
     module.load_state_dict(copies, strict=True, assign=any(value.is_meta for value in wanted.values()))
+
+
+def _finite(tensor):
+    ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN, too, is an end where there is one
+    return bool(torch.isfinite(ends).all())
 
 
 def _kind(tensor):

@@ -18,6 +18,7 @@ from fairref.diffusion.sampler import noise
 from fairref.diffusion.schedule import Schedule
 from fairref.emoji.bpe import train_bpe
 from fairref.emoji.build import SCHEDULER
+from fairref.emoji.sheet import LOOKS
 from fairref.errors import UserError
 from fairref.finetune.rollout import draw
 from fairref.judge_files import save_classifier
@@ -444,7 +445,7 @@ def test_judges_of_a_manifest(full):
             "bundle.json: classifier 'train' is 'a'; expected the folder of finetune or evaluate",
         ),
         ({"classifiers": {"finetune": "nowhere"}}, "nowhere"),
-        ({"templates": "nowhere.json"}, "nowhere.json: no such file; bundle.json names it as templates"),
+        ({"templates": "nowhere.json"}, "nowhere.json: can't be read"),
         ({"clip": "nowhere"}, "nowhere.config.json: can't be read"),
         (
             {"stable_diffusion": "nowhere"},
@@ -457,6 +458,28 @@ def test_mistakes_in_a_manifest(full, change, message):
     with pytest.raises(UserError, match=message) as caught:
         load_bundle(full.root)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("threshold", [None, "x", float("nan"), 10**400, -1, 0, [1]])
+def test_a_template_judge_that_can_not_be_made_is_refused_with_the_bundle(full, threshold):
+    (full.root / "bundle.json").write_text(json.dumps({**full.manifest, "templates": "templates.json"}))
+    settings = {"threshold": threshold, "shares": dict.fromkeys(LOOKS, 1.0)}
+    (full.root / "templates.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="templates.json: found .*, expected a JSON object with a number"):
+        load_bundle(full.root)
+
+
+@pytest.mark.parametrize(
+    "size, side", [(16, 16), ([16, 16], 16), ([16, 8], None), ("x", None), (True, None), (1.5, None)]
+)
+def test_the_size_of_latents_as_diffusers_writes_it(copy, size, side):
+    edit_config(copy, "unet", sample_size=size)
+    if side is None:
+        with pytest.raises(UserError, match="unet.config.json: sample_size is .*; expected a whole number"):
+            load_bundle(copy)
+    else:
+        b = load_bundle(copy)
+        assert b.resolution == side * 2 ** (len(b.vae.config.block_out_channels) - 1)
 
 
 def edit_config(folder, part, **values):

@@ -1,6 +1,7 @@
 """The front doors, from the command line to the files; a user's mistake is one sentence and exit code 2."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from fairref.finetune import checkpoints
 from fairref.finetune.adapters import load_adapter
 from fairref.finetune.recipes import Recipe, resolve
 from fairref.images import grid
+from fairref.weights_io import read, read_info, write
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -498,6 +500,109 @@ def test_a_folder_that_holds_another_run_is_refused(run_folder, weights, capsys)
 def test_mistakes_of_sample(weights, tmp_path, capsys, argv, words):
     out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
     assert words in refused(capsys, sample.main, *argv, "--weights", weights, *out)
+
+
+@pytest.mark.parametrize(
+    "main, argv, words",
+    [
+        (sample.main, [PROMPT, "--adapter", ""], "--adapter is empty"),
+        (sample.main, [PROMPT, "--out", ""], "--out is empty"),
+        (evaluate.main, ["--adapter", ""], "--adapter is empty"),
+        (train.main, ["--attr", "gender", "--resume", ""], "--resume is empty"),
+        (train.main, ["--attr", "gender", "--weights", ""], "--weights is empty"),
+        (train.main, ["--target", ""], "--target is empty"),
+        (sample.main, [PROMPT, "--adapter", "~nobody-of-this-name/x"], "Write the path out"),
+        (train.main, ["--resume", "~nobody-of-this-name/x"], "Write the path out"),
+        (evaluate.main, ["--weights", "~nobody-of-this-name/x"], "Write the path out"),
+        (sample.main, [PROMPT, "--weights", "x" * 300], "File name too long"),
+        (train.main, ["--attr", "gender", "--iterations", "9" * 400], "iterations is"),
+        (train.main, ["--attr", "gender", "--group", "9" * 20], "group is"),
+    ],
+)
+def test_values_that_an_unset_variable_or_a_slip_leaves(capsys, tmp_path, monkeypatch, main, argv, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, main, *argv) and not any(tmp_path.iterdir())
+
+
+def test_an_empty_negative_prompt_is_one(weights, tmp_path):
+    argv = [PROMPT, "--negative-prompt", "", "-n", "1", "--weights", weights, "--out", str(tmp_path / "out")]
+    assert cli.run(sample.main, argv) == 0
+
+
+@pytest.mark.parametrize("main", [sample.main, evaluate.main])
+def test_pictures_that_are_no_numbers_are_refused(weights, tmp_path, capsys, main):
+    argv = [PROMPT, "-n", "1", "--out", str(tmp_path / "out")] if main is sample.main else ["-n", "1"]
+    message = refused_at_last(capsys, main, *argv, "--guidance", "1e30", "--weights", weights)
+    assert "take a lower" in message and not any(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("rank", [0, None])
+def test_an_adapter_of_rank_0_or_of_no_numbers_is_refused(run_folder, weights, tmp_path, capsys, rank):
+    file = run_folder / "adapter.safetensors"
+    tensors = {name: tensor.mul(float("nan")) for name, tensor in read(file).items()}
+    if rank == 0:
+        tensors = {name: t[:0] if "down" in name else t[:, :0] for name, t in tensors.items()}
+    write(tmp_path / "a.safetensors", tensors, read_info(file))
+    message = refused(
+        capsys, sample.main, PROMPT, "--weights", weights, "--adapter", str(tmp_path / "a.safetensors")
+    )
+    assert ("found no prefix or lora_down.weight" if rank == 0 else "holds what is no number") in message
+
+
+def test_prompts_that_begin_alike_or_in_other_letters_have_folders_of_their_own(
+    weights, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for prompt in ("日本", "中国", "!", "?", PROMPT + " with a hat", PROMPT + " with a cat"):
+        assert cli.run(sample.main, [prompt, "-n", "1", "--weights", weights]) == 0
+    assert len(list((tmp_path / "samples").iterdir())) == 6
+
+
+def test_a_terminal_that_can_not_show_a_name_ends_no_run(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli.run(lambda argv: print("café", flush=True)) == 0
+    assert stdout.buffer.getvalue() == b"caf\\xe9\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weights": 1},
+        {"dtype": "float8"},
+        {"device": None},
+        {"prompts": [1]},
+        {"prompt_template": 1},
+        {"versions": []},
+        {"recipe": {}},
+        {"target": {}},
+        {"target": {"classes": {"gender": ["woman", "man"]}, "table": "x"}},
+    ],
+)
+def test_damaged_settings_resume_no_run(run_folder, tmp_path, capsys, damage):
+    settings = json.loads((run_folder / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(settings | damage))
+    for device in ((), ("--device", "cpu")):
+        message = refused(capsys, train.main, "--resume", str(tmp_path), *device)
+        assert "not the settings of a run of this version" in message
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"iteration": "x"},
+        {"iteration": -3},
+        {"iteration": 2.5},
+        {"updates": None},
+        {"best": "x"},
+        {"streak": 9**9},
+    ],
+)
+def test_a_damaged_checkpoint_resumes_no_run(run_folder, weights, tmp_path, capsys, damage):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    file = checkpoints.saved(folder)[-1]
+    write(file, read(file), read_info(file) | damage)
+    assert "start a new run" in refused_at_last(capsys, train.main, "--resume", str(folder))
 
 
 @pytest.mark.parametrize("when", ["before_after", "train"])

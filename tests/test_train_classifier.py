@@ -180,7 +180,7 @@ def test_it_learns_what_the_pictures_show(celeba, tmp_path, capsys):
         right = classifier(x)["gender"].argmax(1) == torch.tensor([row.labels[0] for row in rows])
     assert right.float().mean() > 0.9
     assert Image.open(out / "confusion.png").size[0] > 100 and "gender, test" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds a classifier"):
+    with pytest.raises(UserError, match="is there already; give a new or an empty folder"):
         main(train_on(celeba, out))
 
 
@@ -224,6 +224,54 @@ def test_unreadable_images_are_skipped_and_counted_or_refused(celeba, tmp_path, 
     assert "2 images can't be read, such as img_align_celeba/000003.jpg" in capsys.readouterr().err
     assert run(main, train_on(celeba, tmp_path / "strict", "--strict")) == 2
     assert "2 images can't be read" in capsys.readouterr().err and not (tmp_path / "strict").exists()
+
+
+def test_a_last_batch_without_a_readable_image_is_skipped(celeba, tmp_path, capsys):
+    (celeba / "img_align_celeba" / "000020.jpg").write_bytes(b"not a picture")
+    for n in (17, 18, 19, *range(21, 25)):
+        (celeba / "img_align_celeba" / f"{n:06}.jpg").unlink()
+    parts = (celeba / "list_eval_partition.txt").read_text()
+    (celeba / "list_eval_partition.txt").write_text(parts.replace(" 1\n", " 0\n"))
+    assert run(main, train_on(celeba, tmp_path / "out", "--epochs", "1", "--batch", "16")) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["unreadable"] == 1
+
+
+def test_what_teaches_nothing_is_refused(celeba, tmp_path, capsys):
+    with pytest.raises(UserError, match="The loss is .* at step .*; take a lower --lr than"):
+        main(train_on(celeba, tmp_path / "a", "--lr", "1e30"))
+    for file in (celeba / "img_align_celeba").iterdir():
+        file.write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="nothing was learnt"):
+        main(train_on(celeba, tmp_path / "b"))
+    for option in ("--lr", "--width"):
+        for value in ("inf", "nan", "-1", "0"):
+            assert run(main, train_on(celeba, tmp_path / "c", f"{option}={value}")) == 2
+            assert "expected a number above 0" in capsys.readouterr().err
+    assert not any(tmp_path.glob("?/*"))
+
+
+def test_files_that_are_there_are_left_alone(celeba, tmp_path, capsys, monkeypatch):
+    judge, file = tmp_path / "judge", tmp_path / "file"
+    judge.mkdir()
+    (judge / "model.pth").write_bytes(b"a judge as published")
+    file.write_text("")
+    monkeypatch.chdir(judge)
+    for out, words in ((judge, "is there already"), (file, "is there already"), ("", "is empty"), (file / "x", "file")):
+        assert run(main, train_on(celeba, out)) == 2
+        assert words in capsys.readouterr().err
+    assert [path.name for path in judge.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xff\xff\xff", b"\x00\x03\xff\xff"])
+def test_a_photograph_with_broken_notes_of_its_camera_is_unreadable_at_worst(tmp_path, damage):
+    image, notes = Image.new("RGB", (32, 32)), Image.Exif()
+    notes[0x0112] = 6
+    for at in range(4, 24):
+        broken = bytearray(notes.tobytes())
+        broken[6 + at : 10 + at] = damage
+        image.save(tmp_path / f"{at}.jpg", exif=bytes(broken))
+        x = face_features.load(tmp_path / f"{at}.jpg")
+        assert x is None or x.shape == (1, 3, 32, 32)
 
 
 def test_a_png_that_breaks_off_between_its_chunks_is_unreadable(tmp_path):

@@ -167,6 +167,14 @@ def test_loaded_tensors_are_not_those_of_the_file(tmp_path, device):
             r"linear.bias is int8 \[2\], expected float \[2\]",
         ),
         (
+            lambda t: t["linear.weight"][1, 2].fill_(float("nan")),
+            "linear.weight holds what is no number; get",
+        ),
+        (
+            lambda t: t["norm.running_var"][0].fill_(-float("inf")),
+            "norm.running_var holds what is no number; get",
+        ),
+        (
             lambda t: t.update({"norm.num_batches_tracked": torch.tensor(1.5)}),
             r"norm.num_batches_tracked is float \[\], expected int64",
         ),
@@ -296,7 +304,11 @@ def test_json_files(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match="can't be read"):
         read_json(path)
-    for content, message in (("{", "not JSON"), ("[1]", "found a list, expected a JSON object")):
+    for content, message in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "found a list, expected a JSON object"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             read_json(path)

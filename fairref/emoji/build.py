@@ -272,9 +272,11 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m fairref.emoji.build", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--work", type=Path, default=ROOT / "build" / "emoji", help="folder of the stage files"
+        "--work", type=cli.path, default=ROOT / "build" / "emoji", help="folder of the stage files"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "weights" / "emoji", help="folder of the bundle")
+    parser.add_argument(
+        "--out", type=cli.path, default=ROOT / "weights" / "emoji", help="folder of the bundle"
+    )
     parser.add_argument("--check", action="store_true", help="measure the gates instead")
     options = parser.parse_args(arguments)
     if options.check:

@@ -15,7 +15,7 @@ Shapes: B pictures, R = 32 pixels a side, L looks, M templates of one look = G g
 D shifts. It knows people at the size of a portrait; one far away, or in a style, is mostly nobody to it.
 """
 
-import json
+import math
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fairref.emoji.pictures import CORNER, HAIR, RESOLUTION, WHITE, Person, draw_people, placed, sprites
 from fairref.emoji.sheet import GENDERS, LOOKS, TONES
 from fairref.errors import UserError
+from fairref.weights_io import read_json
 
 SIZE = 32  # pixels a side at which pictures are compared
 SCALES = (0.88, 0.93, 0.98)  # sprite side / picture side, over the range that pictures are drawn with
@@ -32,6 +33,21 @@ REACH = 2  # shifts in pixels, both ways
 MARGIN = 2  # pixels around a look that are not trusted to be background
 LEAST = 30  # pixels that a mean colour is taken of
 SHARE = 0.7  # of the gender found; below, the picture is a blend
+
+
+def read_settings(path: str | Path) -> tuple[float, dict[str, float]]:
+    """The threshold and each look's share of a templates.json. Raises UserError."""
+    try:
+        d = read_json(path)
+        threshold, shares = float(d["threshold"]), {look: float(d["shares"][look]) for look in LOOKS}
+        if not (0 < threshold < math.inf and all(0.5 < m <= 1.5 for m in shares.values())):
+            raise ValueError("a threshold that is not positive, or a share outside 0.5 to 1.5")
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise UserError(
+            f'{path}: found {error!r}, expected a JSON object with a number "threshold" and one for each look '
+            'under "shares"; take the file from the bundle it belongs to.'
+        ) from None
+    return threshold, shares
 
 
 class Templates(nn.Module):
@@ -74,17 +90,7 @@ class Templates(nn.Module):
     @classmethod
     def from_file(cls, path: str | Path) -> "Templates":
         """Read the judge's threshold and shares from its JSON file; the people come from the sprite sheet."""
-        try:
-            d = json.loads(Path(path).read_text(encoding="utf-8"))
-            shares = {look: float(d["shares"][look]) for look in LOOKS}
-            if not all(0.5 < m <= 1.5 for m in shares.values()):
-                raise ValueError("a share outside 0.5 to 1.5")
-            return cls(float(d["threshold"]), shares)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}: found {error!r}, expected a JSON object with a number "threshold" and one for each look '
-                'under "shares"; take the file from the bundle it belongs to'
-            ) from error
+        return cls(*read_settings(path))
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What is to be made fair: attributes, their classes, and the distribution a user wants of them."""
 
 import json
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
@@ -173,7 +174,7 @@ def read_joint_target(path: Path, attributes: dict[str, tuple[str, ...]]) -> Joi
     """The joint table of a JSON file, as in `parse_targets`. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: found {error}; expected a joint target in JSON.") from None
     if not isinstance(content, dict) or set(content) != {"attributes", "shares"}:
         raise UserError(f'{path}: expected an object with the keys "attributes" and "shares".')
@@ -203,7 +204,7 @@ def _share(shares, joint, classes, path):
         if known[k] not in shares:
             return 0.0
         shares = shares[known[k]]
-    if isinstance(shares, bool) or not isinstance(shares, (int, float)):
+    if isinstance(shares, bool) or not isinstance(shares, (int, float)) or abs(shares) > sys.float_info.max:
         raise UserError(f"{path}: found {shares!r} as a share; expected a number.")
     return float(shares)
 

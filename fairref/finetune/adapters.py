@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fairref.bundle import Bundle
 from fairref.errors import UserError
-from fairref.weights_io import load_strict, read, read_info, write
+from fairref.weights_io import expanded, load_strict, read, read_info, write
 
 COMPONENTS = {  # name -> what of the bundle is adapted
     "prefix": ("prefix",),
@@ -123,7 +123,7 @@ def save_adapter(path: str | Path, tensors: dict[str, Tensor], info: dict) -> No
 
 def adapter_file(path: str | Path) -> Path:
     """The adapter's file: the path itself, or adapter.safetensors in a run's folder. Raises UserError."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.exists():
         raise UserError(f"{path}: no such adapter; give a run's folder or its {FILE}.")
     file = path / FILE if path.is_dir() else path
@@ -157,7 +157,7 @@ def _shape(file, tensors):
         for name, t in tensors.items()
         if name.endswith(("prefix", "lora_down.weight")) and t.dim() == 2
     ]
-    if component is None or not sizes:
+    if component is None or not all(sizes or [0]):
         known = ", ".join(LAYERS)
         raise UserError(
             f"{file}: found no prefix or lora_down.weight of {known} alone; use a file that train.py wrote."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fairref.errors import UserError
-from fairref.weights_io import read, read_info, read_json, write
+from fairref.weights_io import expanded, read, read_info, read_json, write
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
 # of a run
@@ -81,7 +81,7 @@ def restore(folder: Path, state: State) -> None:
         for name, p in parameters.items()
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != {name: p.shape for name, p in wanted.items()} or not set(NUMBERS) <= set(info):
+    if shapes != {name: p.shape for name, p in wanted.items()} or not _are_numbers(info):
         raise UserError(f"{path}: doesn't belong to the settings beside it; start a new run.")
     for name in NUMBERS:
         setattr(state, name, info[name])
@@ -94,12 +94,20 @@ def restore(folder: Path, state: State) -> None:
         }
 
 
+def _are_numbers(info):
+    """Whether a checkpoint's metadata has all that `restore` sets."""
+    if not set(NUMBERS) <= set(info) or not isinstance(info["best"], dict | None):
+        return False
+    counts = [info[name] for name in NUMBERS if name != "best"]
+    return all(type(n) is int and 0 <= n <= info["iteration"] for n in counts)
+
+
 def new_folder(path: str | None, default: str) -> Path:
     """Makes a run's folder: `path`, which must hold no run; None: the first free of default, default-2, ...
 
     Raises UserError.
     """
-    folder = Path(path or default).expanduser()
+    folder = expanded(default if path is None else path)
     if path is not None:
         if (folder / SETTINGS).exists():
             raise UserError(
@@ -130,7 +138,7 @@ def _first_free(default):
 
 def read_settings(folder: str | Path) -> dict:
     """A run's settings.json. Raises UserError."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: no {SETTINGS} in it, so no run to resume; give the folder of a run.")
     return read_json(folder / SETTINGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from fairref.errors import UserError
 from fairref.prompts import CONCEPTS, PARTS, Occupations, concept, occupation_prompt, read_own
 from fairref.prompts.words import naming
+from fairref.weights_io import expanded
 
 OCCUPATIONS = "occupations"
 PLACE = "{occupation}"  # of an occupation in a template
@@ -65,7 +66,7 @@ def read_prompts(
     if isinstance(wanted, list):
         return [Prompts("prompts", tuple(wanted), tuple(wanted))]
     if is_file(wanted):
-        return read_prompts(read_lines(Path(wanted).expanduser()), template, bundle, attributes)
+        return read_prompts(read_lines(expanded(wanted)), template, bundle, attributes)
     names = wanted.split(",")
     if len(set(names)) < len(names):
         raise UserError(f"--prompts is {wanted}, which names a concept twice.")

@@ -213,14 +213,15 @@ def _checked(f, value):
             value = float(value)
         elif type(value) is not f.type:
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         expected = {Range: "a number or two as 19:23", Shares: "a number or some as gender=0.2,race=0.6"}
         kind = expected.get(f.type) or f"a value of type {f.type.__name__}"
         raise UserError(f"recipe: {f.name} is {value!r}; expected {kind}.") from None
     low, high, above, below = (f.metadata[key] for key in ("low", "high", "above", "below"))
+    high = min(high, 2**32 - 1) if f.type is int else high
     for v in _numbers(value):
         for holds, expected in (
-            (math.isfinite(v) and v >= 0, "a number from 0 up"),
+            (0 <= v < math.inf, "a number from 0 up"),
             (v >= low, f"at least {low}"),
             (v <= high, f"at most {high}"),
             (v > above, f"more than {above}"),
