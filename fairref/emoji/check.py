@@ -28,6 +28,7 @@ from fairref.emoji.captions import (
 )
 from fairref.emoji.pictures import VIEWS, Person, Scene, draw, face_points, random_scene, sprites
 from fairref.emoji.sheet import LOOKS, things
+from fairref.errors import UserError
 from fairref.evaluate import How, look_at, pictures
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
@@ -309,8 +310,14 @@ def other_prompts() -> dict[str, str]:
 
 
 def check(path: Path) -> int:
-    """Print every gate; 0 when all hold. Leaves quality.json and contact_sheet.png in the bundle."""
+    """Print every gate; 0 when all hold. Leaves quality.json and contact_sheet.png in the bundle.
+
+    Raises UserError.
+    """
     bundle = load_bundle(path)
+    lacking = [name for name in ("detector", "templates", "classifiers", "clip") if not getattr(bundle, name)]
+    if lacking:
+        raise UserError(f"{path}: has no {lacking[0]}; the gates are those of a bundle with every judge.")
     sheet = contact_sheet(bundle)
     # a third of the size
     sheet = sheet.quantize(256, palette=sheet.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
