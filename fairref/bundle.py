@@ -154,7 +154,7 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
     path = bundle_path(path).absolute()
     manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).is_file() else {}
     stable_diffusion = path / manifest.get("stable_diffusion", ".") if path.is_dir() else path
-    parts, sample_size = load_stable_diffusion(stable_diffusion)
+    parts, unet = load_stable_diffusion(stable_diffusion)
     clip, clip_tokenizer = load_clip(path / manifest["clip"]) if "clip" in manifest else (None, None)
     folders = manifest.get("classifiers", {})
     classifiers = {name: load_classifier(path / folder) for name, folder in folders.items()}
@@ -174,7 +174,9 @@ def load_bundle(path: str | Path, device="cpu", dtype=torch.float32) -> Bundle:
         return module.eval().requires_grad_(False)
 
     factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    resolution = manifest.get("resolution", sample_size * factor)
+    resolution = manifest.get("resolution")
+    if resolution is None:
+        resolution = factor * _side(unet.get("sample_size"), stable_diffusion)
     if resolution < 1 or resolution % factor:
         raise UserError(
             f"{path}: resolution is {resolution} pixels; expected a positive multiple of {factor}."
@@ -215,8 +217,8 @@ def read_manifest(path: Path) -> dict:
     return manifest
 
 
-def load_stable_diffusion(path: Path) -> tuple[dict, int]:
-    """Diffusers-layout folder or single-file checkpoint -> (tokenizer, schedule and networks, size of z)."""
+def load_stable_diffusion(path: Path) -> tuple[dict, dict]:
+    """Diffusers-layout folder or single-file checkpoint -> (tokenizer, schedule and networks, the U-Net's config)."""
     single = path.is_file()
     folder = path.parent if single else path
     if not single and not (folder / "unet").is_dir():
@@ -240,17 +242,16 @@ def load_stable_diffusion(path: Path) -> tuple[dict, int]:
     tokenizer = _tokenizer(path, single, length)
     parts = {**networks, "schedule": _schedule(folder, single), "tokenizer": tokenizer}
     _check_sizes(parts, path)
-    return parts, _side(found.get("unet", {}).get("sample_size"), texts["unet"])
+    return parts, found.get("unet", {})
 
 
-def _side(sample_size, source):
+def _side(sample_size, path):
     """Height and width of z: a number, as diffusers has it, or two that are equal; SD-1.5's where it isn't said."""
-    sides = (
-        sample_size if isinstance(sample_size, list) and sample_size else [sample_size or SD15_SAMPLE_SIZE]
-    )
+    said = sample_size or SD15_SAMPLE_SIZE
+    sides = said if isinstance(said, list) else [said]
     if not all(type(side) is int and side == sides[0] for side in sides):
         raise UserError(
-            f"{source}: sample_size is {sample_size!r}; expected a whole number, or a square's two."
+            f"{path}: the U-Net's sample_size is {sample_size!r}; expected a whole number, or a square's two."
         )
     return sides[0]
 

@@ -10,12 +10,19 @@ from pathlib import Path
 import torch
 
 from fairref.errors import UserError
+from fairref.weights_io import expanded
 
 WEIGHTS = "weights/emoji"  # the default bundle
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR),
-    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -58,7 +65,7 @@ def run(main, argv=None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (*FULL, *FORBIDDEN):
+        if error.errno not in (*FULL, *UNUSABLE):
             raise
         print(of_files(error), file=sys.stderr)
         return 2
@@ -130,10 +137,11 @@ def warn_of_cut(tokenizer, prompts: list[str], prefix: int = 0) -> None:
 
 
 def path(text: str) -> Path:
-    """An argparse type: a path, which is not empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
+    """An argparse type: a path, as `expanded` has it."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
 
 
 def positive(text: str) -> float:

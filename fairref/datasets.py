@@ -140,20 +140,22 @@ def _read_celeba(root: Path, found: Photographs) -> None:
             found.add(part_of[name], root / "img_align_celeba" / name, labels, where)
 
 
-def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
+def _rows(path: Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
+    """The lines of a table with these columns: number and values. Raises UserError."""
+    reader = csv.DictReader(_lines(path))
     try:
-        yield from reader
+        missing = columns - set(reader.fieldnames or ())
+        if missing:
+            raise UserError(f"{path}: has no column {min(missing)!r}; get the file again.")
+        for row in reader:
+            yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}; get the file again.") from None
 
 
 def _read_fairface(root: Path, found: Photographs) -> None:
     for part, name in FAIRFACE_FILES.items():
-        reader = csv.DictReader(_lines(root / name))
-        missing = {"file", *found.attributes} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(f"{root / name}: has no column {min(missing)!r}; get the file again.")
-        for row in _rows(reader, root / name):
-            where = f"{name}, line {reader.line_num}"
+        for line, row in _rows(root / name, {"file", *found.attributes}):
+            where = f"{name}, line {line}"
             labels = {key: FAIRFACE[key].get(row[key]) for key in found.attributes}
             found.add(part, root / (row["file"] or "?"), labels, where)

@@ -69,7 +69,8 @@ def pictures(how: How, model: Bundle, prompt: str, n: int) -> Tensor:
     x = fixed_pictures(model, how.seed, prompt, range(n), how.steps, how.guidance, how.end)
     if not x.isfinite().all():
         raise UserError(
-            f"Pictures of {prompt!r} at guidance {how.guidance} are no numbers; take a lower one or float32."
+            f"Pictures of {prompt!r} at guidance {how.guidance} are no numbers; measure with python -m fairref.evaluate at"
+            " a lower --guidance, or in float32."
         )
     return x
 
@@ -259,18 +260,18 @@ def _options(argv):
     parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="of the noise")
-    parser.add_argument("--out", help="JSON file; without it the JSON goes to stdout")
+    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """The command line."""
     options = _options(argv)
-    if options.out and Path(options.out).is_dir():
+    if options.out and options.out.is_dir():
         raise UserError(f"--out is {options.out}, which is a folder; give a file.")
-    if options.out and not Path(options.out).parent.is_dir():
+    if options.out and not options.out.parent.is_dir():
         raise UserError(f"--out is {options.out}, whose folder doesn't exist; make it first.")
-    if options.out and not os.access(Path(options.out).parent, os.W_OK):
+    if options.out and not os.access(options.out.parent, os.W_OK):
         raise UserError(f"--out is {options.out}, whose folder can't be written to; give another.")
     bundle = load_bundle(options.weights, cli.device(options.device), cli.DTYPES[options.dtype])
     attr = options.attr or (None if options.target else "gender")
@@ -301,7 +302,7 @@ def main(argv=None):
     report = {"weights": options.weights, "adapter": options.adapter, **report}
     if options.out:
         print(text)
-        write_json(Path(options.out), report)
+        write_json(options.out, report)
         print(f"written: {options.out}")
     else:
         print(text, file=sys.stderr)

@@ -17,7 +17,9 @@ from fairref.finetune.recipes import resolve
 from fairref.finetune.rollout import draw, first_noise, group_size
 from fairref.images import grid, save_png, to_image
 from fairref.progress import Progress
-from fairref.weights_io import expanded
+from fairref.weights_io import expanded, finite
+
+LONGEST = 100  # bytes of a prompt in a folder's name
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,21 @@ def generate(settings: Settings) -> list[Path]:
     with Progress(steps * len(groups), "drawing") as progress, torch.no_grad():
         for group in groups:
             z_T = first_noise(bundle, settings.seed, 0, group.tolist())
-            pictures.append(draw(bundle, texts, z_T, steps, guidance, recipe.end, progress.step))
+            x = draw(bundle, texts, z_T, steps, guidance, recipe.end, progress.step)
+            if not finite(x):
+                raise UserError(
+                    f"--guidance {guidance} and --dtype {settings.dtype} draw what is no number; take a lower guidance or"
+                    " float32."
+                )
+            pictures.append(x)
     x = torch.cat(pictures)
-    if not x.isfinite().all():
-        raise UserError(
-            f"--guidance {guidance} and --dtype {settings.dtype}: what was drawn is no number; take a lower guidance or"
-            " float32."
-        )
     return _write(folder, x, settings, resolved)
 
 
 def _folder(settings):
-    words = re.sub(r"[\W_]+", "-", settings.prompt.lower()).strip("-")
-    slug = words[:40] or "empty-prompt"
-    if slug != words:  # others may begin alike
+    words = re.sub(r"[\W_]+", "-", settings.prompt.lower()).strip("-").encode()
+    slug = words[:LONGEST].decode(errors="ignore") or "empty-prompt"
+    if len(words) > LONGEST or re.search(r"[^\w\s,.-]", settings.prompt):  # others would have the same
         slug += f"-{zlib.crc32(settings.prompt.encode()):08x}"
     if settings.adapter is not None:  # its pictures lie beside those without it, not in their place
         adapter = expanded(settings.adapter).resolve()

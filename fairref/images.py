@@ -12,8 +12,16 @@ from torch import Tensor
 GAP = 2  # pixels between the pictures of a grid
 # what Pillow raises on damaged files
 UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError),
-    *(struct.error, Image.DecompressionBombError),
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    struct.error,
+    Image.DecompressionBombError,
 )
 
 

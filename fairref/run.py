@@ -208,11 +208,15 @@ def _resumed(options):
             " leave it out."
         )
     settings = checkpoints.read_settings(options.resume)
-    if not _is_whole(settings):
-        raise UserError(
-            f"{options.resume}/{checkpoints.SETTINGS}: not the settings of a run of this version;"
-            " start a new one."
-        )
+    file = f"{options.resume}/{checkpoints.SETTINGS}"
+    try:
+        whole = _is_whole(settings) and of_settings(settings)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file}: not the settings of a run of this version; start a new one.")
     return settings
 
 
@@ -223,15 +227,8 @@ def _is_whole(settings):
     if not all(key in settings and isinstance(settings[key], kind) for key, kind in kinds.items()):
         return False
     lines = settings["prompts"] if isinstance(settings["prompts"], list) else []
-    if settings["dtype"] not in cli.DTYPES or not all(isinstance(line, str) for line in lines):
-        return False
-    if set(settings["recipe"]) != set(Recipe.__dataclass_fields__):
-        return False
-    try:
-        of_settings(settings)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return False
-    return True
+    known = settings["dtype"] in cli.DTYPES and set(settings["recipe"]) == set(Recipe.__dataclass_fields__)
+    return known and all(isinstance(line, str) for line in lines)
 
 
 def _folder(options, target, processes, held):

@@ -29,7 +29,7 @@ from fairref.images import UNREADABLE
 from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.progress import Progress
-from fairref.weights_io import read, write_json
+from fairref.weights_io import finite, read, write_json
 
 TURN = 10.0  # degrees, at most, either way
 JITTER = 0.2  # of brightness, contrast and saturation, at most, either way
@@ -105,6 +105,8 @@ def new_classifier(found: Photographs, config: MobileNetConfig, init: str | None
             raise UserError(
                 f"{init}: does not fit MobileNetV3-{config.kind} ({wrong[0]}); give torchvision's weights."
             )
+        if broken := [k for k, v in shared.items() if not finite(v)]:
+            raise UserError(f"{init}: {broken[0]} holds what is no number; get the file again.")
         network.load_state_dict(shared | {k: v for k, v in own.items() if k.startswith(last)})
     return Classifier(network, found.attributes)
 
@@ -135,12 +137,12 @@ def train(classifier: Classifier, found: Photographs, settings: Settings, device
             loss = sum(F.cross_entropy(logits[name], y[:, a].to(device)) for a, name in enumerate(names))
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * (0.5 + 0.5 * math.cos(math.pi * step / total))
-            optimizer.zero_grad()
-            loss.backward()
             if not loss.isfinite():
                 raise UserError(
                     f"The loss is {loss.item()} at step {step + 1}; take a lower --lr than {settings.lr}."
                 )
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
             updates += 1
             progress.step(f"loss {loss.item():.3f}")

@@ -1,4 +1,4 @@
-"""Files of weights -> named tensors -> networks, strictly; and JSON."""
+"""Paths; files of weights -> named tensors -> networks, strictly; and JSON."""
 
 import json
 import os
@@ -224,14 +224,15 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     ]
     if wrong:
         raise UserError(f"{source}: {some(wrong)}; use the configuration and weights that belong together.")
-    if broken := [key for key in wanted if not _finite(tensors[key])]:
-        raise UserError(f"{source}: {some(broken)} holds what is no number; get or train the weights again.")
     # copies, for what safetensors reads is backed by the file
     copies = {key: tensors[key].to(value.dtype, copy=True) for key, value in wanted.items()}
+    if broken := [key for key, tensor in copies.items() if not finite(tensor)]:
+        raise UserError(f"{source}: {some(broken)} holds what is no number; get or train the weights again.")
     module.load_state_dict(copies, strict=True, assign=any(value.is_meta for value in wanted.values()))
 
 
-def _finite(tensor):
+def finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor's values are numbers, and none infinite."""
     ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN, too, is an end where there is one
     return bool(torch.isfinite(ends).all())
 

@@ -475,7 +475,7 @@ def test_a_template_judge_that_can_not_be_made_is_refused_with_the_bundle(full, 
 def test_the_size_of_latents_as_diffusers_writes_it(copy, size, side):
     edit_config(copy, "unet", sample_size=size)
     if side is None:
-        with pytest.raises(UserError, match="unet.config.json: sample_size is .*; expected a whole number"):
+        with pytest.raises(UserError, match="the U-Net's sample_size is .*; expected a whole number"):
             load_bundle(copy)
     else:
         b = load_bundle(copy)

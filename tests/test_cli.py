@@ -342,11 +342,11 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         )
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["gender", "gender-2"]
     assert not (tmp_path / "runs" / "gender" / "evaluation.json").exists()
-    assert cli.run(sample.main, ["A Pilot!", "--weights", weights, "-n", "1"]) == 0
+    assert cli.run(sample.main, ["A Pilot.", "--weights", weights, "-n", "1"]) == 0
     drawn = tmp_path / "samples" / "a-pilot" / "seed0-000.png"
     before = drawn.read_bytes()
     for adapter in ("runs/gender", "runs/gender/adapter_raw.safetensors"):
-        assert cli.run(sample.main, ["A Pilot!", "--weights", weights, "-n", "1", "--adapter", adapter]) == 0
+        assert cli.run(sample.main, ["A Pilot.", "--weights", weights, "-n", "1", "--adapter", adapter]) == 0
     assert drawn.read_bytes() == before, "an adapter's pictures do not take the place of those without it"
     names = ["a-pilot", "a-pilot-gender", "a-pilot-gender-adapter_raw"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
@@ -533,7 +533,7 @@ def test_an_empty_negative_prompt_is_one(weights, tmp_path):
 def test_pictures_that_are_no_numbers_are_refused(weights, tmp_path, capsys, main):
     argv = [PROMPT, "-n", "1", "--out", str(tmp_path / "out")] if main is sample.main else ["-n", "1"]
     message = refused_at_last(capsys, main, *argv, "--guidance", "1e30", "--weights", weights)
-    assert "take a lower" in message and not any(tmp_path.glob("out/*"))
+    assert "a lower" in message and not any(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize("rank", [0, None])
@@ -584,7 +584,7 @@ def test_damaged_settings_resume_no_run(run_folder, tmp_path, capsys, damage):
     (tmp_path / "settings.json").write_text(json.dumps(settings | damage))
     for device in ((), ("--device", "cpu")):
         message = refused(capsys, train.main, "--resume", str(tmp_path), *device)
-        assert "not the settings of a run of this version" in message
+        assert "settings.json: not the settings of a run" in message or "settings.json: The joint target" in message
 
 
 @pytest.mark.parametrize(

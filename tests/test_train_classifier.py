@@ -256,7 +256,7 @@ def test_files_that_are_there_are_left_alone(celeba, tmp_path, capsys, monkeypat
     (judge / "model.pth").write_bytes(b"a judge as published")
     file.write_text("")
     monkeypatch.chdir(judge)
-    for out, words in ((judge, "is there already"), (file, "is there already"), ("", "is empty"), (file / "x", "file")):
+    for out, words in ((judge, "is there already"), (file, "is there already"), ("", "empty path"), (file / "x", "file")):
         assert run(main, train_on(celeba, out)) == 2
         assert words in capsys.readouterr().err
     assert [path.name for path in judge.iterdir()] == ["model.pth"]

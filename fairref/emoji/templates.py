@@ -37,8 +37,8 @@ SHARE = 0.7  # of the gender found; below, the picture is a blend
 
 def read_settings(path: str | Path) -> tuple[float, dict[str, float]]:
     """The threshold and each look's share of a templates.json. Raises UserError."""
+    d = read_json(path)
     try:
-        d = read_json(path)
         threshold, shares = float(d["threshold"]), {look: float(d["shares"][look]) for look in LOOKS}
         if not (0 < threshold < math.inf and all(0.5 < m <= 1.5 for m in shares.values())):
             raise ValueError("a threshold that is not positive, or a share outside 0.5 to 1.5")

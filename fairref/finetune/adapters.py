@@ -157,7 +157,7 @@ def _shape(file, tensors):
         for name, t in tensors.items()
         if name.endswith(("prefix", "lora_down.weight")) and t.dim() == 2
     ]
-    if component is None or not all(sizes or [0]):
+    if component is None or not sizes or 0 in sizes:
         known = ", ".join(LAYERS)
         raise UserError(
             f"{file}: found no prefix or lora_down.weight of {known} alone; use a file that train.py wrote."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fairref.errors import UserError
-from fairref.weights_io import expanded, read, read_info, read_json, write
+from fairref.weights_io import expanded, finite, read, read_info, read_json, write
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
 # of a run
@@ -80,8 +80,10 @@ def restore(folder: Path, state: State) -> None:
         for kind in ("adapter", "ema", "exp_avg", "exp_avg_sq")
         for name, p in parameters.items()
     }
+    if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
+        raise UserError(f"{path}: {broken[0]} holds what is no number; start a new run.")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != {name: p.shape for name, p in wanted.items()} or not _are_numbers(info):
+    if shapes != {name: p.shape for name, p in wanted.items()} or not _is_state(info):
         raise UserError(f"{path}: doesn't belong to the settings beside it; start a new run.")
     for name in NUMBERS:
         setattr(state, name, info[name])
@@ -94,9 +96,12 @@ def restore(folder: Path, state: State) -> None:
         }
 
 
-def _are_numbers(info):
+def _is_state(info):
     """Whether a checkpoint's metadata has all that `restore` sets."""
-    if not set(NUMBERS) <= set(info) or not isinstance(info["best"], dict | None):
+    if not set(NUMBERS) <= set(info):
+        return False
+    best = info["best"]
+    if best is not None and not (isinstance(best, dict) and type(best.get("bias")) in (int, float)):
         return False
     counts = [info[name] for name in NUMBERS if name != "best"]
     return all(type(n) is int and 0 <= n <= info["iteration"] for n in counts)
