@@ -30,10 +30,13 @@ def bundles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("component", ["prefix", "text_encoder", "unet", "both"])
-@pytest.mark.parametrize("dtype, error, kink", [(torch.float16, 0.015, 0.1), (torch.bfloat16, 0.12, 0.4)])
+@pytest.mark.parametrize("dtype, error, kink", [(torch.float16, 0.015, 0.1), (torch.bfloat16, 0.12, 0.25)])
 def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, error, kink):
-    """With one dL/dz_0 for both: beside a kink of a tiny untrained classifier any rounding shows in it."""
-    seen, pulled = {}, []
+    """With one dL/dz_0 for both: beside a kink of a tiny untrained classifier any rounding shows in it.
+
+    Which of the three iterations is beside one depends on the processor, so of theirs the median counts.
+    """
+    seen, pulled, apart = {}, [], []
     real = iteration.sampling_gradient
 
     def spy(recipe, model, parameters, table, path, g, both, *rest):
@@ -56,8 +59,9 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, e
             found.append((torch.cat([g.flatten() for g in gradient]), metrics))
         (exact, metrics), (half, metrics_of_half) = found
         assert metrics["counts"] == metrics_of_half["counts"]
-        assert float((pulled[1] - pulled[0]).norm() / pulled[0].norm()) < kink
+        apart.append(float((pulled[1] - pulled[0]).norm() / pulled[0].norm()))
         assert float((half - exact).norm() / exact.norm()) < error
+    assert sorted(apart)[1] < kink
     assert seen[dtype] == (torch.float32, torch.float32, torch.float32, {torch.float32})
 
 
