@@ -36,7 +36,7 @@ from fairref.images import grid, save_png
 from fairref.progress import Progress
 from fairref.prompts import PARTS
 from fairref.report import COLOURED, JUDGES, Seen, bias_report, joint_names, likeness, lines
-from fairref.weights_io import write_json
+from fairref.weights_io import finite, write_json
 
 SEED = 1_000_000  # of evaluation noise, far from the seeds of finetuning
 NAMED_IMAGES = 4  # of each occupation and named class
@@ -67,7 +67,7 @@ class How:
 def pictures(how: How, model: Bundle, prompt: str, n: int) -> Tensor:
     """(n, 3, H, W) of one prompt; the noise follows from (seed, prompt, image). Raises UserError."""
     x = fixed_pictures(model, how.seed, prompt, range(n), how.steps, how.guidance, how.end)
-    if not x.isfinite().all():
+    if not finite(x):
         raise UserError(
             f"Pictures of {prompt!r} at guidance {how.guidance} are no numbers; measure with python -m fairref.evaluate at"
             " a lower --guidance, or in float32."

@@ -222,8 +222,16 @@ def _resumed(options):
 
 def _is_whole(settings):
     """Whether a settings.json has all that a run goes on with, each in its type."""
-    kinds = {"weights": str, "dtype": str, "device": str, "target": dict, "prompts": str | list}
-    kinds |= {"prompt_template": str | None, "recipe": dict, "versions": dict}
+    kinds = {
+        "weights": str,
+        "dtype": str,
+        "device": str,
+        "target": dict,
+        "prompts": str | list,
+        "prompt_template": str | None,
+        "recipe": dict,
+        "versions": dict,
+    }
     if not all(key in settings and isinstance(settings[key], kind) for key, kind in kinds.items()):
         return False
     lines = settings["prompts"] if isinstance(settings["prompts"], list) else []

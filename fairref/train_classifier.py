@@ -29,7 +29,7 @@ from fairref.images import UNREADABLE
 from fairref.judge_files import save_classifier
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.progress import Progress
-from fairref.weights_io import finite, read, write_json
+from fairref.weights_io import load_strict, read, write_json
 
 TURN = 10.0  # degrees, at most, either way
 JITTER = 0.2  # of brightness, contrast and saturation, at most, either way
@@ -65,11 +65,8 @@ def load_batch(rows: list[Row], side: int, pool: ThreadPoolExecutor) -> tuple[Te
     read = [i for i, x in enumerate(pictures) if x is not None]
     unread = [short_name(row.file) for row, x in zip(rows, pictures) if x is None]
     x = torch.stack([pictures[i] for i in read]) if read else torch.zeros(0, 3, side, side)
-    return (
-        x,
-        torch.tensor([rows[i].labels for i in read], dtype=torch.long).view(len(read), len(rows[0].labels)),
-        unread,
-    )
+    y = torch.tensor([rows[i].labels for i in read], dtype=torch.long).view(len(read), len(rows[0].labels))
+    return x, y, unread
 
 
 def changed(x: Tensor, jitter: bool, rng: np.random.Generator) -> Tensor:
@@ -105,9 +102,7 @@ def new_classifier(found: Photographs, config: MobileNetConfig, init: str | None
             raise UserError(
                 f"{init}: does not fit MobileNetV3-{config.kind} ({wrong[0]}); give torchvision's weights."
             )
-        if broken := [k for k, v in shared.items() if not finite(v)]:
-            raise UserError(f"{init}: {broken[0]} holds what is no number; get the file again.")
-        network.load_state_dict(shared | {k: v for k, v in own.items() if k.startswith(last)})
+        load_strict(network, shared | {k: v for k, v in own.items() if k.startswith(last)}, init)
     return Classifier(network, found.attributes)
 
 

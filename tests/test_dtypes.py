@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_trainer import make_setup, moved
-from tiny_bundle import write_tiny_bundle
+from tiny_bundle import spread, write_tiny_bundle
+from torch import nn
 
 from fairref.bundle import load_bundle
 from fairref.diffusion.gradient import loss_gradient, pull
@@ -15,7 +16,15 @@ from fairref.evaluate import How, clip_t, look_at
 from fairref.fairness.attributes import parse_targets
 from fairref.finetune import iteration, trainer
 from fairref.finetune.iteration import iteration_gradient
-from fairref.finetune.rollout import decode, latent_shape
+from fairref.finetune.rollout import decode, fixed_pictures, latent_shape
+
+
+def smooth(module):
+    """Activations (not the gates) without kinks, beside which any rounding shows in a gradient."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ReLU | nn.Hardswish):
+            setattr(module, name, nn.SiLU())
+        smooth(child)
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +34,20 @@ def bundles(tmp_path_factory):
         dtype: load_bundle(folder, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)
     }
     # untrained classifiers whose logits were brought to one have weights that float16 has no numbers for
-    judges = found[torch.float32].classifiers
+    full = found[torch.float32]
+    judges = full.classifiers
+    x = fixed_pictures(full, 0, "a photo of the face of a pilot, a person", range(16), 2, 3.0, "zero")
+    for classifier in judges.values():
+        smooth(classifier)
+        spread(classifier, x)
     return {dtype: replace(bundle, classifiers=judges) for dtype, bundle in found.items()}
 
 
 @pytest.mark.parametrize("component", ["prefix", "text_encoder", "unet", "both"])
-@pytest.mark.parametrize("dtype, error, kink", [(torch.float16, 0.015, 0.1), (torch.bfloat16, 0.12, 0.25)])
+@pytest.mark.parametrize("dtype, error, kink", [(torch.float16, 0.015, 0.05), (torch.bfloat16, 0.12, 0.2)])
 def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, error, kink):
-    """With one dL/dz_0 for both: beside a kink of a tiny untrained classifier any rounding shows in it.
-
-    Which of the three iterations is beside one depends on the processor, so of theirs the median counts.
-    """
-    seen, pulled, apart = {}, [], []
+    """With one dL/dz_0 for both. The seed is one whose pictures all are clearly of one class or the other."""
+    seen, pulled = {}, []
     real = iteration.sampling_gradient
 
     def spy(recipe, model, parameters, table, path, g, both, *rest):
@@ -46,7 +57,7 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, e
 
     monkeypatch.setattr(iteration, "sampling_gradient", spy)
     setups = [
-        make_setup(bundles[kind], component=component, batch=4, steps=2, lambda_img=1.0)
+        make_setup(bundles[kind], component=component, batch=4, steps=2, lambda_img=1.0, seed=12)
         for kind in (torch.float32, dtype)
     ]
     for i in range(3):
@@ -59,9 +70,8 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype, e
             found.append((torch.cat([g.flatten() for g in gradient]), metrics))
         (exact, metrics), (half, metrics_of_half) = found
         assert metrics["counts"] == metrics_of_half["counts"]
-        apart.append(float((pulled[1] - pulled[0]).norm() / pulled[0].norm()))
+        assert float((pulled[1] - pulled[0]).norm() / pulled[0].norm()) < kink
         assert float((half - exact).norm() / exact.norm()) < error
-    assert sorted(apart)[1] < kink
     assert seen[dtype] == (torch.float32, torch.float32, torch.float32, {torch.float32})
 
 

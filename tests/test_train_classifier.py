@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fairref import datasets, face_features
 from fairref.cli import run
@@ -256,22 +257,31 @@ def test_files_that_are_there_are_left_alone(celeba, tmp_path, capsys, monkeypat
     (judge / "model.pth").write_bytes(b"a judge as published")
     file.write_text("")
     monkeypatch.chdir(judge)
-    for out, words in ((judge, "is there already"), (file, "is there already"), ("", "empty path"), (file / "x", "file")):
+    for out, words in ((judge, "is there already"), (file, "is there already"), ("", "empty path"), (file / "x", "Not a directory")):
         assert run(main, train_on(celeba, out)) == 2
         assert words in capsys.readouterr().err
     assert [path.name for path in judge.iterdir()] == ["model.pth"]
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xff\xff\xff", b"\x00\x03\xff\xff"])
-def test_a_photograph_with_broken_notes_of_its_camera_is_unreadable_at_worst(tmp_path, damage):
+@pytest.mark.parametrize("kind", [b"\0\1", b"\0\2", b"\0\4", b"\0\7"])
+def test_a_photograph_with_broken_notes_of_its_camera_is_unreadable(tmp_path, kind):
+    """Pillow turns it by them and writes them anew, which ends in a struct.error."""
     image, notes = Image.new("RGB", (32, 32)), Image.Exif()
-    notes[0x0112] = 6
-    for at in range(4, 24):
-        broken = bytearray(notes.tobytes())
-        broken[6 + at : 10 + at] = damage
-        image.save(tmp_path / f"{at}.jpg", exif=bytes(broken))
-        x = face_features.load(tmp_path / f"{at}.jpg")
-        assert x is None or x.shape == (1, 3, 32, 32)
+    notes[0x0112], notes[0x0128] = 6, 2  # turned; the unit of a resolution, which is no number when its type isn't
+    notes = notes.tobytes()
+    image.save(tmp_path / "whole.jpg", exif=notes)
+    image.save(tmp_path / "broken.jpg", exif=notes.replace(b"\x01\x28\0\3", b"\x01\x28" + kind))
+    assert face_features.load(tmp_path / "whole.jpg").shape == (1, 3, 32, 32)
+    assert face_features.load(tmp_path / "broken.jpg") is None
+
+
+def test_a_cell_of_a_table_that_is_too_long_is_named(fairface, tmp_path, capsys):
+    for line in (0, 1):
+        lines = (fairface / "fairface_label_train.csv").read_text().splitlines()
+        lines[line] = "x" * 200_000
+        (fairface / "fairface_label_val.csv").write_text("\n".join(lines))
+        with pytest.raises(UserError, match="fairface_label_val.csv, line .*field larger than"):
+            read_photographs("fairface", fairface, ["gender"])
 
 
 def test_a_png_that_breaks_off_between_its_chunks_is_unreadable(tmp_path):
@@ -309,6 +319,9 @@ def test_the_head_is_new_and_the_rest_as_given(celeba, tmp_path):
     )
     with pytest.raises(UserError, match="does not fit MobileNetV3-small"):
         new_classifier(found, replace(config, width=0.5), file, seed=9)
+    save_file({k: v * float("nan") if v.is_floating_point() else v for k, v in old.items()}, file)
+    with pytest.raises(UserError, match="model.safetensors: .*holds what is no number"):
+        new_classifier(found, config, file, seed=9)
 
 
 def test_changes_keep_the_picture_and_its_light_where_the_label_is_in_it():

@@ -158,10 +158,16 @@ def _judges(folder, x):
     for name in ("finetune", "evaluate"):
         network = MobileNetV3(MobileNetConfig("small", 0.25, sum(map(len, ATTRIBUTES.values())), RESOLUTION))
         classifier = Classifier(network, ATTRIBUTES).eval()
-        logits, last = torch.cat([*classifier(x).values()], 1), network.classifier[3]  # (B, M)
-        last.weight.data /= logits.std(0)[:, None]
-        last.bias.data = -logits.mean(0) / logits.std(0)
+        spread(classifier, x)
         save_classifier(classifier, folder / name)
+
+
+@torch.no_grad()
+def spread(classifier, x):
+    """Brings a classifier's logits of the pictures x (B, 3, H, W) to mean 0 and standard deviation 1."""
+    logits, last = torch.cat([*classifier(x).values()], 1), classifier.network.classifier[3]  # (B, M)
+    last.weight /= logits.std(0)[:, None]
+    last.bias.copy_((last.bias - logits.mean(0)) / logits.std(0))
 
 
 def _face_judges(folder):

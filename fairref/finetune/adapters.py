@@ -157,9 +157,11 @@ def _shape(file, tensors):
         for name, t in tensors.items()
         if name.endswith(("prefix", "lora_down.weight")) and t.dim() == 2
     ]
-    if component is None or not sizes or 0 in sizes:
+    if component is None or not sizes:
         known = ", ".join(LAYERS)
         raise UserError(
             f"{file}: found no prefix or lora_down.weight of {known} alone; use a file that train.py wrote."
         )
+    if 0 in sizes:
+        raise UserError(f"{file}: its matrices have rank 0; use a file that train.py wrote.")
     return component, sizes[0]

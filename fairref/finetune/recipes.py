@@ -18,6 +18,7 @@ CHOICES = {
 }
 
 
+LARGEST = 2**32 - 1  # whole number
 MOST = 65_536  # images, prompts or widths that memory may hold
 
 
@@ -75,7 +76,6 @@ class Recipe:
     seed: int = setting(
         0,
         "of the noise, the order of prompts, the step counts and the adapter's first values",
-        high=2**32 - 1,
     )
     iterations: int = setting(10_000, "optimizer steps, one prompt each", low=1)
     batch: int = setting(24, "N, images of one prompt, over all processes", low=1, high=MOST)
@@ -218,7 +218,7 @@ def _checked(f, value):
         kind = expected.get(f.type) or f"a value of type {f.type.__name__}"
         raise UserError(f"recipe: {f.name} is {value!r}; expected {kind}.") from None
     low, high, above, below = (f.metadata[key] for key in ("low", "high", "above", "below"))
-    high = min(high, 2**32 - 1) if f.type is int else high
+    high = min(high, LARGEST) if f.type is int else high
     for v in _numbers(value):
         for holds, expected in (
             (0 <= v < math.inf, "a number from 0 up"),
