@@ -1,22 +1,31 @@
 """Fairness finetuning of text-to-image diffusion models, from scratch.
 
-The core in reading order: diffusion/schedule, diffusion/solver, diffusion/sampler, diffusion/gradient,
-fairness/transport, fairness/losses, finetune/trainer; beside it nets/unet, nets/vae, nets/clip.
+The core in reading order: diffusion/schedule, diffusion/solver, diffusion/model, diffusion/sampler,
+diffusion/gradient, fairness/transport, fairness/losses, training/terms, training/step; beside it nets/unet, nets/vae,
+nets/clip. What this file offers is imported when it is asked for, not by `import fairref`, which imports no torch.
 """
+
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-__all__ = ["UserError", "__version__", "load_bundle"]
+OFFERED = {  # name -> where it is
+    "UserError": "fairref.errors",
+    "adjusted_gradient": "fairref.diffusion.gradient",  # Algorithm A.1, beside eq 9 as exact_gradient
+    "evaluate": "fairref.evaluation.evaluation",
+    "expected_ot": "fairref.fairness.transport",
+    "load_bundle": "fairref.bundle.loading",
+    "sample": "fairref.generation.sampling",
+    "train": "fairref.training.run",
+}
+__all__ = ["__version__", *OFFERED]
 
 
-def __getattr__(name):
-    # torch and the networks are imported when something needs them, not by `import fairref`
-    if name == "load_bundle":
-        from fairref.bundle import load_bundle
+def __dir__() -> list[str]:
+    return __all__
 
-        return load_bundle
-    if name == "UserError":
-        from fairref.errors import UserError
 
-        return UserError
+def __getattr__(name: str) -> object:
+    if name in OFFERED:
+        return getattr(import_module(OFFERED[name]), name)
     raise AttributeError(f"module 'fairref' has no attribute {name!r}")

@@ -52,7 +52,7 @@ def _folded(line, width):
     for part in line.split("  "):
         longer = f"{lines[-1]}  {part}" if lines[-1] else part
         lines = [*lines[:-1], longer] if len(longer) <= width else [*lines, part]
-    return [of_one[:width] for of_one in lines if of_one]
+    return [text[:width] for text in lines if text]
 
 
 def _clock(seconds):

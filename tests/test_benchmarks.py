@@ -1,29 +1,31 @@
 """What of the benchmarks needs no quiet machine: both ways give one gradient, and the counts and tables are right."""
 
+import itertools
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-
-import pytest
-import torch
-from tiny_bundle import write_tiny_bundle
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from fairref.finetune.mixture import read_prompts
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
 import collectives
 import flops
 import measure
+import numpy as np
+import pytest
+import result_tables
 import results
 import sampling
+import torch
 import training
 import transport
+from tiny_bundle import write_tiny_bundle
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fairref.prompts.sets import read_prompts
+from fairref.settings import RunOptions
+from fairref.training.run import run as run_of_train
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +68,16 @@ def test_peak_memory_is_what_was_there_at_once():
     assert 60 < memory.above() / measure.MEGABYTE < 100
 
 
-def test_one_process_has_nothing_to_say(folder):
+def test_one_process_has_nothing_to_say(folder, monkeypatch):
+    """By a clock that goes on by a second at each look, which nothing outside the test delays."""
+    looks = itertools.count()
+    monkeypatch.setattr(collectives.time, "perf_counter", lambda: float(next(looks)))
     processes = collectives.Timed()
     rows = collectives.measured(processes, measure.bundle_of(folder), 1)
-    assert len(rows) == 1 and rows[0]["collectives"] < collectives.BAR * rows[0]["seconds"]
-    assert processes.clock.collectives > 0, "the trainer's calls are the timed ones"
+    # each call looks three times: before it waits, before it begins, behind it
+    calls = rows[0]["collectives"]
+    assert len(rows) == 1 and rows[0]["waiting"] == calls and rows[0]["seconds"] == 3 * calls + 1
+    assert calls > 0, "the trainer's calls are the timed ones"
 
 
 class Small(nn.Module):
@@ -97,6 +104,7 @@ def test_flops_are_those_counted_by_hand():
     assert cost.parameters == 8 * 28 + 45
 
 
+@pytest.mark.slow
 def test_the_cost_page_has_the_scripts_tables():
     page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
     found = flops.report(312, 0.35)
@@ -114,8 +122,9 @@ def report(women, clip_t=0.6, **kept):
         "noise_floor": {"mean": 0.1, "std": 0.08},
         "judges": {j: judged for j in ("classifier", "templates")},
     }
-    named = {judge: 0.98 for judge in ("classifier", "templates")}
-    return {**biases, "clip_t": {"matched": clip_t, "shuffled": 0.1}, "named": named, "none": 0.04, **kept}
+    explicit = {judge: 0.98 for judge in ("classifier", "templates")}
+    about = {"clip_t": {"matched": clip_t, "shuffled": 0.1}, "explicit": explicit, "none": 0.04}
+    return {**biases, **about, **kept}
 
 
 def table(title, **found):
@@ -131,40 +140,125 @@ def test_the_tables_of_results():
     run = {"command": "python train.py --attr gender", "minutes": 12.0}
     run["before"] = {"test": report(0.75), "train": report(0.75)}
     run["after"] = {"test": after, "train": after}
-    gender, command = "| text encoder | .50 ± .25 | .50 ± .25 | .10 ± .08", "`python train.py --attr gender`"
+    gender, command = "| text encoder | .50 ± .25 / .50 ± .25 | .10 ± .08", "`python train.py --attr gender`"
     assert table("components", gender=run)[2:] == [
-        "| original | .50 ± .25 | .50 ± .25 | .10 ± .08 | 0.600 | – | – | – | – |",
+        "| original | .50 ± .25 / .50 ± .25 | .10 ± .08 | 0.600 | – | – | – | – |",
         f"{gender} | 0.550 | 0.900 | 0.800 | 12 | {command} |",
     ]
     biases = ".50 ± .25 / .50 ± .25"
     assert table("seeds", gender=run)[2:] == [
-        f"| original | {biases} | {biases} | .10 ± .08 | 0.600 | 0.0% | 98.0% / 98.0% | 4.0% | – |",
+        f"| original | {biases} | {biases} | .10 ± .08 | 0.600 (0.0%) | 98.0% / 98.0% | 4.0% | – |",
         # .05 of a gap of .5
-        f"| seed 0 | {biases} | {biases} | .10 ± .08 | 0.550 | 10.0% | 98.0% / 98.0% | 4.0% | {command} |",
+        f"| seed 0 | {biases} | {biases} | .10 ± .08 | 0.550 (10.0%) | 98.0% / 98.0% | 4.0% | {command} |",
     ]
-    row = f".50 ± .25 | .50 ± .25 | .10 ± .08 | 0.550 | 0.900 | 0.800 | 0.700 | 0.950 | {command} |"
-    assert f"| align + img + face | {row}" in table("losses", gender=run)
+    row = f"{biases} | .10 ± .08 | 0.550 | 0.900 | 0.800 | 0.700 / 0.950 | {command} |"
+    assert f"| L_align + L_img + L_face | {row}" in table("losses", gender=run)
     other = {**run, "command": results.RUNS["align"].command}
     assert list(results.tables({"gender": run, "align": other})) == ["losses"]
-    scaled = {look.key: after for look in results.SCALED}
-    run = {**run, "before": {**run["before"], **scaled}, "after": {**run["after"], **scaled}}
+    for when, women in (("before", 0.75), ("after", 0.5)):
+        run = {**run, when: {**run[when], **{look.key: report(women) for look in results.SCALED}}}
     assert (
         table("scales", gender=run)[-1]
         == f"| the bundle's | {' | '.join([biases] * 5)} | .10 ± .08 | {command} |"
     )
+    assert table("drift", gender=run)[2:] == [
+        f"| {label} | {' | '.join([f'{share} / {share}'] * 5)} |"
+        for label, share in (("original", ".75"), ("the bundle's", ".50"))
+    ]
+    assert table("summary", gender=run)[2:] == [f"| gender | .50 ± .25 | .50 ± .25 | .10 ± .08 | {command} |"]
     assert not table("seeds", gender={**run, "command": "python train.py --attr gender --lr 1"})
 
 
-def test_the_tables_in_the_readme_are_those_of_the_committed_evaluations():
-    readme = (measure.ROOT / "README.md").read_text(encoding="utf-8")
-    made = results.tables(results.found_in(measure.ROOT / "docs" / "results"))
-    assert made
+def test_a_lean_that_is_halved_has_the_slope_one_half():
+    """Counts whose log-odds, with half an image added, are on the line after = before / 2 + log 2."""
+    odds = np.array([1 / 9, 1.0, 4.0, 9.0])
+    reports = []
+    for values in (odds, 2 * np.sqrt(odds)):
+        women = 61 * values / (1 + values) - 0.5
+        counts = {str(n): [w, 60 - w] for n, w in enumerate(women)}
+        reports.append({"test": {"judges": {"classifier": {"counts": counts}}}})
+    run = result_tables.Result("gender", "python train.py", *reports, 1.0)
+    assert result_tables.lean(run) == pytest.approx((0.5, math.log(2), 1))
+
+
+def document(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def words(name):
+    """A document's text, whose line breaks don't count."""
+    return " ".join(document(name).split())
+
+
+def committed():
+    """The evaluations in docs/results."""
+    return results.found_in(ROOT / "docs" / "results")
+
+
+def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
+    made = results.tables(committed())
+    assert set(made) == set(results.TABLES)
     for title, text in made.items():
-        assert text in readme, f"{title}: put in what results.py --tables prints"
+        page = "README.md" if title == "summary" else "docs/results.md"
+        assert text in document(page), f"{title}: put what results.py --tables prints into {page}"
 
 
-def test_the_speeds_in_the_readme_are_those_that_were_measured():
-    readme = (measure.ROOT / "README.md").read_text(encoding="utf-8")
+def test_no_table_of_a_document_is_wider_than_eight_columns():
+    for page in ("README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))):
+        for line in document(page).splitlines():
+            assert not line.startswith("|") or line.count("|") <= 9, f"{page}: {line}"
+
+
+def test_the_numbers_in_the_prose_of_the_results():
+    found, page = committed(), words("docs/results.md")
+    after = {name: run["after"].get("test") for name, run in found.items()}
+    before = {name: run["before"].get("test") for name, run in found.items()}
+    fit = result_tables.lean(result_tables.Result("prefix", **found["prefix"]))
+    slope, intercept, r = (f"{value:.2f}".removeprefix("0") for value in fit)
+    assert f"log-odds after = {slope} × log-odds before + {intercept}, with r = {r}" in page
+    assert f"shrinks by {1 - fit[0]:.0%}".replace("%", " %") in page
+    shares = [
+        result_tables.first_shares(found["gender"]["after"][look.key], "classifier")
+        for look in results.SCALED
+    ]
+    assert (
+        np.diff(shares, axis=0) > 0
+    ).all() and "In every occupation, in those of men too, it rises" in page
+    faces = 1 - after["align"]["faceless"]
+    assert f"finds a face in {100 * faces:.0f} % of them" in page
+    assert after["align"]["none"] == 1
+    runs = ("gender-skin_tone", "gender-skin_tone-age")
+    for text, reports, what in (
+        ("{} % before and {} % after gender × skin tone", (before, after), 0),
+        ("{} % before and {} % after the run with age", (before, after), 1),
+    ):
+        for number in (
+            lambda report: report["explicit"]["templates"],
+            lambda report: report["none"],
+        ):
+            assert text.format(*(f"{100 * number(of[runs[what]]):.0f}" for of in reports)) in page
+    for name, of_seed in (("seed 2", "gender-2"), ("seed 1", "gender-1")):
+        assert f"{found[of_seed]['minutes']:.0f} minutes ({name}" in page
+
+
+def test_the_leans_that_are_left():
+    """The range over three seeds and both parts of the share of the gender that an occupation had more of."""
+    found, page = committed(), words("docs/results.md")
+    for judge in result_tables.JUDGES:
+        left = {"women": [], "men": []}
+        for name in results.TABLES["seeds"]:
+            for part in ("test", "train"):
+                old, new = (
+                    result_tables.first_shares(found[name][when][part], judge) for when in ("before", "after")
+                )
+                left["women"].append(new[old > 0.5].mean())
+                left["men"].append(1 - new[old < 0.5].mean())
+        of_women, of_men = (f"{100 * min(v):.0f} to {100 * max(v):.0f} %" for v in left.values())
+        assert f"{of_women} women" in page and f"{of_men} men" in page
+
+
+def test_the_speeds_in_the_document_are_those_that_were_measured():
+    page = document("docs/speed.md")
     files = ("training", "sampling", "choices", "collectives", "transport")
     found = {n: json.loads((measure.ROOT / "docs" / "speed" / f"{n}.json").read_text()) for n in files}
     texts = [
@@ -176,7 +270,7 @@ def test_the_speeds_in_the_readme_are_those_that_were_measured():
     ]
     for text in texts:
         for part in text.split("\n\n"):
-            assert part in readme or part.startswith("bars:"), part
+            assert part in page or part.startswith("bars:"), part
 
 
 def test_several_attributes_in_the_tables_of_results():
@@ -187,20 +281,24 @@ def test_several_attributes_in_the_tables_of_results():
         of_one["counts"] = {"pilot": [45, 15], "nurse": [30, 30], "welder": [0, 0]}
     age["target_floor"] = {"mean": 0.09, "std": 0.07}
     joint = {**report(0.5), "attributes": {"gender": report(0.5), "age": age}}
-    run = {"before": {"test": joint}, "after": {"test": joint}, "minutes": None}
+    run = {"before": {"test": joint}, "after": {"test": joint}, "minutes": None, "draws": "fixed"}
     run["command"] = results.RUNS["gender-skin_tone-age"].command
-    rows = table("attributes", **{"gender-skin_tone-age": run})
-    assert "| … gender alone | .50 ± .25 | .50 ± .25 | .10 ± .08 | – | – | – | – | – |" in rows
-    assert "| … age alone | .20 ± .12 | .20 ± .12 | .09 ± .07 | – | – | – | – | – |" in rows
+    rows, label = (
+        table("attributes", **{"gender-skin_tone-age": run}),
+        "gender × skin tone × age (fixed draws)",
+    )
+    alone, dashes = f"| {label}, after: {{}} alone |", "| – | – | – | – | – |"
+    assert f"{alone.format('gender')} .50 ± .25 / .50 ± .25 | .10 ± .08 {dashes}" in rows
+    assert f"{alone.format('age')} .20 ± .12 / .20 ± .12 | .09 ± .07 {dashes}" in rows
     rows = table("old", **{"gender-skin_tone-age": run})[2:]
     half = "38% ± 12% / 38% ± 12%"
-    assert rows[0] == f"| all, gender × skin tone × age | {half} | {half} | `{run['command']}` |"
+    assert rows[0] == f"| all, {label} | {half} | {half} | `{run['command']}` |"
     assert rows[1:3] == ["| pilot | 25% / 25% | 25% / 25% | – |", "| nurse | 50% / 50% | 50% / 50% | – |"]
     reports, command = {look.key: joint for look in results.OF_CONCEPTS}, results.RUNS["concepts"].command
     concepts = {"command": command, "minutes": 1.0, "before": reports, "after": reports}
     row = next(row for row in table("concepts", concepts=concepts) if row.startswith("| sports, after |"))
     assert row.startswith("| sports, after | .50 ± .25 / .50 ± .25 | .20 ± .12 / .20 ± .12 |")
-    assert row.endswith(f"`{command}` |")
+    assert row.endswith("| .10 ± .08; .09 ± .07; .10 ± .08 | 0.600 | – | – |")
 
 
 def test_a_run_of_another_command_is_not_taken(tmp_path, monkeypatch, capsys):
@@ -219,15 +317,37 @@ def test_a_run_of_another_command_is_not_taken(tmp_path, monkeypatch, capsys):
     assert "is a run of python train.py --attr gender; move it away" in capsys.readouterr().err
 
 
+def test_the_picture_of_a_finished_run_is_drawn_again(folder, tmp_path):
+    """From its evaluation, or from the report on the run; the images are not evaluated anew."""
+    run, reports = tmp_path / "gender", tmp_path / "reports"
+    options = RunOptions("gender", out=str(run), weights=folder)
+    run_of_train(options, {"lr": 0.05, "iterations": 1})
+    bundle, again = measure.bundle_of(folder), tmp_path / "again.png"
+    results.draw_picture(run, reports, bundle, again)
+    assert again.read_bytes() == (run / "before_after.png").read_bytes()
+    reports.mkdir()
+    found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for part in found.values():
+        part["test"]["judges"]["classifier"]["counts"]["singer"] = [2, 1]
+    (run / "evaluation.json").unlink()
+    report = {"command": "", "before": found["before"], "after": found["after (ema)"], "minutes": 1}
+    (reports / "gender.json").write_text(json.dumps(report), encoding="utf-8")
+    results.draw_picture(run, reports, bundle, again)
+    assert again.read_bytes() != (run / "before_after.png").read_bytes()
+    (reports / "gender.json").unlink()
+    with pytest.raises(SystemExit, match="evaluate the run first"):
+        results.draw_picture(run, reports, bundle, again)
+
+
 def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(folder, monkeypatch, tmp_path):
     made, saves = [], []
 
-    def evaluated(how, model, prompts, part, n, label, named):
-        made.append((label, part, how.guidance, len(getattr(prompts, part)), named))
+    def evaluated(how, model, prompts, part, n, label, explicit):
+        made.append((label, part, how.drawing.guidance, len(getattr(prompts, part)), explicit))
         return {"label": label}, label
 
-    monkeypatch.setattr(results, "evaluate", evaluated)
-    monkeypatch.setattr(results, "likeness", lambda seen, originals: {"like": (seen, originals)})
+    monkeypatch.setattr(results, "evaluate_part", evaluated)
+    monkeypatch.setattr(results, "likeness", lambda judged, originals: {"like": (judged, originals)})
     monkeypatch.setattr(results, "lines", lambda report: [])
     monkeypatch.setattr(results, "load_adapter", lambda bundle, file: None)
     bundle = measure.bundle_of(folder)
@@ -244,13 +364,13 @@ def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(fol
         evaluator(name, tmp_path, of_one, lambda now: saves.append(list(now["after"])))
     labels = [label for label, *_ in made]
     assert labels == ["original", "gender-1"] * 2 + ["gender"] + ["original", "gender"] * 5 + ["unet"]
-    prompts = read_prompts("occupations", None, bundle, ["gender"])[0]
+    prompts = read_prompts("occupations", None, bundle.path, ["gender"])[0]
     guidance, few = (
         setup.recipe.eval_guidance,
         [math.ceil(n / results.EVERY) for n in map(len, (prompts.test, prompts.train))],
     )
     assert {row[1:] for row in made} == {
-        ("test", guidance, len(prompts.test), results.NAMED_IMAGES),
+        ("test", guidance, len(prompts.test), results.EXPLICIT_IMAGES),
         ("train", guidance, few[1], 0),
         *(("test", scale, few[0], 0) for scale in (1.0, 3.0, 5.0, 7.5, 12.0)),
     }

@@ -4,23 +4,24 @@ import json
 
 import pytest
 import torch
-from test_trainer import make_setup, moved
+from PIL import Image
+from tiny_run import make_setup, moved
 
-from fairref import cli
-from fairref.bundle import load_bundle
+from fairref.bundle.loading import DEFAULT, load_bundle
+from fairref.commands import sample, train
 from fairref.diffusion.sampler import noise
-from fairref.finetune import trainer
-from fairref.finetune.iteration import iteration_gradient
-from fairref.finetune.rollout import latent_shape
-from fairref.generate import Settings, generate
+from fairref.generation.rollout import latent_shape
+from fairref.processes import choose_device
+from fairref.training.loop import compiled
+from fairref.training.step import iteration_gradient
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def gradient(device, dtype, **recipe):
     """One iteration's gradient (P,) on the embedded bundle, in float64 on the CPU, and its metrics."""
-    setup = make_setup(load_bundle(cli.WEIGHTS, cli.device(device), dtype), batch=8, **recipe)
-    setup, model = trainer.prepared(setup, (pair := moved(setup))[0])
+    setup = make_setup(load_bundle(DEFAULT, choose_device(device), dtype), batch=8, **recipe)
+    setup, model = compiled(setup, (pair := moved(setup))[0])
     with torch.enable_grad():
         found, metrics = iteration_gradient(setup, model, list(pair[1].adapter.parameters()), 0)
     assert {g.device.type for g in found} == {device}
@@ -39,7 +40,9 @@ def test_an_iteration_is_the_cpus(component):
     assert found[1]["counts"] == expected[1]["counts"]
 
 
-@pytest.mark.parametrize("how", ["float32", "exact", "recompute", "micro_batch", "compile", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "how", ["float32", "exact", "recompute", "micro_batch", "compile", "float16", "bfloat16"]
+)
 def test_every_way_of_an_iteration(how):
     options = {"gradient": "exact"} if how == "exact" else {"micro_batch": 5} if how == "micro_batch" else {}
     if how in ("recompute", "compile"):
@@ -55,7 +58,7 @@ def test_every_way_of_an_iteration(how):
 
 def test_float32_is_float32():
     """cuDNN's convolutions would else be tf32, of 10 bits."""
-    bundle, on_cpu = (load_bundle(cli.WEIGHTS, cli.device(device)) for device in ("cuda", "cpu"))
+    bundle, on_cpu = (load_bundle(DEFAULT, choose_device(device)) for device in ("cuda", "cpu"))
     z = noise(0, 0, range(4), latent_shape(bundle))
     with torch.no_grad():
         found, expected = bundle.vae.decode(z.cuda()).cpu(), on_cpu.vae.decode(z)
@@ -63,30 +66,42 @@ def test_float32_is_float32():
     assert error(found, expected) < 1e-5
 
 
-def test_pictures_are_the_cpus(tmp_path):
-    from PIL import Image
-
-    files = {}
-    for device in ("cuda", "cpu"):
-        settings = Settings("a photo of the face of a pilot, a person", 4, device=device, out=str(tmp_path / device))
-        files[device] = generate(settings)
-    for found, expected in zip(*files.values()):
+def test_images_are_the_cpus(tmp_path):
+    devices = ("cuda", "cpu")
+    for device in devices:
+        options = ["-n", "4", "--device", device, "--out", str(tmp_path / device)]
+        sample.main(["a photo of the face of a pilot, a person", *options])
+    files = [sorted((tmp_path / device).glob("*.png")) for device in devices]
+    assert len(files[0]) == 5  # the four and their grid
+    for found, expected in zip(*files, strict=True):
         a, b = (torch.tensor(list(Image.open(f).convert("RGB").tobytes())) for f in (found, expected))
         assert int((a - b).abs().max()) <= 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_run_that_is_stopped_goes_on(dtype, tmp_path):
-    from train import main
-
-    small = "--iterations 4 --batch 8 --checkpoint-every 2 --validate-every 2 --validate-prompts 2 --grid-every 4"
+    small = (
+        "--iterations 4 --batch 8 --checkpoint-every 2 --validate-every 2 --validate-prompts 2 --grid-every 4"
+    )
     small += " --validate-images 4 --eval-images 2 --keep 9 --evaluate ema"
-    main(["--attr", "gender", *small.split(), "--dtype", dtype, "--device", "cuda", "--out", str(tmp_path / "a")])
+    train.main(
+        [
+            "--attr",
+            "gender",
+            *small.split(),
+            "--dtype",
+            dtype,
+            "--device",
+            "cuda",
+            "--out",
+            str(tmp_path / "a"),
+        ]
+    )
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and lines[-1]["skipped"] == 0
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["device"] == "cuda"
     whole = (tmp_path / "a" / "adapter.safetensors").read_bytes()
     (tmp_path / "a" / "checkpoint-000004.safetensors").unlink()
-    main(["--resume", str(tmp_path / "a")])
+    train.main(["--resume", str(tmp_path / "a")])
     print(dtype, "resumed to the same bytes:", (tmp_path / "a" / "adapter.safetensors").read_bytes() == whole)
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 4

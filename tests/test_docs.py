@@ -1,4 +1,4 @@
-"""The documents name functions, tests and files that exist, and their figures' numbers."""
+"""The documents name functions, tests and files that exist, and their figures' numbers; the README stays short."""
 
 import ast
 import csv
@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from fairref.bundle import inspection
+
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WEIGHTS = [ROOT / "weights" / part / "README.md" for part in ("", "emoji", "mtcnn")]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *WEIGHTS]
+MOST_LINES, MOST_CHARACTERS = 130, 10_000  # of the README: what is read in three minutes
+
+
+def name_of(document):
+    return str(document.relative_to(ROOT))
 
 
 def defined(folder):
@@ -23,18 +31,56 @@ def defined(folder):
     return names
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_test_that_is_named_exists(document):
     named = set(re.findall(r"`(test_\w+)`", document.read_text(encoding="utf-8")))
     assert named <= defined("tests")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_file_that_is_named_exists(document):
-    named = re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|md|json))`", document.read_text(encoding="utf-8"))
-    assert named
-    for name in named:
+    for name in files_named(document.read_text(encoding="utf-8")):
         assert (ROOT / name).exists() or (ROOT / "fairref" / name).exists(), name
+
+
+def files_named(text):
+    return re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|md|json))`", text)
+
+
+def test_which_files_a_text_names():
+    assert files_named("`a/b.py`, `c.py`, `python d/e.py` and `docs/f-g.md`") == ["a/b.py", "docs/f-g.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_link_leads_somewhere(document):
+    """To a file, and to a heading of it where one is named."""
+    for target, heading in re.findall(r"\]\(([\w/.-]+)(#[\w-]+)?\)", document.read_text(encoding="utf-8")):
+        file = document.parent / target
+        assert file.exists(), target
+        assert not heading or heading[1:] in headings(file), f"{target}{heading}"
+
+
+def headings(document):
+    """As GitHub writes them in links."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_read_in_three_minutes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES and len(text) <= MOST_CHARACTERS
+
+
+def test_the_readme_and_the_citation_file_name_the_same_paper():
+    yaml = pytest.importorskip("yaml", reason="the extra `test` brings it with diffusers")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format requires
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors"} <= set(paper)
+    authors = ", ".join(f"{author['given-names']} {author['family-names']}" for author in paper["authors"])
+    assert f"{authors}: *{paper['title']}*. ICLR {paper['year']}." in readme
+    assert f"]({paper['url']})" in readme and f"[{paper['identifiers'][0]['value']}]" in readme
 
 
 @pytest.mark.parametrize("document, least", [("derivation", 8), ("method", 7)])
@@ -64,8 +110,8 @@ def means(figure):
     return found
 
 
-def test_the_figures_numbers_in_the_readme_are_those_of_their_files():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+def test_the_figures_numbers_in_the_results_are_those_of_their_files():
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     curves = means("fig6a")
     begun, early, late = (
         [
@@ -74,15 +120,19 @@ def test_the_figures_numbers_in_the_readme_are_those_of_their_files():
         ]
         for part in ([0], range(20, 30), range(40, 50))
     )
-    assert f"starts at {begun[0]}. Over" in readme and len(set(begun)) == 1
+    assert f"starts at {begun[0]}. Over" in page and len(set(begun)) == 1
     assert (
         "its mean is {} with `none`, {} with `solver`, {} with `paper` and {} with the exact".format(*early)
-        in readme
+        in page
     )
-    assert "over the last ten it is {}, {}, {} and {}.".format(*late) in readme
+    assert "over the last ten it is {}, {}, {} and {}.".format(*late) in page
     coupled, alone = (means("fig6b")[name] for name in ("|R A_t B_t dε/dc|", "|R A_t dε/dc|"))
     first, last, other = (f"{value:.4f}"[1:] for value in (coupled[10], coupled[1000], alone[1000]))
     assert (
         f"is {first} at t = 10 and {last} at t = 1000, where |R A_t dε/dc|, without the coupling B_t, is {other}."
-        in readme
+        in page
     )
+
+
+def test_the_table_of_parts_is_the_registrys():
+    assert inspection.table() in (ROOT / "docs" / "sd15.md").read_text(encoding="utf-8")

@@ -7,24 +7,27 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_trainer import make_setup, moved
 from tiny_bundle import write_tiny_bundle
+from tiny_run import make_setup, moved
+from waiting import ends, outputs, wait_for
 
-from fairref.bundle import load_bundle
+from fairref import processes as distributed
+from fairref.bundle.loading import load_bundle
 from fairref.errors import UserError
-from fairref.fairness.faces import TEMPLATE, Found
-from fairref.finetune import distributed, iteration
-from fairref.finetune.checkpoints import held
-from fairref.finetune.iteration import iteration_gradient
-from fairref.finetune.trainer import iterate, new_state, update
+from fairref.fairness.faces import TEMPLATE, DetectedFaces
+from fairref.training import step as iteration
+from fairref.training.checkpoints import held
+from fairref.training.loop import iterate, new_state, update
+from fairref.training.step import iteration_gradient
+from fairref.training.validation import start_validation
 
 ROOT = Path(__file__).parents[1]
 DARK = 138  # mean of a picture's values
@@ -49,24 +52,18 @@ def start(count, *command, **options):
     ]
 
 
-def ends(processes, timeout=300):
-    """Exit codes and what was said on stderr."""
-    said = [process.communicate(timeout=timeout)[1] for process in processes]
-    return [process.returncode for process in processes], said
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-def detector(x):
+def detector(x, dark=DARK):
     """Finds a face in pictures that are not dark, at a place and of a size that follow from how bright they are."""
     found = []
     for light in x.float().mean((1, 2, 3)).tolist():
-        side, some = int(light) - 124, slice(None if light > DARK else 0)
+        side, some = int(light) - 124, slice(None if light > dark else 0)
         box, landmarks = torch.tensor([[2, 3, 2 + side, 3 + side]]), torch.tensor(TEMPLATE) / 112 * side + 2
-        found.append(Found(box[some], landmarks[None][some]))
+        found.append(DetectedFaces(box[some], landmarks[None][some]))
     return found
 
 
@@ -74,10 +71,10 @@ def gradients(folder, out):
     """What one process does: pictures, their targets and gradients of some iterations, an update after each."""
     processes, device = distributed.start(torch.device("cpu"))
     torch.set_num_threads(1)
-    found, counts, looks = {}, [], []
-    real, real_look = iteration.joint_ot, iteration.look
-    iteration.joint_ot = lambda *args: counts.append(real(*args)) or counts[-1]
-    iteration.look = lambda *args: looks.append(real_look(*args)) or looks[-1]
+    found, counts, pairs = {}, [], []
+    real, real_pair = iteration.joint_ot, iteration.draw_pair
+    iteration.joint_ot = lambda *args, **options: counts.append(real(*args, **options)) or counts[-1]
+    iteration.draw_pair = lambda *args: pairs.append(real_pair(*args)) or pairs[-1]
     for dtype in (torch.float32, torch.float64):
         bundle = replace(load_bundle(folder, device, dtype), detector=detector)
         for micro_batch in (0, 3):
@@ -93,8 +90,8 @@ def gradients(folder, out):
                 found[f"gradient.{key}"] = torch.cat([g.flatten() for g in gradient])
                 found[f"loss.{key}"] = torch.tensor([metrics["loss"], metrics["cost"]], dtype=torch.float64)
                 found[f"q.{key}"] = torch.cat([ot.q for ot in counts[-1].values()], 1)
-                found[f"x.{key}"] = processes.gather(looks[-1].x.detach(), N).contiguous()
-                found[f"faces.{key}"] = processes.gather(looks[-1].faces.found.double(), N)
+                found[f"x.{key}"] = processes.gather(pairs[-1].x.detach(), N).contiguous()
+                found[f"faces.{key}"] = processes.gather(pairs[-1].faces.has_face.double(), N)
                 if dtype == torch.float64:  # float32's rounding would become AdamW's signs
                     update(setup.recipe, state, gradient)
             found[f"end.{key}"] = torch.cat([p.detach().flatten() for p in state.adapter.parameters()])
@@ -131,11 +128,164 @@ def test_pictures_targets_and_gradients_do_not_depend_on_processes_or_micro_batc
             assert kind != "gradient" or float(wanted.norm()) > 1e-3
 
 
-def launch(count, weights, out, *options, **popen):
+PAIR_N = (4, 5)  # images: as many in each of two processes, and one more in the second
+
+
+def pair(folder, out=None):
+    """What one process does for the tests of two: it gathers, adds, draws, learns and validates, with faces.
+
+    Without torchrun's variables it is the only one, and does the same.
+    """
+    processes, device = distributed.start(torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        found = _pair(patch, processes, device, folder)
+    found = {name: value.contiguous() for name, value in found.items()}
+    if out is not None:
+        save_file(found, f"{out}{processes.rank}")
+    processes.stop()
+    return found
+
+
+def _pair(patch, processes, device, folder):
+    found = {}
+    for count in PAIR_N:
+        part = processes.part(count)
+        rows = torch.arange(2.0 * count).view(count, 2)[part.start : part.stop]
+        found[f"gather.{count}"] = processes.gather(rows, count)
+        found[f"total.{count}"] = torch.cat(processes.total([rows.sum(0), torch.tensor([float(len(part))])]))
+    found["any"] = torch.tensor([processes.any(processes.rank == r) for r in (0, processes.world - 1, 9)])
+    found["share"] = torch.tensor(list(processes.share(f"of process {processes.rank}").encode()))
+
+    def kept(name, **more):
+        """What the function of this name returned at each call, some of its arguments set."""
+        returned, real = [], partial(getattr(iteration, name), **more)
+
+        def keep(*args, **rest):
+            returned.append(real(*args, **rest))
+            return returned[-1]
+
+        patch.setattr(iteration, name, keep)
+        return returned
+
+    targets = kept("joint_ot", exact_limit=0, tolerance=0.05)
+    drawn, noises = kept("draw_pair"), kept("first_noise")
+    # of the images of iteration 1, both processes have some with a face and the second some without
+    bundle = replace(load_bundle(folder, device, torch.float64), detector=partial(detector, dark=134))
+    for count in PAIR_N:
+        recipe = {"batch": count, "C": 0.5, "component": "both", "lr": 1e-3, "steps": 2, "rank": 2}
+        setup = make_setup(bundle, "gender,skin_tone", **recipe, validate_images=3, eval_steps=2)
+        setup = replace(setup, processes=processes, validation=("a photo of a cook", "a photo of a judge"))
+        model, state = moved(setup)
+        gradient, metrics = iteration_gradient(setup, model, list(state.adapter.parameters()), 1)
+        found[f"noise.{count}"] = processes.gather(noises[-1], count)
+        found[f"images.{count}"] = processes.gather(drawn[-1].x.detach(), count)
+        found[f"faces.{count}"] = processes.gather(drawn[-1].faces.has_face.double(), count)
+        found[f"q.{count}"] = torch.cat([ot.q for ot in targets[-1].values()], 1)
+        found[f"gradient.{count}"] = torch.cat([g.flatten() for g in gradient])
+        sums = [metrics[name] for name in ("loss", "align", "image", "face", "confident", "faces", "cost")]
+        found[f"sums.{count}"] = torch.tensor(sums, dtype=torch.float64)
+        update(setup.recipe, state, gradient)
+        found[f"end.{count}"] = torch.cat([p.detach().flatten() for p in state.adapter.parameters()])
+    seen = start_validation(replace(setup, bundle=replace(bundle, detector=None)))
+    measured = [seen.unlike, *seen.measure(model).values()]
+    found["validation"] = torch.tensor(measured, dtype=torch.float64)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """What this process alone finds, and each of two."""
+    out = tmp_path_factory.mktemp("pair")
+    folder = write_tiny_bundle(tmp_path_factory.mktemp("faces"), faces=True)
+    code = f"import test_processes as t; t.pair({str(folder)!r}, {str(out / 'of-')!r})"
+    two = start(2, "-c", code, stderr=subprocess.PIPE)
+    alone = pair(folder)
+    codes, said = ends(two)
+    assert codes == [0, 0], said
+    return [alone, *(load_file(out / f"of-{rank}") for rank in range(2))]
+
+
+@pytest.mark.parametrize("count", PAIR_N)
+def test_two_processes_gather_rows_in_the_images_order_and_add_up(pairs, count):
+    rows = torch.arange(2.0 * count).view(count, 2)
+    for found in pairs:
+        assert torch.equal(found[f"gather.{count}"], rows)
+        assert torch.equal(found[f"total.{count}"], torch.cat([rows.sum(0), torch.tensor([float(count)])]))
+
+
+def test_two_processes_agree_on_flags_and_texts(pairs):
+    for found in pairs:
+        assert found["any"].tolist() == [True, True, False]
+        assert bytes(found["share"].tolist()) == b"of process 0"
+
+
+@pytest.mark.parametrize("count", PAIR_N)
+@pytest.mark.parametrize("what", ["noise", "images", "faces", "q", "sums", "gradient", "end"])
+def test_an_iteration_of_two_processes_is_that_of_one(pairs, what, count):
+    """In float64, and of images that are all different; the targets are drawn, so all processes draw the same."""
+    one, *two = (found[f"{what}.{count}"] for found in pairs)
+    assert float(one.norm()) > 1e-3
+    if what in ("noise", "images", "q"):
+        assert len(one.unique(dim=0)) > count / 2
+    if what == "faces":
+        assert one.tolist() == [1, 1, 0, 1, 0][:count]
+    for found in two:
+        torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-9 * float(one.abs().max()))
+    assert torch.equal(*two)
+
+
+def test_two_processes_validate_as_one_does(pairs):
+    """Three images of each prompt: one in the first process, two in the second."""
+    one, *two = (found["validation"] for found in pairs)
+    assert bool(one.isfinite().all()) and len(one) == 4
+    for found in two:
+        torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-12)
+
+
+PIPES = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+
+def command(weights, out, *options):
     common = ["--weights", weights, "--attr", "gender", "--device", "cpu", "--evaluate", "none", "--out", out]
-    return start(
-        count, ROOT / "train.py", *common, *options, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **popen
-    )
+    return [*common, *options]
+
+
+def launch(count, weights, out, *options, script=ROOT / "train.py", **popen):
+    return start(count, script, *command(weights, out, *options), **PIPES, **popen)
+
+
+def train_that(folder, i, does):
+    """A train.py that `does` something in iteration i, between its gradient and its update: what comes then does
+    not hang on how fast a run and its observer are."""
+    script = Path(folder) / "train_that.py"
+    script.write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from fairref.commands import cli, train
+from fairref.training import loop as trainer
+from fairref.training.signals import StopRequest
+real, real_ask, asked = trainer.iteration_gradient, StopRequest._ask, []
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def iteration_gradient(setup, model, parameters, i):
+    found = real(setup, model, parameters, i)
+    if i == {i}:
+        {does}
+    return found
+
+def ask(*args):
+    asked.append(True)
+    real_ask(*args)
+
+def until_asked():
+    open(f"{folder}/waits-{{rank}}", "w").close()
+    while not asked:
+        time.sleep(0.01)
+
+trainer.iteration_gradient, StopRequest._ask = iteration_gradient, ask
+sys.exit(cli.run(train.main))
+""")
+    return script
 
 
 @pytest.mark.slow
@@ -168,7 +318,8 @@ def test_two_processes_judge_as_one_does_with_all_judges(tmp_path):
     prompts.write_text(
         "".join(f"a photo of the face of a {job}, a person\n" for job in jobs), encoding="utf-8"
     )
-    options = "--iterations 1 --batch 3 --steps 2 --validate-every 0 --grid-every 0".split()
+    options = ["--iterations", "1", "--batch", "3", "--steps", "2"]
+    options += ["--validate-every", "0", "--grid-every", "0"]
     options += ["--eval-images", "4", "--evaluate", "ema", "--prompts", prompts]
     for count in (1, 2):
         codes, said = ends(launch(count, ROOT / "weights" / "emoji", tmp_path / str(count), *options))
@@ -181,26 +332,18 @@ def test_two_processes_judge_as_one_does_with_all_judges(tmp_path):
         assert found == pytest.approx(wanted, abs=1e-3), name
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
 def lines(folder):
     path = Path(folder) / "metrics.jsonl"
     return path.read_text().splitlines() if path.is_file() else []
 
 
 def resumed(folder, count=1):
-    codes, said = ends(
-        start(count, ROOT / "train.py", "--resume", folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    )
+    codes, said = ends(start(count, ROOT / "train.py", "--resume", folder, **PIPES))
     assert codes == [0] * count, said
 
 
 FILES = ("adapter.safetensors", "adapter_raw.safetensors", "adapter_best.safetensors")
+ENDLESS = "1000000"  # iterations: far more than there is time for
 LONG = ("--iterations", "12", "--checkpoint-every", "3", "--validate-every", "4", "--validate-images", "3")
 
 
@@ -228,13 +371,10 @@ def whole(wholes):
 @pytest.mark.slow
 @pytest.mark.parametrize("after, count", [(1, 1), (4, 1), (8, 1), (5, 2)])
 def test_kill_in_the_middle_of_an_iteration(folder, wholes, tmp_path, after, count):
-    processes = launch(count, folder, tmp_path / "run", *LONG)
-    wait_for(lambda: len(lines(tmp_path / "run")) >= after)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-    assert len(lines(tmp_path / "run")) < 12
+    script = train_that(tmp_path, after, "os.kill(os.getpid(), signal.SIGKILL)")
+    codes, said = ends(launch(count, folder, tmp_path / "run", *LONG, script=script))
+    assert codes == [-signal.SIGKILL] * count, said
+    assert len(lines(tmp_path / "run")) == after
     resumed(tmp_path / "run", count)
     assert adapters(tmp_path / "run") == wholes[count]
     assert [json.loads(line)["iteration"] for line in lines(tmp_path / "run")] == list(range(12))
@@ -260,8 +400,8 @@ def test_kill_in_the_middle_of_writing_a_checkpoint(folder, whole, tmp_path):
         code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from fairref import weights_io
-import train
+from fairref.files import weights
+from fairref.commands import train
 real = os.replace
 def replace(old, new):
     if 'checkpoint-000006' in str(new):
@@ -269,10 +409,10 @@ def replace(old, new):
             os.truncate(old, os.path.getsize(old) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     real(old, new)
-weights_io.os.replace = replace
+weights.os.replace = replace
 train.main({argv!r} + {list(LONG)!r})
 """
-        (process,) = start(1, "-c", code, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        (process,) = start(1, "-c", code, **PIPES)
         assert ends([process])[0] == [-signal.SIGKILL]
         assert (out / "checkpoint-000006.safetensors.part").exists()
         resumed(out)
@@ -284,12 +424,12 @@ train.main({argv!r} + {list(LONG)!r})
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(folder, wholes, tmp_path, number, count):
-    processes = launch(count, folder, tmp_path / "run", *LONG)
-    wait_for(lambda: len(lines(tmp_path / "run")) >= 2)
-    processes[-1].send_signal(number)  # one of them: they agree
-    codes, said = ends(processes)
-    assert codes == [130] * count
+    # to one of them: they agree
+    script = train_that(tmp_path, 2, f"os.kill(os.getpid(), {int(number)}) if rank == world - 1 else None")
+    codes, said = ends(launch(count, folder, tmp_path / "run", *LONG, script=script))
+    assert codes == [130] * count, said
     done = len(lines(tmp_path / "run"))
+    assert done == 3
     assert f"stopped after iteration {done}; go on with --resume {tmp_path / 'run'}" in said[0]
     assert (tmp_path / "run" / f"checkpoint-{done:06d}.safetensors").exists() and "Traceback" not in said[0]
     resumed(tmp_path / "run", count)
@@ -298,16 +438,15 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(folder, wholes, tmp_
 
 @pytest.mark.slow
 def test_torchrun_makes_the_same_run_and_hands_signals_on(folder, wholes, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py"]
-    run, pipes = tmp_path / "run", {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
-    options = ["--weights", folder, "--attr", "gender", "--device", "cpu", "--evaluate", "none", "--out", run]
-    processes = start(1, *torchrun, *options, *LONG, **pipes)
-    wait_for(lambda: len(lines(run)) >= 2)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run, script = tmp_path / "run", train_that(tmp_path, 2, "until_asked()")
+    processes = start(1, *torchrun, script, *command(folder, run, *LONG), **PIPES)
+    wait_for(lambda: len(list(tmp_path.glob("waits-*"))) == 2, processes)
     processes[0].send_signal(signal.SIGTERM)
     codes, (said,) = ends(processes)
-    done = len(lines(run))
-    assert codes != [0] and done < 12 and f"stopped after iteration {done}; go on with --resume" in said
-    codes, (said,) = ends(start(1, *torchrun, "--resume", run, **pipes))
+    assert codes != [0] and len(lines(run)) == 3, said
+    assert "stopped after iteration 3; go on with --resume" in said
+    codes, (said,) = ends(start(1, *torchrun, ROOT / "train.py", "--resume", run, **PIPES))
     assert codes == [0], said
     assert adapters(run) == wholes[2]
 
@@ -315,8 +454,8 @@ def test_torchrun_makes_the_same_run_and_hands_signals_on(folder, wholes, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_others_with_a_message(folder, tmp_path, victim):
-    processes = launch(3, folder, tmp_path / "run", "--iterations", "1000", "--batch", "6")
-    wait_for(lambda: len(lines(tmp_path / "run")) >= 2)
+    processes = launch(3, folder, tmp_path / "run", "--iterations", ENDLESS, "--batch", "6")
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 2, processes)
     processes[victim].kill()
     codes, said = ends(processes, timeout=60)
     for rank in {0, 1, 2} - {victim}:
@@ -362,8 +501,8 @@ def test_processes_that_cannot_work_are_refused(folder, monkeypatch):
 
 
 def test_a_second_signal_ends_it_at_once(monkeypatch):
-    from fairref.finetune import signals
-    from fairref.finetune.signals import StopRequest
+    from fairref.training import signals
+    from fairref.training.signals import StopRequest
 
     now = iter((0.0, 0.5, 3.0))  # a terminal's and torchrun's, which are one, and another
     monkeypatch.setattr(signals.time, "monotonic", lambda: next(now))
@@ -381,11 +520,10 @@ def test_a_second_signal_ends_it_at_once(monkeypatch):
 @pytest.mark.slow
 def test_a_folder_in_which_a_run_is_at_work_is_refused(folder, tmp_path):
     """A second process in it would write between the first one's lines. A run that was killed holds nothing."""
-    (process,) = launch(1, folder, tmp_path / "run", "--iterations", "1000")
-    wait_for(lambda: len(lines(tmp_path / "run")) >= 1)
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    (process,) = launch(1, folder, tmp_path / "run", "--iterations", ENDLESS)
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 1, [process])
     for count in (1, 2):
-        codes, said = ends(start(count, ROOT / "train.py", "--resume", tmp_path / "run", **pipes))
+        codes, said = ends(start(count, ROOT / "train.py", "--resume", tmp_path / "run", **PIPES))
         assert codes == [2] * count
         assert all("run: a run is at work in it; let it end, or stop it first." in text for text in said)
     process.kill()
@@ -398,7 +536,8 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(folder, tmp_path):
 def test_stopping_the_queue_of_results_stops_its_run(tmp_path):
     """With a SIGTERM, which a terminal does not send to both as it does Ctrl-C."""
     (tmp_path / "busy.py").write_text(
-        "import os, sys, time\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(100)\n"
+        "import os, sys, time\nopen(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        "while os.getppid() != 1:\n    time.sleep(1)\n"  # until it is stopped, or its parent is gone
     )
     code = f"""
 import sys
@@ -407,10 +546,10 @@ import results
 results.call({str(tmp_path / "busy.py")!r}, {str(tmp_path / "pid")!r})
 print("the queue went on")
 """
-    (process,) = start(1, "-c", code, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    (process,) = start(1, "-c", code, **PIPES)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), [process])
     process.terminate()
-    out, _ = process.communicate(timeout=60)
+    ((out, _),) = outputs([process], timeout=60)
     assert process.returncode != 0 and "the queue went on" not in out
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -16,6 +16,14 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Time that passes only where a test says so: a machine may stop for longer than a bar stays quiet."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
 @pytest.mark.parametrize("columns, lines", [(300, 1), (80, 2), (40, 4)])
 def test_all_of_a_note_is_seen_however_narrow_the_terminal(monkeypatch, columns, lines):
     monkeypatch.setattr(progress.sys, "stderr", Terminal())
@@ -39,3 +47,13 @@ def test_a_file_gets_whole_lines_and_few(monkeypatch):
             bar.step(NOTE)
     lines = progress.sys.stderr.getvalue().splitlines()
     assert len(lines) == 2 and all(line.endswith(NOTE) for line in lines) and "10/10" in lines[1]
+
+
+def test_a_file_gets_a_line_again_after_a_while(monkeypatch, clock):
+    monkeypatch.setattr(progress.sys, "stderr", io.StringIO())
+    with Progress(10, "finetuning") as bar:
+        for _ in range(10):
+            bar.step(NOTE)
+            clock[0] += progress.QUIET / 2
+    shown = [line.split(", ")[0].split("] ")[1] for line in progress.sys.stderr.getvalue().splitlines()]
+    assert shown == ["1/10", "3/10", "5/10", "7/10", "9/10", "10/10"]

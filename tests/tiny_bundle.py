@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from fairref.bundle.configs import read_config
+from fairref.bundle.judges import save_classifier
 from fairref.emoji.bpe import train_bpe
-from fairref.judge_files import save_classifier
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.judges.mtcnn import MTCNN
@@ -128,15 +129,15 @@ def _stable_diffusion(folder):
     texts = [f"a photo of the face of a {name}, a person" for names in OCCUPATIONS.values() for name in names]
     size = train_bpe(texts, 560, folder / "tokenizer")
     tokens = {"vocab_size": size, "eos_token_id": size - 1}
-    vae = VAE(VAEConfig.from_dict(VAE_CONFIG))
+    vae = VAE(read_config(VAEConfig, VAE_CONFIG))
     vae.post_quant_conv.weight.data *= CONTRAST
     for name, config, network, file in (
-        ("unet", UNET_CONFIG, UNet(UNetConfig.from_dict(UNET_CONFIG)), "diffusion_pytorch_model"),
+        ("unet", UNET_CONFIG, UNet(read_config(UNetConfig, UNET_CONFIG)), "diffusion_pytorch_model"),
         ("vae", VAE_CONFIG, vae, "diffusion_pytorch_model"),
         (
             "text_encoder",
             {**TEXT_CONFIG, **tokens},
-            ClipText(ClipTextConfig.from_dict({**TEXT_CONFIG, **tokens})),
+            ClipText(read_config(ClipTextConfig, {**TEXT_CONFIG, **tokens})),
             "model",
         ),
     ):
@@ -152,7 +153,7 @@ def _judges(folder, x):
         **CLIP_CONFIG,
         "text_config": {**CLIP_CONFIG["text_config"], "vocab_size": size, "eos_token_id": size - 1},
     }
-    clip = Clip(ClipConfig.from_dict(config))
+    clip = Clip(read_config(ClipConfig, config))
     clip.vision_model.embeddings.patch_embedding.weight.data *= CONTRAST
     _network(folder / "clip", config, clip, "model")
     for name in ("finetune", "evaluate"):

@@ -1,1 +1,1 @@
-"""The diffusion process: schedule, solver, sampler, gradient, in this reading order; derivation beside them."""
+"""The diffusion process: read schedule, solver, model, sampler, gradient."""

@@ -1,5 +1,6 @@
 """The noise schedule of the forward process (eqs 1, 2): float64 tables over all T diffusion times."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +30,7 @@ class Schedule:
             )
 
     @classmethod
-    def from_dict(cls, d: dict) -> "Schedule":
+    def from_dict(cls, d: Mapping[str, object]) -> "Schedule":
         """From the content of a diffusers scheduler_config.json. Keys that only choose a sampler are ignored;
         a schedule or a prediction type that fairref does not have is a UserError."""
         needed = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")

@@ -1,1 +1,1 @@
-"""The small world: its pictures and captions, and the training of its weights."""
+"""The small world of the emoji bundle: its pictures and captions, and the training of its networks."""

@@ -1,24 +1,25 @@
-"""Makes a small BPE vocabulary in CLIP's file format."""
+"""Make a small BPE vocabulary in CLIP's file format."""
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fairref.tokenizer import BOS, END_OF_WORD, EOS, normaliser, word_splitter
+from fairref.files.tokenizer import BOS, END_OF_WORD, EOS, normaliser, word_splitter
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for bytes, in the order of CLIP's vocabulary."""
+    """Return the 256 printable characters that stand for bytes, in the order of CLIP's vocabulary."""
     shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
     return [chr(b) for b in shown] + [chr(256 + n) for n in range(256 - len(shown))]
 
 
 def train_bpe(texts: list[str], vocab_size: int, folder: str | Path) -> int:
-    """Writes `vocab.json` and `merges.txt` learnt from `texts`; returns the number of tokens.
+    """Learn `vocab.json` and `merges.txt` from `texts`, write them, and return the number of tokens.
 
-    Order of ids: 256 byte symbols, the same with `</w>`, one for each merge, BOS, EOS. The most frequent pair
-    is merged first, of equals the one that sorts first, so the same texts make the same files. Fewer tokens
-    than `vocab_size` come out when the texts have no pair left to merge.
+    Order of ids: 256 byte symbols, the same with `</w>`, one for each merge, BOS, EOS. The most frequent pair is
+    merged first, and of equally frequent pairs the first in sorted order. So the same texts make the same files. There
+    are fewer tokens than `vocab_size` if the texts have no pair left to merge.
     """
     symbols = byte_symbols()
     alphabet = symbols + [s + END_OF_WORD for s in symbols]
@@ -36,7 +37,7 @@ def train_bpe(texts: list[str], vocab_size: int, folder: str | Path) -> int:
     return len(vocab)
 
 
-def _word_counts(texts):
+def _word_counts(texts: Sequence[str]) -> Counter[str]:
     normalise, split = normaliser(), word_splitter()
     counts = Counter()
     for text in texts:
@@ -44,13 +45,13 @@ def _word_counts(texts):
     return counts
 
 
-def _merges(word_counts, number):
-    """The merges that make `number` new symbols, best first, as pairs of symbols."""
+def _merges(word_counts: Mapping[str, int], number: int) -> list[tuple[str, str]]:
+    """Return the merges that make `number` new symbols, best first, as pairs of symbols."""
     words = [(*word[:-1], word[-1] + END_OF_WORD) for word in word_counts]
     weight = list(word_counts.values())
-    count, places = Counter(), defaultdict(set)  # of a pair: how often, and in which words
+    count, places = Counter(), defaultdict(set)  # of each pair: its number, and the words that have it
 
-    def add(w, sign):
+    def add(w: int, sign: int) -> None:
         for pair in zip(words[w][:-1], words[w][1:], strict=True):
             count[pair] += sign * weight[w]
             if sign > 0:
@@ -73,8 +74,8 @@ def _merges(word_counts, number):
     return merges
 
 
-def _merge(word, pair):
-    """The word with each occurrence of the pair, from the left, joined."""
+def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """Return the word with each occurrence of the pair joined, from the left."""
     merged, i = [], 0
     while i < len(word):
         joined = word[i : i + 2] == pair

@@ -1,29 +1,37 @@
-"""Remake the emoji bundle, stage by stage, or check the one that is there.
+"""Make the emoji bundle, stage by stage: `fairref emoji build` trains the stages that are missing in build/emoji.
 
-    python -m fairref.emoji.build            trains what is missing in build/emoji, writes weights/emoji
-    python -m fairref.emoji.build --check    measures the gates on weights/emoji
-
-A stage that was interrupted goes on from its last file; delete build/emoji to start anew.
+An interrupted stage goes on from its last file. Delete build/emoji to start anew.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fairref import cli
+from fairref.bundle.judges import (
+    FACE_FEATURES,
+    load_embedder,
+    load_sprites,
+    save_classifier,
+)
 from fairref.emoji import judging, stages
-from fairref.emoji.captions import SPLITS, Concept, Occupation, concepts, occupations, prompt_of
-from fairref.emoji.pictures import AGES, COLOURLESS, RESOLUTION, draw, sprites
-from fairref.emoji.sheet import LOOKS
-from fairref.emoji.templates import Templates
-from fairref.judge_files import FACE_FEATURES, load_embedder, save_classifier
-from fairref.weights_io import index_of, write_json
+from fairref.emoji.captions import (
+    SPLITS,
+    Concept,
+    Occupation,
+    concepts,
+    occupations,
+    prompt_of,
+)
+from fairref.emoji.pictures import AGES, COLOURLESS, draw
+from fairref.files.paths import write_json
+from fairref.files.weights import index_of
+from fairref.judges.sprites import LOOKS, RESOLUTION
+from fairref.judges.templates import Templates
+from fairref.nets.vae import VAE
 
-ROOT = Path(__file__).resolve().parents[2]
-TEMPLATE_PICTURES = 2048  # by which the template judge is set
+TEMPLATE_IMAGES = 2048  # for the settings of the template judge
 LARGEST_FILE = 16 * 2**20  # bytes of weights in one file
 RECIPE = {
     "iterations": 300,
@@ -46,7 +54,7 @@ RECIPE = {
     "clip": 0.02,
     "lambda_img": 0.5,
     "lambda_face": 0.1,
-    "named_every": 3,
+    "explicit_every": 3,
     "gender,skin_tone": {"iterations": 220, "lr": 1.5e-3, "lambda_img": 1.25},
     "gender,skin_tone,age": {"iterations": 180, "lr": 1.5e-3, "lambda_img": 1.25},
 }
@@ -93,7 +101,7 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-NAMED = {
+EXPLICIT = {
     "gender": {
         name: f"a photo of the face of a {name} {{occupation}}, a person"
         for name in stages.ATTRIBUTES["gender"]
@@ -107,7 +115,7 @@ NAMED = {
 
 
 def train(folder: Path) -> dict[str, nn.Module]:
-    """Every network, from the stage files in `folder` or trained now."""
+    """Return every network, from the stage files in `folder` or trained now."""
     folder.mkdir(parents=True, exist_ok=True)
     vae = stages.scaled(stages.train_vae(folder))
     clip = stages.train_clip(folder)
@@ -122,8 +130,8 @@ def train(folder: Path) -> dict[str, nn.Module]:
 
 
 def save_half(network: nn.Module, path: Path, limit: int = LARGEST_FILE) -> None:
-    """Float16 safetensors (scalars as they are), split as diffusers does into files of at most `limit` bytes."""
-    for old in path.parent.glob(f"{path.stem}*"):  # a build may split it otherwise
+    """Write safetensors in float16 (scalars keep their dtype), split like diffusers' into files of `limit` bytes."""
+    for old in path.parent.glob(f"{path.stem}*"):  # an earlier build may have split it otherwise
         old.unlink()
     tensors = {k: (v.half() if v.dim() else v).contiguous() for k, v in network.state_dict().items()}
     parts, size = [{}], 0
@@ -144,15 +152,16 @@ def save_half(network: nn.Module, path: Path, limit: int = LARGEST_FILE) -> None
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's two files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((source / name).read_bytes())
 
 
 def opposed(split: str) -> list[str]:
-    """The occupations of a part in pairs: the most female one and the most male one, then the next two."""
+    """Return the occupations of a part in pairs: the most female and the most male one, then the next two."""
     jobs = sorted((job for job in occupations() if job.split == split), key=lambda job: -job.share_women)
-    pairs = zip(jobs, reversed(jobs))
+    pairs = zip(jobs, reversed(jobs), strict=True)
     return [job.name for pair in pairs for job in pair][: len(jobs)]
 
 
@@ -160,7 +169,10 @@ KINDS_OF = {"sports": ("activity",), "style_context": ("context", "style"), "des
 
 
 def concept_rows(name: str) -> list[tuple[Concept, Occupation | None, str]]:
-    """A concept (docs/method.md §7): what is said, of whom, and the prompt; a part's occupations take turns."""
+    """Return the rows of a concept (docs/method.md §7): phrase, occupation if any, and prompt.
+
+    The occupations of a part take turns.
+    """
     jobs = {split: [job for job in occupations() if job.split == split] for split in SPLITS}
     rows = []
     for n, c in enumerate(c for kind in KINDS_OF[name] for c in concepts(kind)):
@@ -170,7 +182,7 @@ def concept_rows(name: str) -> list[tuple[Concept, Occupation | None, str]]:
 
 
 def concept_prompts() -> dict[str, dict[str, list[str]]]:
-    """Name of a concept -> part -> prompts."""
+    """Return the prompts of each concept, by part."""
     parts = ("train", "test")
     return {
         name: {part: [text for c, _, text in concept_rows(name) if c.split == part] for part in parts}
@@ -179,9 +191,11 @@ def concept_prompts() -> dict[str, dict[str, list[str]]]:
 
 
 def hiding() -> dict[str, list[str]]:
-    """Attribute -> occupations and prompts of concepts whose pictures don't show it: hair under a hat, a style
-    without colours."""
-    hatted = [job for job in occupations() if not sprites().aged[LOOKS.index(job.look)]]
+    """Return, for each attribute, the occupations and prompts whose pictures do not show it.
+
+    Age is hidden where a hat covers the hair, age and skin tone where a style has no colours.
+    """
+    hatted = [job for job in occupations() if not load_sprites().aged[LOOKS.index(job.look)]]
     grey, under_hats = [], []
     for c, job, text in (row for name in KINDS_OF for row in concept_rows(name)):
         if c.kind == "style" and c.thing in COLOURLESS:
@@ -191,25 +205,27 @@ def hiding() -> dict[str, list[str]]:
     return {"age": [*(job.name for job in hatted), *under_hats, *grey], "skin_tone": grey}
 
 
-def prompts() -> dict:
-    """The bundle's prompts.json."""
+def prompts() -> dict[str, object]:
+    """Return the bundle's prompts.json."""
     return {
         "occupations": {split: opposed(split) for split in SPLITS},
         "concepts": concept_prompts(),
-        "named": NAMED,
+        "explicit": EXPLICIT,
         "hiding": hiding(),
     }
 
 
 @torch.no_grad()
-def template_settings(vae: nn.Module) -> dict:
-    """What the template judge finds in real pictures, seen through the VAE: the error below which 99.9 % fall, plus a
-    twentieth, and the mean share of each look."""
-    judge = Templates(float("inf"))
-    scenes = stages.balanced_scene(TEMPLATE_PICTURES, stages.generator_for(0, "threshold", 0), portraits=True)
+def template_settings(vae: VAE) -> dict[str, object]:
+    """Return the template judge's settings, measured on real pictures behind the VAE.
+
+    threshold: the error of the 99.9 % quantile, times 1.05. shares: the mean share of each look.
+    """
+    judge = Templates(load_sprites(), float("inf"))
+    scenes = stages.balanced_scene(TEMPLATE_IMAGES, stages.generator_for(0, "threshold", 0), portraits=True)
     parts = [scenes[part] for part in torch.arange(len(scenes)).split(128)]
-    found = [judge(stages.reconstructed(vae, draw(part))) for part in parts]
-    error, share = (torch.cat([f[name] for f in found]) for name in ("error", "share"))
+    verdicts = [judge(stages.reconstructed(vae, draw(part))) for part in parts]
+    error, share = (torch.cat([verdict[name] for verdict in verdicts]) for name in ("error", "share"))
     shares = {name: share[scenes.person.look == k].mean().item() for k, name in enumerate(LOOKS)}
     return {
         "threshold": round(1.05 * error.quantile(0.999).item(), 4),
@@ -267,27 +283,3 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
             "recipe": RECIPE,
         },
     )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m fairref.emoji.build", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--work", type=cli.path, default=ROOT / "build" / "emoji", help="folder of the stage files"
-    )
-    parser.add_argument(
-        "--out", type=cli.path, default=ROOT / "weights" / "emoji", help="folder of the bundle"
-    )
-    parser.add_argument("--check", action="store_true", help="measure the gates instead")
-    options = parser.parse_args(arguments)
-    if options.check:
-        from fairref.emoji.check import check
-
-        return check(options.out)
-    networks = train(options.work)
-    export(networks, options.work, options.out)
-    print(options.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main))

@@ -1,8 +1,8 @@
-"""What is said about the pictures: captions, and who and what a picture with that caption shows.
+"""Captions of pictures, and scenes that match them.
 
-The world is biased on purpose. A caption that names no gender gets one by its subject's share of women
-(occupations: IPUMS USA 2012, as published in fivethirtyeight/data, male-flight-attendants; activities and
-descriptors: made up), a tone by TONE_SHARE and an age by AGE_SHARE.
+The world is biased on purpose. If a caption names no gender, its picture gets one by the subject's share of women.
+The shares of occupations are those of IPUMS USA 2012, as published in fivethirtyeight/data,
+male-flight-attendants; those of activities and descriptors are made up. Tones follow TONE_SHARE, ages AGE_SHARE.
 """
 
 import csv
@@ -11,19 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fairref.emoji.pictures import HAIR, STYLES, VIEWS, WHITE, Scene, random_scene, sprites
-from fairref.emoji.sheet import LOOKS, PLAIN, TONES, things
+from fairref.bundle.judges import load_sprites
+from fairref.emoji.pictures import STYLES, VIEWS, Scene, random_scene
+from fairref.emoji.sheet import things
+from fairref.judges.sprites import HAIR, LOOKS, PLAIN, TONES, WHITE
 
+Row = TypeVar("Row")
 TABLE, CONCEPT_TABLE = (Path(__file__).with_name(f"{name}.csv") for name in ("occupations", "concepts"))
 SPLITS = ("train", "validation", "test")
 KINDS = ("activity", "context", "style", "descriptor")  # of concepts
 TONE_SHARE = (0.65, 0.18, 0.10, 0.07)  # light, medium-light, medium, dark
 AGE_SHARE = (0.85, 0.15)  # young, old
-WORDS = {  # an index or a tuple of words that name it
+WORDS = {  # attribute -> for each class, the words that name it
     "gender": (("woman", "female"), ("man", "male")),
     "tone": tuple((f"{tone}-skinned",) for tone in TONES),
     "old": (("young",), ("old", "elderly")),
@@ -33,7 +37,7 @@ HUES = ("red", "yellow", "green", "cyan", "blue", "purple")
 
 TEMPLATE = "a photo of the face of a {s}, a person"
 NEUTRAL = (
-    TEMPLATE,  # the method's own template half of the time
+    TEMPLATE,  # the method's own template, half of the time
     TEMPLATE,
     TEMPLATE,
     TEMPLATE,
@@ -44,11 +48,14 @@ NEUTRAL = (
 )
 # How often each kind is drawn, for CLIP and in the U-Net's first and second stage.
 SHARES = {
-    "clip": {"occupation": 0.5, "view": 0.12, "nobody": 0.06, "activity": 0.12, "context": 0.08, "style": 0.06, "descriptor": 0.06},
-    "first": {"empty": 0.1, "occupation": 0.5, "view": 0.06, "nobody": 0.03, "activity": 0.1, "context": 0.08, "style": 0.05, "descriptor": 0.08},
-    "second": {"empty": 0.08, "occupation": 0.42, "view": 0.1, "nobody": 0.05, "activity": 0.12, "context": 0.1, "style": 0.05, "descriptor": 0.08},
+    "clip": {"occupation": 0.5, "view": 0.12, "nobody": 0.06,
+             "activity": 0.12, "context": 0.08, "style": 0.06, "descriptor": 0.06},
+    "first": {"empty": 0.1, "occupation": 0.5, "view": 0.06, "nobody": 0.03,
+              "activity": 0.1, "context": 0.08, "style": 0.05, "descriptor": 0.08},
+    "second": {"empty": 0.08, "occupation": 0.42, "view": 0.1, "nobody": 0.05,
+               "activity": 0.12, "context": 0.1, "style": 0.05, "descriptor": 0.08},
 }  # fmt: skip
-# How often a caption names each attribute: all of CLIP's are more telling, tones are harder to learn than genders.
+# How often a caption names each attribute. CLIP's captions name more; tones are harder to learn than genders.
 NAMED = {
     "clip": {"gender": 0.6, "tone": 0.6, "old": 0.4},
     "first": {"gender": 0.28, "tone": 0.2, "old": 0.1},
@@ -59,6 +66,8 @@ TWO_PEOPLE, FAR_AWAY, NOBODY = "{c} with a friend", "{c}, far away", "a photo of
 
 @dataclass(frozen=True)
 class Occupation:
+    """A row of the table: an occupation, the look that shows it, and its part."""
+
     name: str
     look: str
     share_women: float
@@ -67,7 +76,7 @@ class Occupation:
 
 @dataclass(frozen=True)
 class Concept:
-    """What else can be said: an activity, a context, a style, a descriptor. `thing` shows it; or names a style."""
+    """An activity, context, style or descriptor of a caption. `thing` is the thing that shows it, or the style."""
 
     kind: str
     phrase: str
@@ -76,7 +85,7 @@ class Concept:
     split: str
 
 
-def _read(path, make):
+def _read(path: Path, make: Callable[..., Row]) -> tuple[Row, ...]:
     with path.open(encoding="utf-8", newline="") as file:
         return tuple(
             make(**{**row, "share_women": float(row["share_women"] or 0.5)}) for row in csv.DictReader(file)
@@ -85,22 +94,22 @@ def _read(path, make):
 
 @cache
 def occupations() -> tuple[Occupation, ...]:
-    """All rows of the table."""
+    """Return all rows of the table of occupations."""
     return _read(TABLE, Occupation)
 
 
 @cache
 def concepts(kind: str) -> tuple[Concept, ...]:
-    """The table's rows of one of KINDS."""
+    """Return the rows of one of KINDS in the table of concepts."""
     return tuple(c for c in _read(CONCEPT_TABLE, Concept) if c.kind == kind)
 
 
 def prompt_of(concept: Concept, occupation: str = "") -> str:
-    """The neutral prompt of a concept; a context or a style needs an occupation."""
+    """Return the neutral prompt of a concept; a context or a style needs an occupation."""
     return _TEMPLATES[concept.kind].format(s=occupation, p=concept.phrase, w="")
 
 
-_TEMPLATES = {  # w: words of a person, with a space behind each; s: occupation; p: the concept's phrase
+_TEMPLATES = {  # w: words that name a class, with a space behind each; s: occupation; p: the concept's phrase
     "activity": "a photo of a {w}person {p}",
     "context": "a photo of the face of a {w}{s}, a person, {p}",
     "style": "a photo of the face of a {w}{s}, a person, {p}",
@@ -109,8 +118,8 @@ _TEMPLATES = {  # w: words of a person, with a space behind each; s: occupation;
 
 
 @dataclass(frozen=True)
-class Said:
-    """A caption and what it fixes; -1 or None where it says nothing."""
+class Caption:
+    """A caption and what it fixes of the picture; -1 where it names nothing."""
 
     text: str
     look: str
@@ -124,50 +133,50 @@ class Said:
     style: str = STYLES[0]
 
 
-def say(rng: random.Random, stage: str = "first") -> Said:
-    """One caption of the world: its kind by SHARES, its words by NAMED, all else alike."""
+def say(rng: random.Random, stage: str = "first") -> Caption:
+    """Return one caption: its kind follows SHARES, its words NAMED, all else is uniform."""
     shares = SHARES[stage]
     (kind,) = rng.choices(list(shares), shares.values())
     return _SAY[kind](rng, stage)
 
 
-def _words(rng, stage, look) -> tuple[str, dict]:
-    """Words before a subject, each with a space behind it, and what they name."""
+def _words(rng: random.Random, stage: str, look: str) -> tuple[str, dict[str, int]]:
+    """Return words before a subject, each with a space behind it, and the classes that they name."""
     named = {}
     for name, words in WORDS.items():
-        may = name != "old" or sprites().aged[LOOKS.index(look)]
-        if may and rng.random() < NAMED[stage][name]:
+        shows = name != "old" or load_sprites().aged[LOOKS.index(look)]
+        if shows and rng.random() < NAMED[stage][name]:
             named[name] = rng.randrange(len(words))
     order = [rng.choice(WORDS[name][named[name]]) for name in ("old", "tone", "gender") if name in named]
     return "".join(word + " " for word in order), named
 
 
-def _occupation(rng, stage, template=None):
+def _occupation(rng: random.Random, stage: str, template: str | None = None) -> Caption:
     job = rng.choice(occupations())
     words, named = _words(rng, stage, job.look)
     template = template or rng.choice(NEUTRAL)
-    return Said(template.format(s=words + job.name), job.look, job.share_women, job.name, **named)
+    return Caption(template.format(s=words + job.name), job.look, job.share_women, job.name, **named)
 
 
-def _empty(rng, stage):
+def _empty(rng: random.Random, stage: str) -> Caption:
     return replace(_occupation(rng, stage), text="", gender=-1, tone=-1, old=-1)
 
 
-def _view(rng, stage):
-    said = _occupation(rng, stage, rng.choice((TEMPLATE, "a photo of a {s}")))
+def _view(rng: random.Random, stage: str) -> Caption:
+    caption = _occupation(rng, stage, rng.choice((TEMPLATE, "a photo of a {s}")))
     far = rng.random() < 0.5
-    text = (FAR_AWAY if far else TWO_PEOPLE).format(c=said.text)
-    return replace(said, text=text, view="far" if far else "pair")
+    text = (FAR_AWAY if far else TWO_PEOPLE).format(c=caption.text)
+    return replace(caption, text=text, view="far" if far else "pair")
 
 
-def _nobody(rng, stage):
+def _nobody(rng: random.Random, stage: str) -> Caption:
     index, name = rng.choice(list(enumerate(things())))
     text = NOBODY.format(thing=name.replace("_", " "))
-    return Said(text, rng.choice(LOOKS), 0.5, view="nobody", thing=index)
+    return Caption(text, rng.choice(LOOKS), 0.5, view="nobody", thing=index)
 
 
-def _concept(kind: str) -> Callable:
-    def made(rng, stage):
+def _concept(kind: str) -> Callable[[random.Random, str], Caption]:
+    def caption(rng: random.Random, stage: str) -> Caption:
         concept = rng.choice(concepts(kind))
         job = rng.choice(occupations()) if kind in ("context", "style") else None
         look, share = (job.look, job.share_women) if job else (PLAIN, concept.share_women)
@@ -175,10 +184,10 @@ def _concept(kind: str) -> Callable:
         name = job.name if job else ""
         text = _TEMPLATES[kind].format(s=name, p=concept.phrase, w=words)
         if kind == "style":
-            return Said(text, look, share, name, **named, style=concept.thing)
-        return Said(text, look, share, name, **named, thing=list(things()).index(concept.thing))
+            return Caption(text, look, share, name, **named, style=concept.thing)
+        return Caption(text, look, share, name, **named, thing=list(things()).index(concept.thing))
 
-    return made
+    return caption
 
 
 _SAY = {
@@ -190,13 +199,16 @@ _SAY = {
 }
 
 
-def draw_world(B: int, generator: torch.Generator, stage: str = "first") -> tuple[list[Said], Scene]:
-    """B captions and a scene for each. What a caption leaves open follows the world's shares; CLIP's is even."""
-    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
-    said = [say(rng, stage) for _ in range(B)]
+def draw_world(B: int, generator: torch.Generator, stage: str = "first") -> tuple[list[Caption], Scene]:
+    """Return B captions and a scene for each.
 
-    def column(name: str, names: tuple | None = None) -> Tensor:
-        values = [getattr(s, name) for s in said]
+    Attributes that a caption does not name follow the world's shares, or are uniform in the stage "clip".
+    """
+    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    captions = [say(rng, stage) for _ in range(B)]
+
+    def column(name: str, names: tuple[str, ...] | None = None) -> Tensor:
+        values = [getattr(caption, name) for caption in captions]
         return torch.tensor([names.index(v) for v in values] if names else values)
 
     even = stage == "clip"
@@ -219,21 +231,21 @@ def draw_world(B: int, generator: torch.Generator, stage: str = "first") -> tupl
         column("thing"),
         column("style", STYLES),
     )
-    return said, scene
+    return captions, scene
 
 
-def describe(said: list[Said], scene: Scene, generator: torch.Generator) -> list[str]:
-    """The captions, with more of what can be seen: most of them also tell the hair or the background."""
+def describe(captions: list[Caption], scene: Scene, generator: torch.Generator) -> list[str]:
+    """Return the captions with more details: most of them also name the hair or the background."""
     hair = (
         (scene.person.hair[:, None] - torch.tensor((*HAIR, WHITE)) / 255).square().sum(-1).argmin(1).tolist()
     )
-    tells = (torch.rand(len(said), 2, generator=generator) < 0.6).tolist()
+    tells = (torch.rand(len(captions), 2, generator=generator) < 0.6).tolist()
     plain = (scene.style == 0).tolist()
     texts = []
-    for b, s in enumerate(said):
+    for b, caption in enumerate(captions):
         tells_hair, tells_background = tells[b]
-        hair_shows = sprites().aged[scene.person.look[b]] and s.view != "nobody"
-        text = s.text + (
+        hair_shows = load_sprites().aged[scene.person.look[b]] and caption.view != "nobody"
+        text = caption.text + (
             f" with {HAIR_WORDS[hair[b]]} hair" if tells_hair and hair_shows and plain[b] else ""
         )
         background = colour_name(scene.background[b].mean(0))
@@ -244,7 +256,7 @@ def describe(said: list[Said], scene: Scene, generator: torch.Generator) -> list
 
 
 def colour_name(rgb: Tensor) -> str:
-    """The hue's name of a colour (3,) in [0, 1]; grey below a saturation of 15 %."""
+    """Return the name of the hue of a colour (3,) in [0, 1]; grey below a saturation of 15 %."""
     high, low = rgb.max(), rgb.min()
     if high - low <= 0.15 * high:
         return "grey"

@@ -1,24 +1,27 @@
-"""One training loop for every network of the small world: resumable, seeded by (seed, stage, step)."""
+"""The training loop of every network of the small world: resumable, seeded by (seed, stage, step)."""
 
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fairref.progress import Progress
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 def generator_for(seed: int, stage: str, step: int) -> torch.Generator:
-    """The randomness of one step, so that a resumed stage draws what an uninterrupted one draws."""
+    """Return the generator of one step, so that a resumed stage draws the same as an uninterrupted one."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {stage} {step}".encode()))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float:
-    """Linear warm-up, then half a cosine down to 2 % of the peak."""
+    """Return the rate of a step: linear warm-up, then half a cosine down to 2 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -27,7 +30,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 50) -> float
 
 @dataclass
 class Training:
-    """A stage under way: the network, its optimizer, the moving average of its weights, and the steps done."""
+    """The state of a stage: the network, its optimizer, the moving average of its weights, and the steps done."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -35,7 +38,7 @@ class Training:
     step: int = 0
 
     def restore(self, file: Path) -> None:
-        """Go on from a stage file, if it is there."""
+        """Load the state from a stage file, if it is there."""
         if file.exists():
             state = torch.load(file, weights_only=True)
             self.network.load_state_dict(state["network"])
@@ -43,14 +46,14 @@ class Training:
             self.average, self.step = state["average"], state["step"]
 
     def save(self, file: Path) -> None:
-        """Write a stage file whole or not at all."""
+        """Write a stage file under a temporary name, then rename it."""
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         temporary = file.with_suffix(".tmp")
         torch.save({**state, "average": self.average, "step": self.step}, temporary)
         temporary.replace(file)
 
     def update(self, loss: Tensor, lr: float, ema: float, clip: float) -> None:
-        """One step of the optimizer and of the average, whose decay rises to `ema`."""
+        """Make one step of the optimizer and of the moving average. The average's decay rises to `ema`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -68,8 +71,8 @@ class Training:
 
 def fit(
     stage: str,
-    network: nn.Module,
-    loss_of: Callable[[nn.Module, torch.Generator], Tensor],
+    network: Network,
+    loss_of: Callable[[Network, torch.Generator], Tensor],
     *,
     steps: int,
     lr: float,
@@ -79,10 +82,10 @@ def fit(
     weight_decay: float = 1e-2,
     clip: float = 1.0,
     save_every: int = 100,
-) -> nn.Module:
-    """AdamW on `loss_of(network, generator)`, a scalar; returns the moving average of `network`, in eval mode.
+) -> Network:
+    """Minimise the scalar `loss_of(network, generator)` with AdamW; return the network, averaged, in eval mode.
 
-    Progress goes to stderr. `folder/STAGE.pt` holds the state; a later call goes on from it.
+    The progress is shown on stderr. `folder/STAGE.pt` holds the state, and a later call goes on from it.
     """
     file = folder / f"{stage}.pt"
     optimizer = torch.optim.AdamW(

@@ -1,9 +1,10 @@
-"""How the networks that look at pictures are trained: classifiers, face detector, face embedder, DINO.
+"""Train the networks that judge images: classifiers, face detector, face embedder, DINO.
 
-Faces are known by construction: `pictures.face_points` says where they are. Every stage is a function of the
-folder of stage files, as in stages.py. B pictures, M windows.
+The places of faces are known from `pictures.face_points`. Every stage is a function of the folder of stage files, as
+in stages.py. B images, M windows.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,15 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairref.emoji.fit import fit, generator_for
-from fairref.emoji.pictures import RESOLUTION, VIEWS, Scene, draw, face_points
-from fairref.emoji.sheet import GENDERS, LOOKS, TONES
+from fairref.emoji.pictures import VIEWS, Scene, draw, face_points
 from fairref.emoji.stages import ATTRIBUTES, balanced_scene, labels, reconstructed
-from fairref.fairness.faces import Faces, aligned, area, crops, square_around, to_bytes
+from fairref.fairness.faces import (
+    Faces,
+    align_crops,
+    area,
+    crops,
+    square_around,
+    to_bytes,
+)
 from fairref.judges import mtcnn
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.judges.mtcnn import MTCNN
 from fairref.judges.sfnet import SFNet, SFNetConfig, embed_faces
+from fairref.judges.sprites import GENDERS, LOOKS, RESOLUTION, TONES
 from fairref.nets.vae import VAE
 
 CLASSIFIER_CONFIG = {
@@ -28,7 +36,7 @@ CLASSIFIER_CONFIG = {
 }
 CLASSIFIER_STEPS = {"finetune": 1100, "evaluate": 900}
 DETECTOR_CONFIG = {"smallest": 10, "thresholds": [0.4, 0.5, 0.95]}
-# of VIEWS; more of nobody than the others see, as things are easily taken for faces
+# shares of VIEWS; more of nobody than for the other judges, because things look like faces to a detector
 DETECTOR_VIEWS = (0.5, 0.12, 0.13, 0.25)
 EMBEDDER_CONFIG = {"depth": 4, "channels": (16, 32, 64, 96), "features": 64, "side": 48}
 DINO_CONFIG = {
@@ -41,24 +49,25 @@ DINO_CONFIG = {
     "offset": 0.0,
 }
 FACES = 1024  # rows of D_F
-NEGATIVE, PART, POSITIVE = 0.3, 0.4, 0.65  # overlap with a face up to, from which, from which a window is one
+# overlap of a window and a face: below the first it shows none, from the second a part, from the third a face
+NEGATIVE, PART, POSITIVE = 0.3, 0.4, 0.65
 HARDEST = 0.7  # share of the windows that count for the detector's cross-entropy
 
 
 def held_out(look: Tensor, tone: Tensor) -> Tensor:
-    """(B,) boolean: the look-tone pairs, a quarter of all, that classifiers are tested on and never see."""
+    """Return (B,) boolean: the quarter of all pairs of look and tone that classifiers are tested on and never see."""
     return (look + tone) % len(TONES) == 0
 
 
 @torch.no_grad()
 def half_through(vae: VAE, x: Tensor) -> Tensor:
-    """Pictures of which the first half was encoded and decoded, so that a judge knows what that does to them."""
+    """Return images with the first half encoded and decoded, so that a judge learns both kinds."""
     half = len(x) // 2
     return torch.cat([reconstructed(vae, x[:half]), x[half:]])
 
 
 def true_faces(scene: Scene, generator: torch.Generator | None = None, jitter: float = 0.0) -> Faces:
-    """The faces of the people of scenes, none where nobody is shown; boxes and landmarks moved by `jitter` of a side."""
+    """Return the faces of the people who are shown; `jitter` moves boxes and landmarks by a share of their side."""
     boxes, landmarks = face_points(scene.person[scene.shown])
     if jitter:
         side = (boxes[:, 2:] - boxes[:, :2]).mean(1)[:, None]
@@ -69,7 +78,7 @@ def true_faces(scene: Scene, generator: torch.Generator | None = None, jitter: f
 
 
 def veiled(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture behind a pane, more or less see-through, of any colour, size and place, as goggles are."""
+    """Return each image behind a pane of random colour, size, place and opacity, like goggles."""
     side = torch.linspace(-1, 1, x.shape[-1])
     cx, cy, w, h, alpha = torch.rand(5, len(x), 1, generator=generator)
     colour = torch.rand(len(x), 3, 1, 1, generator=generator)
@@ -79,31 +88,31 @@ def veiled(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(x, (2 * colour - 1).expand_as(x), pane[:, None].expand_as(x))
 
 
-def noisy(x: Tensor, generator: torch.Generator, most: float = 0.1) -> Tensor:
-    """Pictures with noise of a strength of their own."""
-    strength = most * torch.rand(len(x), 1, 1, 1, generator=generator)
+def noisy(x: Tensor, generator: torch.Generator, max_strength: float = 0.1) -> Tensor:
+    """Return images with noise, each of its own strength."""
+    strength = max_strength * torch.rand(len(x), 1, 1, 1, generator=generator)
     return x + strength * torch.randn(x.shape, generator=generator)
 
 
 def closer(faces: Faces, generator: torch.Generator, near: Tensor) -> Faces:
-    """Faces whose boxes, where near (M,), show a part of them only: skin, more than who it is."""
+    """Return the faces, of which those with near (M,) have a smaller box inside: it shows skin, not who it is."""
     left, top, right, bottom = faces.boxes.unbind(1)
     size = (right - left) * (0.25 + 0.3 * torch.rand(len(near), generator=generator))
     place = 0.25 + 0.5 * torch.rand(2, len(near), generator=generator)
     x, y = left + place[0] * (right - left), top + place[1] * (bottom - top)
     small = torch.stack([x - size / 2, y - size / 2, x + size / 2, y + size / 2], 1)
-    return Faces(faces.found, small.where(near[:, None], faces.boxes), faces.landmarks)
+    return Faces(faces.has_face, small.where(near[:, None], faces.boxes), faces.landmarks)
 
 
 def train_classifier(folder: Path, role: str, vae: VAE, batch: int = 64) -> Classifier:
-    """Cross-entropy with smoothed labels on the faces of balanced pictures, half of them through the VAE, with noise.
+    """Train a classifier with smoothed cross-entropy on faces of balanced scenes, half of them behind the VAE.
 
-    A third of the faces are seen closer, and then for their tone alone, and some are partly covered: what skin
-    looks like must be learnt from any skin that shows, not from which tones a look was shown with.
+    A third of the faces are closer, and then only their tone is asked for. Some are partly covered. So a tone is learnt
+    from the skin, not from the looks that it was shown with.
     """
     size = CLASSIFIER_CONFIG[role]["input_size"]
 
-    def loss_of(classifier, generator):
+    def loss_of(classifier: Classifier, generator: torch.Generator) -> Tensor:
         scene = balanced_scene(2 * batch, generator)
         seen = scene.shown & ~held_out(scene.person.look, scene.person.tone)
         scene = scene[seen.nonzero()[:batch, 0]]
@@ -114,9 +123,9 @@ def train_classifier(folder: Path, role: str, vae: VAE, batch: int = 64) -> Clas
         covered = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.4
         x = noisy(torch.where(covered, veiled(x, generator), x), generator)
         logits, truth = classifier(x), labels(scene)
-        told = {name: truth[name].where(~near | (name == "skin_tone"), -1) for name in logits}
+        targets = {name: truth[name].where(~near | (name == "skin_tone"), -1) for name in logits}
         return sum(
-            F.cross_entropy(logits[name], told[name], label_smoothing=0.05, ignore_index=-1)
+            F.cross_entropy(logits[name], targets[name], label_smoothing=0.05, ignore_index=-1)
             for name in logits
         )
 
@@ -134,16 +143,16 @@ def train_classifier(folder: Path, role: str, vae: VAE, batch: int = 64) -> Clas
 
 
 def all_faces(scene: Scene) -> list[tuple[Tensor, Tensor]]:
-    """Of each picture every face: boxes (F, 4) as MTCNN counts them, from one on, and landmarks (F, 5, 2), indices."""
+    """Return all faces of each picture: boxes (F, 4) with MTCNN's count from one, and landmarks (F, 5, 2), indices."""
     shift = torch.tensor([1.0, 1.0, 0.0, 0.0])
     pair = scene.view == VIEWS.index("pair")
-    found = []
+    people = []
     for who, there in ((scene.person, scene.shown), (scene.friend, pair)):
         boxes, landmarks = face_points(who)
-        found.append((boxes + shift, landmarks - 0.5, there))
+        people.append((boxes + shift, landmarks - 0.5, there))
     rows = []
     for b in range(len(scene)):
-        here = [(boxes[b], landmarks[b]) for boxes, landmarks, there in found if there[b]]
+        here = [(boxes[b], landmarks[b]) for boxes, landmarks, there in people if there[b]]
         rows.append(
             (torch.stack([box for box, _ in here]), torch.stack([points for _, points in here]))
             if here
@@ -153,34 +162,37 @@ def all_faces(scene: Scene) -> list[tuple[Tensor, Tensor]]:
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Shared area over the area of both, (M, F) of boxes (M, 4) and (F, 4)."""
+    """Return intersection over union (M, F) of boxes (M, 4) and (F, 4)."""
     low, high = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])
     shared = (high - low).clamp(min=0).prod(2)
     return shared / (area(a)[:, None] + area(b) - shared).clamp(min=1e-6)
 
 
 def some_windows(truth: Tensor, generator: torch.Generator, each: int = 8) -> Tensor:
-    """Squares around the faces (F, 4), near misses among them, and squares anywhere -> (M, 4)."""
+    """Return squares (M, 4): around the faces (F, 4), some of them near misses, and anywhere."""
     M = each * max(1, len(truth))
     anywhere = torch.rand(M, 3, generator=generator)
     side = 8 + (RESOLUTION - 8) * anywhere[:, 2:] ** 2
     corner = anywhere[:, :2] * (RESOLUTION - side) + 1
-    found = [torch.cat([corner, corner + side], 1)]
+    squares = [torch.cat([corner, corner + side], 1)]
     if len(truth):
         near = truth.repeat_interleave(2 * each, 0)
         size = (near[:, 2:] - near[:, :2]).amax(1, keepdim=True)
         scale = torch.exp(0.25 * torch.randn(len(near), 1, generator=generator).clamp(-2, 2))
         centre = (near[:, :2] + near[:, 2:]) / 2
         centre = centre + 0.18 * size * torch.randn(len(near), 2, generator=generator)
-        found.append(torch.cat([centre - size * scale / 2, centre + size * scale / 2], 1))
-    return torch.cat(found)
+        squares.append(torch.cat([centre - size * scale / 2, centre + size * scale / 2], 1))
+    return torch.cat(squares)
 
 
-def detector_loss(network: nn.Module, x: Tensor, boxes: Tensor, truth: tuple[Tensor, Tensor], share: Tensor):
-    """Loss of windows x (M, 3, s, s) at boxes (M, 4), whose face is truth's box (M, 4) and landmarks (M, 5, 2).
+def detector_loss(
+    network: nn.Module, x: Tensor, boxes: Tensor, truth: tuple[Tensor, Tensor], share: Tensor
+) -> Tensor:
+    """Return the loss of windows x (M, 3, s, s) at boxes (M, 4).
 
-    `share` (M,) is their overlap. A face or none is asked of clear cases, its sides of all that show one, and its
-    landmarks, from the network that gives them, of clear ones.
+    truth: box (M, 4) and landmarks (M, 5, 2) of each window's face. share (M,): overlap of window and face. The loss
+    sums three terms: face or none of clear windows, the sides of a face or part, the landmarks of a clear face. Only
+    the third network has the last term.
     """
     moves, *points, probability = network(x)
     moves, probability = moves.flatten(1), probability.flatten()
@@ -191,18 +203,51 @@ def detector_loss(network: nn.Module, x: Tensor, boxes: Tensor, truth: tuple[Ten
         probability[clear].clamp(1e-6, 1 - 1e-6), (share[clear] >= POSITIVE).float(), reduction="none"
     )
     loss = errors.topk(max(1, int(HARDEST * len(errors))))[0].mean()
-    some, sure = share >= PART, share >= POSITIVE
-    if some.any():
-        loss = loss + 4 * F.mse_loss(moves[some], ((target - boxes) / size.repeat(1, 2))[some])
-    if points and sure.any():
+    partial, positive = share >= PART, share >= POSITIVE
+    if partial.any():
+        loss = loss + 4 * F.mse_loss(moves[partial], ((target - boxes) / size.repeat(1, 2))[partial])
+    if points and positive.any():
         # five x, five y
         wanted = ((landmarks + 1 - boxes[:, None, :2]) / size[:, None]).transpose(1, 2).flatten(1)
-        loss = loss + 4 * F.mse_loss(points[0][sure], wanted[sure])
+        loss = loss + 4 * F.mse_loss(points[0][positive], wanted[positive])
     return loss
 
 
+Proposal = tuple[Tensor, Tensor | None]  # boxes (M, 4) in an image, and their image (M,)
+
+
+def windows_loss(
+    vae: VAE, batch: int, side: int, propose: Callable[[Tensor], Proposal]
+) -> Callable[[nn.Module, torch.Generator], Tensor]:
+    """Return the loss of one network of the detector on windows of `side` pixels.
+
+    Some windows are those that the networks before it `propose`.
+    """
+
+    def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
+        scene = balanced_scene(batch, generator, views=DETECTOR_VIEWS)
+        x = to_bytes(noisy(half_through(vae, draw(scene)), generator, 0.05)).float()
+        pixels, seen, targets, landmarks, shares = [], [], [], [], []
+        for image, (truth, points) in zip(x.split(1), all_faces(scene), strict=True):
+            with torch.no_grad():
+                passed = propose(image)[0][:16]
+            boxes = torch.cat([some_windows(truth, generator), passed])
+            shown, boxes, _ = mtcnn.crops(image, boxes, torch.zeros(len(boxes), dtype=torch.long), side)
+            share = overlap(boxes, truth) if len(truth) else boxes.new_zeros(len(boxes), 1)
+            share, which = share.max(1)
+            pixels.append(shown)
+            seen.append(boxes)
+            shares.append(share)
+            targets.append(truth[which] if len(truth) else boxes)
+            landmarks.append(points[which] if len(truth) else boxes.new_zeros(len(boxes), 5, 2))
+        truths = torch.cat(targets), torch.cat(landmarks)
+        return detector_loss(network, torch.cat(pixels), torch.cat(seen), truths, torch.cat(shares))
+
+    return loss_of
+
+
 def train_detector(folder: Path, vae: VAE, steps: int = 700, batch: int = 12) -> MTCNN:
-    """The three networks one after the other; each also learns from what those before it let through."""
+    """Train the three networks one after the other; each also learns from the windows that those before it pass."""
     torch.manual_seed(4)
     detector = MTCNN(DETECTOR_CONFIG["smallest"]).eval()  # it learns with the usual thresholds
     stages_of = (
@@ -210,36 +255,16 @@ def train_detector(folder: Path, vae: VAE, steps: int = 700, batch: int = 12) ->
         ("rnet", 24, detector.propose),
         ("onet", 48, lambda image: detector.refine(image, *detector.propose(image))),
     )
-    for name, side, before in stages_of:
-
-        def loss_of(network, generator):
-            scene = balanced_scene(batch, generator, views=DETECTOR_VIEWS)
-            x = to_bytes(noisy(half_through(vae, draw(scene)), generator, 0.05)).float()
-            pixels, seen, targets, landmarks, shares = [], [], [], [], []
-            for image, (truth, points) in zip(x.split(1), all_faces(scene)):
-                with torch.no_grad():
-                    passed = before(image)[0][:16]
-                boxes = torch.cat([some_windows(truth, generator), passed])
-                shown, boxes, _ = mtcnn.crops(image, boxes, torch.zeros(len(boxes), dtype=torch.long), side)
-                share = overlap(boxes, truth) if len(truth) else boxes.new_zeros(len(boxes), 1)
-                share, which = share.max(1)
-                pixels.append(shown)
-                seen.append(boxes)
-                shares.append(share)
-                targets.append(truth[which] if len(truth) else boxes)
-                landmarks.append(points[which] if len(truth) else boxes.new_zeros(len(boxes), 5, 2))
-            truths = torch.cat(targets), torch.cat(landmarks)
-            return detector_loss(network, torch.cat(pixels), torch.cat(seen), truths, torch.cat(shares))
-
-        network = getattr(detector, name)
+    for name, side, propose in stages_of:
+        network, loss_of = getattr(detector, name), windows_loss(vae, batch, side, propose)
         fit(f"detector_{name}", network, loss_of, steps=steps, lr=2e-3, folder=folder, seed=4, ema=0.99)
     return detector
 
 
 class Identities(nn.Module):
-    """SFNet and, for its training, one direction in its space for each person of the sheet."""
+    """SFNet and, for its training, one direction in the space of features for each person of the sheet."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embedder = SFNet(SFNetConfig(**EMBEDDER_CONFIG))
         people = len(LOOKS) * len(GENDERS) * len(TONES)
@@ -247,15 +272,15 @@ class Identities(nn.Module):
 
 
 def train_embedder(
-    folder: Path, vae: VAE, steps: int = 900, batch: int = 64, scale=16.0, margin=0.2
+    folder: Path, vae: VAE, steps: int = 900, batch: int = 64, scale: float = 16.0, margin: float = 0.2
 ) -> SFNet:
-    """Softmax over people by the cosine between embedding and direction, less a margin for the right one (CosFace)."""
+    """Train SFNet with CosFace: softmax over people of the cosines, less a margin for the right person."""
 
-    def loss_of(identities, generator):
+    def loss_of(identities: Identities, generator: torch.Generator) -> Tensor:
         scene = balanced_scene(batch, generator)
         scene = scene[scene.shown.nonzero()[:, 0]]
         faces = true_faces(scene, generator, 0.03)
-        x = noisy(aligned(half_through(vae, draw(scene)), faces, EMBEDDER_CONFIG["side"]), generator)
+        x = noisy(align_crops(half_through(vae, draw(scene)), faces, EMBEDDER_CONFIG["side"]), generator)
         cosine = embed_faces(identities.embedder, x) @ F.normalize(identities.directions, dim=1).T
         p = scene.person
         who = (p.look * len(GENDERS) + p.gender) * len(TONES) + p.tone
@@ -270,23 +295,26 @@ def train_embedder(
 
 @torch.no_grad()
 def face_features(embedder: SFNet, seed: int = 0) -> Tensor:
-    """D_F (FACES, D): unit embeddings of real faces, which the small world draws."""
+    """Return D_F (FACES, D): unit embeddings of the real faces of the small world."""
     scene = balanced_scene(FACES, generator_for(seed, "faces", 0), portraits=True)
     rows = torch.arange(FACES).split(128)
     side = embedder.config.side
     return torch.cat(
-        [embed_faces(embedder, aligned(draw(scene[part]), true_faces(scene[part]), side)) for part in rows]
+        [
+            embed_faces(embedder, align_crops(draw(scene[part]), true_faces(scene[part]), side))
+            for part in rows
+        ]
     )
 
 
 class SelfDistillation(nn.Module):
     """DINO's student and teacher with their heads, and the centre of the teacher's outputs."""
 
-    def __init__(self, prototypes: int = 512, bottleneck: int = 64):
+    def __init__(self, prototypes: int = 512, bottleneck: int = 64) -> None:
         super().__init__()
         width = DINO_CONFIG["width"]
 
-        def tower():
+        def tower() -> nn.ModuleDict:
             head = nn.Sequential(nn.Linear(width, 192), nn.GELU(), nn.Linear(192, bottleneck))
             return nn.ModuleDict({"dino": Dino(DinoConfig(**DINO_CONFIG)), "head": head})
 
@@ -299,13 +327,13 @@ class SelfDistillation(nn.Module):
         self.register_buffer("centre", torch.zeros(prototypes))
 
     def logits(self, tower: nn.ModuleDict, x: Tensor) -> Tensor:
-        """Cosines (B, prototypes) of pictures, or of windows of them."""
+        """Return cosines (B, prototypes) of images, or of windows of them."""
         features = tower["dino"].tokens(x)[:, 0]
         return F.normalize(tower["head"](features), dim=1) @ F.normalize(self.directions, dim=1).T
 
 
 def window(x: Tensor, generator: torch.Generator, low: float, high: float, side: int) -> Tensor:
-    """A window of each picture, `low` to `high` of its side, at `side` pixels, with its colours shifted a little."""
+    """Return a window of each image, `low` to `high` of its side, at `side` pixels, in slightly changed colours."""
     B = len(x)
     size = low + (high - low) * torch.rand(B, 1, generator=generator)
     theta = torch.zeros(B, 2, 3)
@@ -317,21 +345,24 @@ def window(x: Tensor, generator: torch.Generator, low: float, high: float, side:
 
 
 def train_dino(folder: Path, steps: int = 900, batch: int = 48, momentum: float = 0.99) -> Dino:
-    """Self-distillation: of two large windows of a picture the teacher's view, which the student must give of the
-    other one and of two small ones (Caron et al. 2021)."""
+    """Train DINO by self-distillation (Caron et al. 2021).
 
-    def loss_of(both, generator):
+    The teacher sees two large windows of an image. The student must predict each output of the teacher from the other
+    large window and from two small ones.
+    """
+
+    def loss_of(pair: SelfDistillation, generator: torch.Generator) -> Tensor:
         scene = balanced_scene(batch, generator)
-        x = both.student["dino"].preprocess(draw(scene))
+        x = pair.student["dino"].preprocess(draw(scene))
         large = [window(x, generator, 0.6, 1.0, RESOLUTION) for _ in range(2)]
         small = [window(x, generator, 0.3, 0.6, RESOLUTION // 2) for _ in range(2)]
         with torch.no_grad():
-            for old, new in zip(both.teacher.parameters(), both.student.parameters()):
+            for old, new in zip(pair.teacher.parameters(), pair.student.parameters(), strict=True):
                 old.lerp_(new, 1 - momentum)
-            told = [both.logits(both.teacher, view) for view in large]
-            wanted = [((logits - both.centre) / 0.05).softmax(1) for logits in told]
-            both.centre.lerp_(torch.cat(told).mean(0), 0.1)
-        given = [(both.logits(both.student, view) / 0.1).log_softmax(1) for view in (*large, *small)]
+            teacher_logits = [pair.logits(pair.teacher, view) for view in large]
+            wanted = [((logits - pair.centre) / 0.05).softmax(1) for logits in teacher_logits]
+            pair.centre.lerp_(torch.cat(teacher_logits).mean(0), 0.1)
+        given = [(pair.logits(pair.student, view) / 0.1).log_softmax(1) for view in (*large, *small)]
         losses = [
             -(target * log_p).sum(1).mean()
             for i, target in enumerate(wanted)
@@ -341,5 +372,5 @@ def train_dino(folder: Path, steps: int = 900, batch: int = 48, momentum: float 
         return sum(losses) / len(losses)
 
     torch.manual_seed(6)
-    both = fit("dino", SelfDistillation(), loss_of, steps=steps, lr=1e-3, folder=folder, seed=6)
-    return both.teacher["dino"]
+    pair = fit("dino", SelfDistillation(), loss_of, steps=steps, lr=1e-3, folder=folder, seed=6)
+    return pair.teacher["dino"]

@@ -1,21 +1,23 @@
-"""The two sprite sheets: people and things of the small world, cut once from Noto Color Emoji (OFL-1.1).
+"""Cut the two sprite sheets, people and things of the small world, from Noto Color Emoji (OFL-1.1).
 
-    python -m fairref.emoji.sheet --font NotoColorEmoji.ttf
+    fairref emoji sheet --font NotoColorEmoji.ttf
 
-needs the font and Pillow with Raqm (which joins the sequences); the sheets are committed, so nobody else does.
+This needs the font, and Pillow with Raqm, which joins the sequences. The sheets are in the repository, so nothing else
+needs them.
 """
 
 import csv
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from fairref import cli
-from fairref.errors import UserError
+from PIL import Image, ImageDraw, ImageFont, features
 
-SHEET = Path(__file__).with_name("sheet.png")
-SPRITE = 80  # pixels a side
+from fairref.bundle.judges import PEOPLE_SHEET
+from fairref.errors import UserError
+from fairref.judges.sprites import GENDERS, LOOKS, PLAIN, SPRITE, TONES
+
 THING_TABLE, THING_SHEET = (Path(__file__).with_name(f"things.{kind}") for kind in ("csv", "png"))
-THING = 40  # pixels a side
+THING = 40  # pixels a side of a thing
 ROW = 12  # things in a row of their sheet
 GLYPH = 136  # the font's bitmap strike, pixels a side
 STRIKE = 109  # the font size that selects it
@@ -25,8 +27,8 @@ PERSON = {"woman": "\U0001f469", "man": "\U0001f468"}
 SIGN = {"woman": "\u2640" + EMOJI_STYLE, "man": "\u2642" + EMOJI_STYLE}
 SKIN = {"light": "\U0001f3fb", "medium-light": "\U0001f3fc", "medium": "\U0001f3fd", "dark": "\U0001f3ff"}
 
-# A look is PERSON + SKIN + joiner + object, or (the last two) a person sign + SKIN + joiner + gender sign.
-# Left out, because their gender cue covers too few pixels: astronaut, firefighter, detective, guard, turban.
+# A look of LOOKS is PERSON + SKIN + joiner + object, or (SIGNED) a person sign + SKIN + joiner + gender sign.
+# Astronaut, firefighter, detective, guard and turban are left out: too few of their pixels show the gender.
 OBJECT = {
     "health_worker": "\u2695" + EMOJI_STYLE,
     "student": "\U0001f393",
@@ -44,15 +46,12 @@ OBJECT = {
     "pilot": "\u2708" + EMOJI_STYLE,
 }
 SIGNED = {"police_officer": "\U0001f46e", "construction_worker": "\U0001f477"}
-PLAIN = "plain"  # PERSON + SKIN, who has no occupation: a head alone, drawn smaller to match the others'
+# PLAIN is PERSON + SKIN: a head alone, drawn smaller to match the others'
 PLAIN_SIZE = 0.75
-LOOKS = (*OBJECT, *SIGNED, PLAIN)
-GENDERS = tuple(PERSON)
-TONES = tuple(SKIN)
 
 
 def sequence(look: str, gender: str, tone: str) -> str:
-    """The Unicode sequence of one person, e.g. U+1F469 U+1F3FD U+200D U+2708: woman, medium, pilot."""
+    """Return the Unicode sequence of one person, e.g. U+1F469 U+1F3FD U+200D U+2708: woman, medium, pilot."""
     if look == PLAIN:
         return PERSON[gender] + SKIN[tone]
     if look in OBJECT:
@@ -61,7 +60,7 @@ def sequence(look: str, gender: str, tone: str) -> str:
 
 
 def things() -> dict[str, str]:
-    """Name of each thing -> its character."""
+    """Return the character of each thing, by name."""
     with THING_TABLE.open(encoding="utf-8", newline="") as file:
         return {
             row["name"]: "".join(chr(int(code, 16)) for code in row["code"].split())
@@ -69,23 +68,23 @@ def things() -> dict[str, str]:
         }
 
 
-def make_sheet(font_file: str):
-    """People as a PIL RGBA image: a row for each (look, gender), a column for each tone. Raises UserError."""
+def make_sheet(font_file: str) -> Image.Image:
+    """Return people as an RGBA image: a row for each (look, gender), a column for each tone. Raises UserError."""
     cells = [sequence(look, gender, tone) for look in LOOKS for gender in GENDERS for tone in TONES]
     sizes = [PLAIN_SIZE if look == PLAIN else 1.0 for look in LOOKS for _ in range(len(GENDERS) * len(TONES))]
     return _sheet(font_file, cells, SPRITE, len(TONES), sizes)
 
 
-def make_things(font_file: str):
-    """Things as a PIL RGBA image, ROW in a row. Raises UserError."""
+def make_things(font_file: str) -> Image.Image:
+    """Return things as an RGBA image, ROW in a row. Raises UserError."""
     texts = list(things().values())
     return _sheet(font_file, texts, THING, ROW, [1.0] * len(texts))
 
 
-def _sheet(font_file, texts, side, columns, sizes):
-    """Cells of `side` pixels, each with its glyph in the middle of the lower edge, of a share of that size."""
-    from PIL import Image, ImageDraw, ImageFont, features
-
+def _sheet(
+    font_file: str, texts: Sequence[str], side: int, columns: int, sizes: Sequence[float]
+) -> Image.Image:
+    """Return cells of `side` pixels, each with a glyph of a share of that size at the middle of the lower edge."""
     if not features.check("raqm"):
         raise UserError(
             "Pillow was built without Raqm, which joins emoji sequences: install libfribidi and a "
@@ -93,7 +92,7 @@ def _sheet(font_file, texts, side, columns, sizes):
         )
     font = ImageFont.truetype(font_file, STRIKE, layout_engine=ImageFont.Layout.RAQM)
     sheet = Image.new("RGBA", (side * columns, side * -(-len(texts) // columns)))
-    for n, (text, size) in enumerate(zip(texts, sizes)):
+    for n, (text, size) in enumerate(zip(texts, sizes, strict=True)):
         if round(font.getlength(text)) != GLYPH:
             code = " ".join(f"U+{ord(c):X}" for c in text)
             raise UserError(
@@ -109,21 +108,8 @@ def _sheet(font_file, texts, side, columns, sizes):
     return sheet
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = cli.Parser(
-        prog="python -m fairref.emoji.sheet", description="Make the sprite sheets from the font."
-    )
-    parser.add_argument(
-        "--font", required=True, help="NotoColorEmoji.ttf (Debian package fonts-noto-color-emoji)"
-    )
-    font = parser.parse_args(arguments).font
-    if not Path(font).is_file():
-        raise UserError(f"--font is {font}, which is no file; give NotoColorEmoji.ttf.")
-    for make, path in ((make_sheet, SHEET), (make_things, THING_SHEET)):
-        make(font).save(path, optimize=True)
-        print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main))
+def write_sheets(font: Path) -> list[Path]:
+    """Cut both sheets from the font, write them, and return their files. Raises UserError."""
+    for make, path in ((make_sheet, PEOPLE_SHEET), (make_things, THING_SHEET)):
+        make(str(font)).save(path, optimize=True)
+    return [PEOPLE_SHEET, THING_SHEET]

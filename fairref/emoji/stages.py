@@ -1,9 +1,10 @@
-"""How each network that draws is trained: every stage is a function of the folder of stage files.
+"""Train the networks that draw. Every stage is a function of the folder of stage files.
 
 Order: tokenizer, vae, clip, pool (captions and the VAE's latents of their pictures, drawn once), unet (with the
-text encoder), unet_polish; judging.py has the networks that look. Each reads what those before it left there.
+text encoder), unet_polish. Each reads the files of the stages before it. The judges are trained in judging.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,27 +12,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairref.bundle.configs import read_config
+from fairref.bundle.judges import load_sprites
 from fairref.diffusion.schedule import Schedule
 from fairref.emoji.bpe import train_bpe
-from fairref.emoji.captions import KINDS, concepts, describe, draw_world, occupations, prompt_of
+from fairref.emoji.captions import (
+    KINDS,
+    concepts,
+    describe,
+    draw_world,
+    occupations,
+    prompt_of,
+)
 from fairref.emoji.fit import fit, generator_for
 from fairref.emoji.pictures import (
     AGES,
     COLOURLESS,
-    RESOLUTION,
     STYLES,
     VIEWS,
     Scene,
     draw,
     random_scene,
-    sprites,
 )
-from fairref.emoji.sheet import GENDERS, LOOKS, TONES, things
+from fairref.emoji.sheet import things
+from fairref.files.tokenizer import Tokenizer
+from fairref.judges.sprites import GENDERS, LOOKS, RESOLUTION, TONES
 from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
 from fairref.nets.unet import UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
 from fairref.progress import Progress
-from fairref.tokenizer import Tokenizer
 
 VOCABULARY = 2000  # nearly every word of the captions is one token
 TOKENS = 77
@@ -109,7 +118,7 @@ CLIP_CONFIG = {
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer stage's vocabulary, learnt from captions with every name in them; made when it isn't there."""
+    """Return the tokenizer; if it is not in the folder yet, learn it from captions that have every name."""
     files = folder / "tokenizer" / "vocab.json", folder / "tokenizer" / "merges.txt"
     if not all(file.exists() for file in files):
         generator = generator_for(0, "tokenizer", 0)
@@ -125,7 +134,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def balanced_scene(
     B: int, generator: torch.Generator, portraits: bool = False, views: tuple[float, ...] = VIEW_SHARE
 ) -> Scene:
-    """B scenes with look, gender, tone and age uniform and independent, and `views` in these shares, or portraits."""
+    """Return B scenes with look, gender, tone and age uniform and independent; `views`: shares of VIEWS.
+
+    `portraits`: all are portraits without a style.
+    """
     look, gender, tone, old, thing, style = (
         torch.randint(len(names), (B,), generator=generator)
         for names in (LOOKS, GENDERS, TONES, AGES, things(), STYLES)
@@ -141,21 +153,21 @@ def balanced_scene(
 
 
 def labels(scene: Scene) -> dict[str, Tensor]:
-    """What can be seen of the person (B,), -1 where it can't: their look and the classes of ATTRIBUTES."""
+    """Return the person's look and classes of ATTRIBUTES, each (B,), -1 where it can't be seen."""
     colours = ~torch.isin(scene.style, torch.tensor([STYLES.index(name) for name in COLOURLESS]))
     p, shown = scene.person, scene.shown
     return {
         "look": p.look.where(shown, -1),
         "gender": p.gender.where(shown, -1),
         "skin_tone": p.tone.where(shown & colours, -1),
-        "age": p.old.where(shown & colours & sprites().aged[p.look], -1),
+        "age": p.old.where(shown & colours & load_sprites().aged[p.look], -1),
     }
 
 
-def train_vae(folder, steps: int = 3600, batch: int = 16, kl: float = 1e-4) -> VAE:
-    """Squared and absolute error, a little KL, a sampled latent: latent diffusion's without a discriminator."""
+def train_vae(folder: Path, steps: int = 3600, batch: int = 16, kl: float = 1e-4) -> VAE:
+    """Train the VAE as latent diffusion's without a discriminator: squared and absolute error, a little KL."""
 
-    def loss_of(vae, generator):
+    def loss_of(vae: VAE, generator: torch.Generator) -> Tensor:
         x = draw(balanced_scene(batch, generator))
         mean, logvar = vae.moments(x)
         z = mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=generator)
@@ -164,15 +176,15 @@ def train_vae(folder, steps: int = 3600, batch: int = 16, kl: float = 1e-4) -> V
         return error.square().mean() * 4 + error.abs().mean() * 0.5 + kl * divergence
 
     torch.manual_seed(0)
-    vae = VAE(VAEConfig.from_dict(VAE_CONFIG)).to(memory_format=torch.channels_last)
+    vae = VAE(read_config(VAEConfig, VAE_CONFIG)).to(memory_format=torch.channels_last)
     return fit("vae", vae, loss_of, steps=steps, lr=2e-3, folder=folder, ema=0.995)
 
 
 def scaled(vae: VAE, seed: int = 0) -> VAE:
-    """The same autoencoder with the scaling_factor that gives its latents a standard deviation of one."""
+    """Return the same VAE with the scaling_factor that gives its latents a standard deviation of one."""
     with torch.no_grad():
         mean, _ = vae.moments(draw(balanced_scene(512, generator_for(seed, "scale", 0))))
-    config = VAEConfig.from_dict({**VAE_CONFIG, "scaling_factor": round(1 / mean.std().item(), 5)})
+    config = read_config(VAEConfig, {**VAE_CONFIG, "scaling_factor": round(1 / mean.std().item(), 5)})
     new = VAE(config).to(memory_format=torch.channels_last)
     new.load_state_dict(vae.state_dict())
     return new.eval()
@@ -188,14 +200,14 @@ class Pool:
 
 @torch.no_grad()
 def make_pool(folder: Path, vae: VAE, stage: str, count: int = 48_000, batch: int = 64) -> Pool:
-    """`count` captions of a stage of the U-Net with a picture each, drawn once."""
+    """Return `count` captions of a stage of the U-Net with one picture each, drawn once and kept in the folder."""
     file = folder / f"pool_{stage}.pt"
     if not file.exists():
         texts, z = [], []
         with Progress(count // batch, f"pool_{stage}") as progress:
             for n in range(count // batch):
-                said, scene = draw_world(batch, generator_for(0, f"pool {stage}", n), stage)
-                texts += [s.text for s in said]
+                captions, scene = draw_world(batch, generator_for(0, f"pool {stage}", n), stage)
+                texts += [caption.text for caption in captions]
                 z.append(vae.encode(draw(scene)))
                 progress.step("")
         torch.save({"texts": texts, "z": torch.cat(z)}, file.with_suffix(".tmp"))
@@ -206,58 +218,58 @@ def make_pool(folder: Path, vae: VAE, stage: str, count: int = 48_000, batch: in
 class Painter(nn.Module):
     """U-Net and text encoder, trained together; the text encoder starts as CLIP's text tower."""
 
-    def __init__(self, clip: Clip):
+    def __init__(self, clip: Clip) -> None:
         super().__init__()
-        self.text_encoder = ClipText(ClipTextConfig.from_dict(TEXT_CONFIG))
+        self.text_encoder = ClipText(read_config(ClipTextConfig, TEXT_CONFIG))
         self.text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
-        self.unet = UNet(UNetConfig.from_dict(UNET_CONFIG)).to(memory_format=torch.channels_last)
+        self.unet = UNet(read_config(UNetConfig, UNET_CONFIG)).to(memory_format=torch.channels_last)
 
 
 def tell_apart(network: nn.Module) -> None:
-    """Initial embeddings large enough that what the blocks add does not drown which word or place it is."""
+    """Make the initial embeddings large: the blocks must not hide which word or place it is."""
     for name, parameter in network.named_parameters():
         if name.endswith(("token_embedding.weight", "position_embedding.weight")):
             nn.init.normal_(parameter, std=0.5 if "token" in name else 0.1)
 
 
-def noise_loss(folder: Path, pool: Pool, batch: int):
-    """Mean squared error of the predicted noise, t uniform."""
+def noise_loss(folder: Path, pool: Pool, batch: int) -> Callable[[Painter, torch.Generator], Tensor]:
+    """Return the loss of the U-Net: mean squared error of the predicted noise, t uniform."""
     schedule = Schedule()
-    keep = schedule.alpha_bar.sqrt().float()
-    spread = (1 - schedule.alpha_bar).sqrt().float()
+    signal = schedule.alpha_bar.sqrt().float()
+    sigma = (1 - schedule.alpha_bar).sqrt().float()
     tokenizer = read_tokenizer(folder)
 
-    def loss_of(painter, generator):
+    def loss_of(painter: Painter, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(pool.z), (batch,), generator=generator)
         ids = tokenizer([pool.texts[i] for i in index])
         z_0 = pool.z[index]  # (B, 4, h, w)
         t = torch.randint(schedule.T, (batch,), generator=generator)
         eps = torch.randn(z_0.shape, generator=generator)
-        z_t = keep[t].view(-1, 1, 1, 1) * z_0 + spread[t].view(-1, 1, 1, 1) * eps
+        z_t = signal[t].view(-1, 1, 1, 1) * z_0 + sigma[t].view(-1, 1, 1, 1) * eps
         return F.mse_loss(painter.unet(z_t, t, painter.text_encoder(ids)), eps)
 
     return loss_of
 
 
 def train_unet(folder: Path, vae: VAE, clip: Clip, steps: int = 4800, batch: int = 48) -> Painter:
-    """The first stage, from random weights and CLIP's text tower."""
+    """Train the U-Net's first stage, from random weights and CLIP's text tower."""
     torch.manual_seed(0)
     loss_of = noise_loss(folder, make_pool(folder, vae, "first"), batch)
     return fit("unet", Painter(clip), loss_of, steps=steps, lr=1e-3, folder=folder, ema=0.998)
 
 
 def polish_unet(folder: Path, vae: VAE, painter: Painter, steps: int = 4800, batch: int = 48) -> Painter:
-    """The second stage: a lower rate, and more captions of what is hard: tones, pairs, far away, things alone."""
+    """Train the second stage: a lower rate, and more captions of hard cases (tones, pairs, far away, things alone)."""
     loss_of = noise_loss(folder, make_pool(folder, vae, "second"), batch)
     return fit("unet_polish", painter, loss_of, steps=steps, lr=5e-4, folder=folder, ema=0.998)
 
 
 class NamedClip(nn.Module):
-    """CLIP and, for its training, one linear classifier for each thing that both towers must know."""
+    """CLIP and, for its training, linear classifiers that read both towers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.clip = Clip(ClipConfig.from_dict(CLIP_CONFIG))
+        self.clip = Clip(read_config(ClipConfig, CLIP_CONFIG))
         tell_apart(self.clip)
         classes = {
             "look": LOOKS,
@@ -272,32 +284,32 @@ class NamedClip(nn.Module):
 
 
 def train_clip(folder: Path, steps: int = 900, batch: int = 96, lr: float = 1e-3) -> Clip:
-    """Symmetric contrastive loss over captions that also name hair and background.
+    """Train CLIP with the symmetric contrastive loss, over captions that also name hair and background.
 
-    To tell pictures of a batch apart, look and background go a long way, and what decides between two people
-    of one look is learnt late. So the same classifiers also read look, attributes, view, style and thing off both
-    towers' features, off a text's where it names them.
+    Look and background nearly suffice to tell the pictures of a batch apart, so the difference between two people of
+    one look is learnt late. For this reason linear classifiers predict look, attributes, view, style and thing too.
+    The same ones read both towers; of a text they predict only the attributes that it names.
     """
     tokenizer = read_tokenizer(folder)
 
-    def loss_of(named, generator):
-        said, scene = draw_world(batch, generator, "clip")
+    def loss_of(named: NamedClip, generator: torch.Generator) -> Tensor:
+        captions, scene = draw_world(batch, generator, "clip")
         clip = named.clip
-        text = clip.encode_text(tokenizer(describe(said, scene, generator)))
+        text = clip.encode_text(tokenizer(describe(captions, scene, generator)))
         image = clip.encode_image(draw(scene))
         scale = clip.logit_scale.exp().clamp(max=100)
         logits = scale * image @ text.T  # (B, B)
         same = torch.arange(batch)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
         seen = {**labels(scene), "view": scene.view, "style": scene.style, "thing": scene.thing + 1}
-        for name, told in (("gender", "gender"), ("skin_tone", "tone"), ("age", "old")):
-            named_there = torch.tensor([getattr(s, told) >= 0 for s in said])
+        for name, field in (("gender", "gender"), ("skin_tone", "tone"), ("age", "old")):
+            named_there = torch.tensor([getattr(caption, field) >= 0 for caption in captions])
             seen[name] = seen[name], seen[name].where(named_there, -1)
         for name, label in seen.items():
-            of_image, of_text = label if isinstance(label, tuple) else (label, label)
+            image_label, text_label = label if isinstance(label, tuple) else (label, label)
             head = named.heads[name]
-            loss = loss + F.cross_entropy(head(scale * image), of_image, ignore_index=-1)
-            loss = loss + F.cross_entropy(head(scale * text), of_text, ignore_index=-1)
+            loss = loss + F.cross_entropy(head(scale * image), image_label, ignore_index=-1)
+            loss = loss + F.cross_entropy(head(scale * text), text_label, ignore_index=-1)
         return loss
 
     torch.manual_seed(1)
@@ -306,13 +318,13 @@ def train_clip(folder: Path, steps: int = 900, batch: int = 96, lr: float = 1e-3
 
 @torch.no_grad()
 def reconstructed(vae: VAE, x: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) as the VAE gives them back."""
+    """Return images (B, 3, H, W), encoded and decoded by the VAE."""
     return vae.decode(vae.encode(x)).clamp(-1, 1)
 
 
 @torch.no_grad()
-def psnr(vae, generator: torch.Generator, count: int = 256) -> float:
-    """Mean peak signal-to-noise ratio of reconstructions, dB, peak-to-peak 2."""
+def psnr(vae: VAE, generator: torch.Generator, count: int = 256) -> float:
+    """Return the mean peak signal-to-noise ratio of reconstructions, in dB; images range over 2."""
     x = draw(balanced_scene(count, generator))
     error = F.mse_loss(reconstructed(vae, x), x, reduction="none").mean((1, 2, 3))
     return (10 * torch.log10(4 / error)).mean().item()

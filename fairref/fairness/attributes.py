@@ -197,7 +197,7 @@ def read_joint_target(path: Path, attributes: dict[str, tuple[str, ...]]) -> Joi
 
 def _share(shares, joint, classes, path):
     """The share of one joint class (indices), from nested objects by class name."""
-    for k, (name, known) in zip(joint, classes.items()):
+    for k, (name, known) in zip(joint, classes.items(), strict=True):
         if not isinstance(shares, dict) or not set(shares) <= set(known):
             found = ", ".join(map(str, shares)) if isinstance(shares, dict) else repr(shares)
             raise UserError(f'{path}: found {found} for "{name}"; expected shares of {", ".join(known)}.')

@@ -27,44 +27,44 @@ TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedFaces:
     """What a detector found in one image, in any order. Any M faces >= 0."""
 
     boxes: Tensor  # (M, 4)
     landmarks: Tensor  # (M, 5, 2)
 
 
-Detector = Callable[[Tensor], list[Found]]  # (B, 3, H, W) uint8, RGB -> the faces of each image
+Detector = Callable[[Tensor], list[DetectedFaces]]  # (B, 3, H, W) uint8, RGB -> the faces of each image
 
 
-def with_mtcnn(network: Callable[[Tensor], list]) -> Detector:
+def with_mtcnn(network: Callable[[Tensor], list[DetectedFaces]]) -> Detector:
     """MTCNN as a detector: its boxes name their first and last pixel from one on, its landmarks pixels from zero."""
 
-    def detect(x: Tensor) -> list[Found]:
+    def detect(x: Tensor) -> list[DetectedFaces]:
         shift = torch.tensor([1.0, 1.0, 0.0, 0.0], device=x.device)
-        return [Found(seen.boxes - shift.to(seen.boxes), seen.landmarks + 0.5) for seen in network(x)]
+        return [DetectedFaces(seen.boxes - shift.to(seen.boxes), seen.landmarks + 0.5) for seen in network(x)]
 
     return detect
 
 
 @dataclass(frozen=True)
 class Faces:
-    """The face that counts in each image of a batch; M = found.sum()."""
+    """The face that counts in each image of a batch; M = has_face.sum()."""
 
-    found: Tensor  # (B,) bool
+    has_face: Tensor  # (B,) bool
     boxes: Tensor  # (M, 4) square, enlarged
     landmarks: Tensor  # (M, 5, 2)
 
     def __getitem__(self, images: Tensor) -> "Faces":
         """Those of the images with these indices, in their order."""
-        found = self.found[images]
-        rows = (self.found.cumsum(0) - 1)[images][found]  # where each one's face is among the M
-        return Faces(found, self.boxes[rows], self.landmarks[rows])
+        has_face = self.has_face[images]
+        rows = (self.has_face.cumsum(0) - 1)[images][has_face]  # where each one's face is among the M
+        return Faces(has_face, self.boxes[rows], self.landmarks[rows])
 
     def only(self, mask: Tensor) -> "Faces":
         """The same images, of which those outside mask (B,) bool count as showing no face."""
-        kept = mask[self.found]
-        return Faces(self.found & mask, self.boxes[kept], self.landmarks[kept])
+        kept = mask[self.has_face]
+        return Faces(self.has_face & mask, self.boxes[kept], self.landmarks[kept])
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def crops(x: Tensor, faces: Faces, side: int = CROP) -> Tensor:
     """What the boxes show of images x (B, 3, H, W), to whole pixels, as (M, 3, side, side); with gradient."""
     H, W = x.shape[2:]
     shown = [x.new_zeros(0, x.shape[1], side, side)]
-    for image, box in zip(x[faces.found], faces.boxes.round().long().tolist()):
+    for image, box in zip(x[faces.has_face], faces.boxes.round().long().tolist(), strict=True):
         left, top, right, bottom = box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)
         margins = (max(-left, 0), max(right - W, 0), max(-top, 0), max(bottom - H, 0))
         part = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
@@ -141,13 +141,13 @@ def similarity(landmarks: Tensor, side: int = ALIGNED) -> Tensor:
     return rows.view(-1, 2, 3)
 
 
-def aligned(x: Tensor, faces: Faces, side: int = ALIGNED) -> Tensor:
+def align_crops(x: Tensor, faces: Faces, side: int = ALIGNED) -> Tensor:
     """The faces of images x (B, 3, H, W), turned and scaled to the template, (M, 3, side, side); with gradient.
 
     Each pixel of the result is read, between four pixels, at the place that the similarity takes to its centre.
     """
     H, W = x.shape[2:]
-    there = similarity(faces.landmarks, side)  # image -> aligned
+    there = similarity(faces.landmarks, side)  # image -> aligned face
     turn, shift = there[:, :, :2], there[:, :, 2:]
     back = torch.linalg.inv(turn) if len(turn) else turn
     axis = torch.arange(side, dtype=torch.float64, device=x.device) + 0.5
@@ -156,7 +156,7 @@ def aligned(x: Tensor, faces: Faces, side: int = ALIGNED) -> Tensor:
     place = (back @ (place - shift)).transpose(1, 2)  # (M, side side, 2) in pixels of the image
     grid = 2 * place / place.new_tensor([W, H]) - 1
     grid = grid.view(-1, side, side, 2).to(x.dtype)
-    return F.grid_sample(x[faces.found] - BLACK, grid, "bilinear", "zeros", align_corners=False) + BLACK
+    return F.grid_sample(x[faces.has_face] - BLACK, grid, "bilinear", "zeros", align_corners=False) + BLACK
 
 
 def scale_gradient(x: Tensor, boxes: list[Tensor | None], factors: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def scale_gradient(x: Tensor, boxes: list[Tensor | None], factors: Tensor) -> Te
     H, W = x.shape[2:]
     m = x.new_ones(len(x), 1, H, W)
     across, down = (torch.arange(n, device=x.device) + 0.5 for n in (W, H))
-    for image, box, factor in zip(m, boxes, factors):
+    for image, box, factor in zip(m, boxes, factors, strict=True):
         if box is not None:
             left, top, right, bottom = box
             rows, columns = (top <= down) & (down < bottom), (left <= across) & (across < right)
@@ -179,7 +179,7 @@ def shared_boxes(a: Faces, b: Faces) -> list[Tensor | None]:
     """For each image the intersection of its two boxes (4,): None where either has no face or they don't meet."""
     of_a, of_b = iter(a.boxes), iter(b.boxes)
     found = []
-    for in_a, in_b in zip(a.found.tolist(), b.found.tolist()):
+    for in_a, in_b in zip(a.has_face.tolist(), b.has_face.tolist(), strict=True):
         one, other = (next(of_a) if in_a else None), (next(of_b) if in_b else None)
         if one is None or other is None:
             found.append(None)

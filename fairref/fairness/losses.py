@@ -31,7 +31,7 @@ def align_loss(logits: Tensor, q: Tensor, C: float, N: int) -> tuple[Tensor, Ten
     return cross_entropy.where(confident, 0) / N, confident
 
 
-def image_loss(x: Tensor, o: Tensor, features: Iterable[Callable], N: int) -> Tensor:
+def image_loss(x: Tensor, o: Tensor, features: Iterable[Callable[[Tensor], Tensor]], N: int) -> Tensor:
     """L_img = 1/N Σ_i Σ_f (1 - cos(f(x^(i)), f(o^(i))))   (7), for images i of this process -> (n,).
 
     `x`, `o` (n, 3, H, W) in [-1, 1]: generated images, clamped, and the frozen model's from the same noise.
@@ -114,20 +114,16 @@ def nearest_faces(embeddings: Tensor, external: Tensor, chunk: int = 16_384) -> 
 
 
 def face_references(
-    embeddings: Tensor, own: Tensor, sure: Tensor, external: Tensor, chunk: int = 16_384
+    embeddings: Tensor, own: Tensor, use_own: Tensor, external: Tensor, chunk: int = 16_384
 ) -> Tensor:
-    """The reference of each face (m, D): the original image's `own` (m, D) where `sure` (m,), else the nearest.
+    """The reference of each face (m, D): the original image's `own` (m, D) where `use_own` (m,), else the nearest.
 
-    `sure`: target and original agree in every attribute, the classifier gives the original's class p >= 0.9, and
+    `use_own`: target and original agree in every attribute, the classifier gives the original's class p >= 0.9, and
     the original has a face (docs/method.md §5).
     """
-    return torch.where(sure[:, None], own.detach(), nearest_faces(embeddings, external, chunk))
+    return torch.where(use_own[:, None], own.detach(), nearest_faces(embeddings, external, chunk))
 
 
-def total_loss(align: Tensor, image: Tensor, face: Tensor, lambda_img: Tensor, lambda_face: float) -> Tensor:
-    """L = L_align + λ_img L_img + λ_face L_face -> the sum over this process's images.
-
-    `image` (n,), and `lambda_img` (n,) of each image (`dynamic_weights`); `align` (M,) and `face` (m,) have a value for
-    each face that they judged, `face` none where there is no L_face.
-    """
-    return align.sum() + (lambda_img * image).sum() + lambda_face * face.sum()
+def text_loss(features: Tensor, text: Tensor, N: int) -> Tensor:
+    """L_text = 1/N Σ_i (1 - cos(CLIP(x^(i)), CLIP-text(P))): features (n, D) of images, text (1, D) -> (n,)."""
+    return (1 - F.cosine_similarity(_full(features), _full(text.detach()), dim=1)) / N

@@ -1,5 +1,7 @@
 """Measures of generated images (docs/method.md §8). K classes, n images of a prompt, P prompts."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,9 @@ FLOOR_DRAWS = 100_000
 BLEND = 0.8  # an image whose largest class probability is below blends classes
 
 
-def joint_counts(classes: list, shape: tuple[int, ...]) -> np.ndarray:
+def joint_counts(classes: Sequence[Tensor], shape: tuple[int, ...]) -> np.ndarray:
     """How often each joint class occurs: classes (n,) long of each of A attributes -> array (K_1, ..., K_A)."""
-    index = np.ravel_multi_index([np.asarray(of_one.cpu()) for of_one in classes], shape)
+    index = np.ravel_multi_index([np.asarray(of_attribute.cpu()) for of_attribute in classes], shape)
     return np.bincount(index, minlength=int(np.prod(shape))).reshape(shape)
 
 
@@ -62,4 +64,6 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
 
 def blends(logits: list[Tensor]) -> int:
     """How many images have, in one of the attributes (n, K_a), no class of probability 0.8 or more."""
-    return int(torch.stack([of_one.softmax(1).amax(1) < BLEND for of_one in logits]).any(0).sum())
+    return int(
+        torch.stack([attribute_logits.softmax(1).amax(1) < BLEND for attribute_logits in logits]).any(0).sum()
+    )

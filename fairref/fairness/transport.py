@@ -5,6 +5,7 @@ class counts n ~ Multinomial(N, D) matter. Everything here is float64 on the CPU
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,7 @@ from scipy.stats import multinomial
 EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not enumerated
 TOLERANCE = 0.01  # largest standard error that drawing stops at
 DRAWS_A_ROUND = 500
-TIE_BREAK = (
-    1e-12  # weight of the cross-entropy in the cost: it decides where distances differ by less than this
-)
+TIE_BREAK = 1e-12  # weight of the cross-entropy in the cost, which decides between nearly equal distances
 ROUNDING = 2e-15  # a way through the classes must be shorter by more than what rounding makes of it
 TARGET_SUM_TOLERANCE = 1e-6  # a target's sum may miss 1 by this, for targets that come from float32
 
@@ -28,15 +27,12 @@ class OT:
     """What `expected_ot` found."""
 
     q: torch.Tensor  # (N, K) float64, eq 5; rows sum to 1, rows of images outside the mask are 0
-    stderr: torch.Tensor  # (N, K) float64, standard error of q; 0 where q is exact
+    stderr: torch.Tensor  # (N, K) float64, standard error of q (`Solver.draw`); 0 where q is exact
     cost: float  # expected transport cost E_u[min_σ Σ_i ‖p_i - u_σi‖] / N, at least 0; 0 if there is no image
 
 
 def expected_ot(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    **options,
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, **options: object
 ) -> OT:
     """q^(i) = E_u[u^(σ*_i)] for σ* the cheapest assignment (eqs 4, 5), of logits (N, K) and a target D (K,).
 
@@ -50,7 +46,6 @@ def joint_ot(
     target: torch.Tensor,
     mask: torch.Tensor | None = None,
     *,
-    fixed: bool = False,
     exact_limit: int = EXACT_LIMIT,
     tolerance: float = TOLERANCE,
     rng: np.random.Generator | None = None,
@@ -63,8 +58,8 @@ def joint_ot(
 
     `mask` (N,) bool: the images that take part (default all). K = 2 has a closed form; otherwise the count
     vectors are enumerated when there are at most `exact_limit`, else drawn from `rng` until no standard error
-    exceeds `tolerance`; without `rng` the draws are the same at every call, so all processes find the same q.
-    `fixed`: u is the one set whose counts are nearest to N D (an ablation; targets are 0 or 1 but for ties).
+    exceeds `tolerance`; without `rng` the draws are the same at every call. Processes that give equal generators
+    find the same q.
     Equal logits get equal q, and the result does not depend on the order of the images. Raises ValueError for
     shapes that do not fit, logits that are not finite, a target that is no distribution.
     """
@@ -85,14 +80,12 @@ def joint_ot(
         size = np.bincount(group)  # (G,) images of each distinct row
         parts = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
         distance = joint_sum([class_distance(part) ** 2 for part in parts]) ** 0.5  # (G, K)
-        if len(joint) == 2 and not fixed:
+        if len(joint) == 2:
             q_rows, stderr_rows = two_classes(rows, size, joint) @ sums, np.zeros((len(rows), sums.shape[1]))
         else:
             tie_break = TIE_BREAK * joint_sum([cross_entropy(part) for part in parts])
             solver = Solver(distance + tie_break, np.repeat(np.arange(len(size)), size), joint, sums)
-            if fixed:
-                q_rows, stderr_rows = solver.of_counts(nearest_counts(size.sum(), joint))
-            elif solver.count_vectors() <= exact_limit:
+            if solver.count_vectors() <= exact_limit:
                 q_rows, stderr_rows = solver.enumerate()
             else:
                 q_rows, stderr_rows = solver.draw(tolerance, rng or np.random.default_rng(0))
@@ -100,10 +93,10 @@ def joint_ot(
         assigned = q[keep, : len(joint)]  # (n, K); the cost is linear in it
         cost = float((assigned * distance[group]).sum(1).mean())
     columns = [torch.from_numpy(x).split([len(joint), *sizes], 1)[1:] for x in (q, stderr)]
-    return {name: OT(a.clone(), b.clone(), cost) for name, a, b in zip(logits, *columns)}
+    return {name: OT(a.clone(), b.clone(), cost) for name, a, b in zip(logits, *columns, strict=True)}
 
 
-def check_target(target, arrays):
+def check_target(target: torch.Tensor, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The target (K_1, ..., K_A) as float64 with sum exactly 1. Raises ValueError."""
     target = np.asarray(torch.as_tensor(target, dtype=torch.float64).detach().cpu())
     shapes = [part.shape for part in arrays]
@@ -118,13 +111,14 @@ def check_target(target, arrays):
     return target / target.sum()
 
 
-def class_sums(sizes):
+def class_sums(sizes: Sequence[int]) -> np.ndarray:
     """0/1 matrix (K, K + K_1 + ... + K_A): a joint class counts as itself and as a class of each attribute."""
     of_joint = np.indices(sizes).reshape(len(sizes), -1)  # (A, K) the attribute's class of each joint class
-    return np.hstack([np.eye(of_joint.shape[1]), *(np.eye(k)[c] for k, c in zip(sizes, of_joint))])
+    classes = (np.eye(k)[c] for k, c in zip(sizes, of_joint, strict=True))
+    return np.hstack([np.eye(of_joint.shape[1]), *classes])
 
 
-def joint_sum(parts):
+def joint_sum(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Sum over attributes, for each joint class: parts (G, K_a) -> (G, K_1 ... K_A)."""
     total = parts[0]
     for part in parts[1:]:
@@ -132,15 +126,7 @@ def joint_sum(parts):
     return total
 
 
-def nearest_counts(N, target):
-    """The class counts (K,) nearest to N D: rounded down, the largest remainders one more."""
-    counts = np.floor(N * target + 1e-9).astype(int)
-    rest = np.argsort(counts - N * target, kind="stable")[: N - counts.sum()]
-    counts[rest] += 1
-    return counts
-
-
-def class_distance(logits):
+def class_distance(logits: np.ndarray) -> np.ndarray:
     """‖p^(i) - e_k‖₂ (N, K) of logits (N, K). 1 - p_k is summed from the others: exact also near p_k = 1."""
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
@@ -149,7 +135,7 @@ def class_distance(logits):
     return np.sqrt(rest**2 + p**2 @ others)
 
 
-def cross_entropy(logits):
+def cross_entropy(logits: np.ndarray) -> np.ndarray:
     """-log p^(i)_k (N, K) of logits (N, K).
 
     Where p saturates at 1.0 the distances tie and assignments would be arbitrary. The cheapest one by
@@ -159,7 +145,7 @@ def cross_entropy(logits):
     return np.log(np.exp(shifted).sum(1, keepdims=True)) - shifted
 
 
-def two_classes(logits, size, target):
+def two_classes(logits: np.ndarray, size: np.ndarray, target: np.ndarray) -> np.ndarray:
     """q (G, 2) for K = 2: the image of rank r in log-odds gets class 0 iff n_0 >= r, n_0 ~ Binomial(N, d_0).
 
     `logits` (G, 2) distinct rows, `size` (G,) how often each occurs. Ranks are by log-odds, not by p, which
@@ -188,7 +174,7 @@ class Solver:
         possible = int((self.target > 0).sum())
         return math.comb(len(self.group) + possible - 1, possible - 1)
 
-    def enumerate(self):
+    def enumerate(self) -> tuple[np.ndarray, np.ndarray]:
         """The expectation over all class counts."""
         K = len(self.target)
         assigned = every_assignment(self.cost[self.group], np.flatnonzero(self.target))  # (M, N)
@@ -199,35 +185,38 @@ class Solver:
         q = mean_by(self.group, q) @ self.sums
         return q, np.zeros_like(q)
 
-    def of_counts(self, n):
-        """For one vector of class counts (K,)."""
-        q = mean_by(self.group, self.sums[assign(self.cost[self.group], n)])
-        return q, np.zeros_like(q)
+    def draw(self, tolerance: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Monte Carlo over n ~ Multinomial(N, D), until every standard error is <= tolerance.
 
-    def draw(self, tolerance, rng):
-        """Monte Carlo over n ~ Multinomial(N, D), until every standard error is <= tolerance."""
+        A class that an image got in none of M draws, or in all, has the error 3 / M: its chance is then below 3 / M,
+        or above 1 - 3 / M, with a confidence of 95 % (rule of three). Where D rules a class out, or all others, q is
+        exact.
+        """
         cost, total, squares, M = self.cost[self.group], 0.0, 0.0, 0
         stderr = np.inf
+        ways = (self.target > 0) @ self.sums  # (J,) classes with a chance that count as class j
+        exact = (ways == 0) | (ways == (self.target > 0).sum())
         while np.max(stderr) > tolerance:
             draws = rng.multinomial(len(cost), self.target, DRAWS_A_ROUND)
             counts, times = np.unique(draws, axis=0, return_counts=True)
-            for n, repeats in zip(counts, times):
+            for n, repeats in zip(counts, times, strict=True):
                 one = mean_by(self.group, self.sums[assign(cost, n)])  # (G, J)
                 total, squares = total + repeats * one, squares + repeats * one**2
             M += DRAWS_A_ROUND
             q = total / M
             stderr = np.sqrt(np.maximum(squares / M - q**2, 0) / (M - 1))
+            stderr = np.where(exact, 0, np.where((q == 0) | (q == 1), 3 / M, stderr))
         return q, stderr
 
 
-def assign(cost, n):
+def assign(cost: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Each image's class (N,) when n_k images go to class k at the least cost: cost (N, K), n (K,)."""
     classes = np.repeat(np.arange(len(n)), n)  # (N,)
     _, slots = linear_sum_assignment(cost[:, classes])  # a square matrix: one slot an image, in their order
     return classes[slots]
 
 
-def every_assignment(cost, classes):
+def every_assignment(cost: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """The cheapest assignment of N images for every vector of counts of `classes`: cost (N, K) -> (M, N).
 
     Neighbouring counts share their work. All images start in one class; an image more for another class, and
@@ -246,7 +235,7 @@ def every_assignment(cost, classes):
     return assigned
 
 
-def move_one(assigned, change, start, end):
+def move_one(assigned: np.ndarray, change: np.ndarray, start: int, end: int) -> np.ndarray:
     """The cheapest assignments (G, N) with one image less in `start` and one more in `end`.
 
     Bellman and Ford's shortest way over the K classes, in which u -> v costs what the image of u costs that
@@ -280,7 +269,7 @@ def move_one(assigned, change, start, end):
     return assigned
 
 
-def mean_by(group, values):
+def mean_by(group: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The mean of the rows `values` (N, K) that share a `group` (N,) 0..G-1 -> (G, K)."""
     size = np.bincount(group)
     total = np.zeros((len(size), values.shape[1]))

@@ -1,4 +1,4 @@
-"""DINOv2 (Oquab et al. 2023), the image encoder of eq 7's second term. Parameter names are facebookresearch's.
+"""DINOv2 (Oquab et al. 2023), the image encoder of eq 7's second term. Parameter names are the released code's.
 
 B images, P patches, D width. A pre-norm vision transformer whose branches are scaled channel by channel.
 """
@@ -28,7 +28,7 @@ class DinoConfig:
     mlp_ratio: int = 4
     patch: int = 14
     trained_size: int = 518  # pixels a side that the position embedding was trained for
-    input_size: int = 224  # pixels a side to which pictures are resized
+    input_size: int = 224  # pixels a side to which images are resized
     offset: float = OFFSET
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class DinoConfig:
 class Attention(nn.Module):
     """x (B, 1 + P, D) -> (B, 1 + P, D)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -59,9 +59,9 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x (..., D) times a factor a channel."""
+    """x (..., D) times one factor for each channel."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
@@ -72,7 +72,7 @@ class LayerScale(nn.Module):
 class MLP(nn.Module):
     """x (..., D) -> (..., D)."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -84,7 +84,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + ls1 attn(norm1(x)), then x + ls2 mlp(norm2(x))."""
 
-    def __init__(self, config: DinoConfig):
+    def __init__(self, config: DinoConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.attn = Attention(config.width, config.heads)
@@ -99,9 +99,9 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """x (B, 3, H, W) -> one token a patch, row by row, (B, P, D)."""
+    """x (B, 3, H, W) -> one token for each patch, row by row, (B, P, D)."""
 
-    def __init__(self, config: DinoConfig):
+    def __init__(self, config: DinoConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, config.width, config.patch, config.patch)
 
@@ -110,9 +110,9 @@ class PatchEmbed(nn.Module):
 
 
 class Dino(nn.Module):
-    """Pictures x (B, 3, H, W) in [-1, 1] -> features (B, D), the class token after the last norm; differentiable."""
+    """Images x (B, 3, H, W) in [-1, 1] -> features (B, D), the class token after the last norm; differentiable."""
 
-    def __init__(self, config: DinoConfig):
+    def __init__(self, config: DinoConfig) -> None:
         super().__init__()
         self.config = config
         side = config.trained_size // config.patch
@@ -125,15 +125,20 @@ class Dino(nn.Module):
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def width(self) -> int:
+        """The number D of features."""
+        return self.config.width
+
     def preprocess(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), ImageNet-normalised."""
+        """Return x (B, 3, H, W) in [-1, 1] as (B, 3, input_size, input_size), ImageNet-normalised."""
         size = (self.config.input_size,) * 2
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
         return ((x + 1) / 2 - self.mean) / self.std
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Position embedding (1, 1 + P, D) of a grid of patches, interpolated from that of training."""
+        """Return the position embedding (1, 1 + P, D) of a grid of patches, interpolated from that of training."""
         side = self.config.trained_size // self.config.patch
         if (rows, columns) == (side, side):
             return self.pos_embed
@@ -144,7 +149,7 @@ class Dino(nn.Module):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Preprocessed x (B, 3, H, W), sides multiples of the patch -> all tokens (B, 1 + P, D) after the norm."""
+        """Return all tokens (B, 1 + P, D) after the norm. x (B, 3, H, W): preprocessed, multiples of the patch."""
         rows, columns = (n // self.config.patch for n in x.shape[-2:])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1)
         x = x + self.positions(rows, columns)

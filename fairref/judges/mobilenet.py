@@ -3,6 +3,7 @@
 B batch, C channels, H W pixels, K classes of one attribute, M the logits of all attributes side by side.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fairref.errors import UserError
 from fairref.judges import IMAGENET_MEAN, IMAGENET_STD
 
-# One row an inverted residual block, features.1 first, channels at width 1: kernel, expanded channels, output
+# One row for each inverted residual block, features.1 first, channels at width 1: kernel, expanded channels, output
 # channels, squeeze-excitation, activation, stride. Input channels are the output channels of the row above.
 LARGE = (
     (3, 16, 16, False, "relu", 1),
@@ -60,15 +61,17 @@ class MobileNetConfig:
     kind: str = "large"  # which table of blocks: "large" or "small"
     width: float = 1.0  # multiplies every channel count, which is then rounded to a multiple of 8
     num_logits: int = 1000  # outputs of the last layer
-    input_size: int = 224  # side in pixels to which a Classifier resizes its pictures
+    input_size: int = 224  # side in pixels to which a Classifier resizes its images
     dropout: float = 0.2  # between the two layers of the head, in train mode only
-    pixels: str = "imagenet"  # what a Classifier shows: "imagenet" mean and std, or "plain", [-1, 1]
+    pixels: str = "imagenet"  # normalisation by a Classifier: "imagenet" mean and std, or "plain", [-1, 1]
 
     def __post_init__(self):
         if self.kind not in BLOCKS:
             raise UserError(f'MobileNet option "kind" is {self.kind!r}; choose one of {", ".join(BLOCKS)}.')
         if self.pixels not in PIXELS:
-            raise UserError(f'MobileNet option "pixels" is {self.pixels!r}; choose one of {", ".join(PIXELS)}.')
+            raise UserError(
+                f'MobileNet option "pixels" is {self.pixels!r}; choose one of {", ".join(PIXELS)}.'
+            )
         if not self.width > 0 or self.num_logits < 1 or self.input_size < 1 or not 0 <= self.dropout < 1:
             raise UserError(
                 f"MobileNet options are {asdict(self)}; width, num_logits and input_size must be positive"
@@ -76,26 +79,29 @@ class MobileNetConfig:
             )
 
     @classmethod
-    def from_dict(cls, d: dict) -> "MobileNetConfig":
-        """The config of a dict of its fields (default if absent). Raises UserError for other keys."""
+    def from_dict(cls, d: Mapping[str, object]) -> "MobileNetConfig":
+        """Return the config with these fields, and defaults for the others. Raises UserError for other keys."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(d) - set(known))
         if unknown:
             raise UserError(f'MobileNet option "{unknown[0]}" is unknown; choose from {", ".join(known)}.')
         return cls(**d)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields, as `from_dict` takes them."""
         return asdict(self)
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
-    """`channels` rounded to a multiple of `divisor` (at least one multiple), never more than 10 % down."""
+    """Return `channels` rounded to a multiple of `divisor`, at least `divisor`, never more than 10 % down."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-def conv_norm_act(c_in, c_out, kernel, stride, groups, activation):
-    """Convolution (0), BatchNorm (1), activation (2); the padding keeps H and W at stride 1."""
+def conv_norm_act(
+    c_in: int, c_out: int, kernel: int, stride: int, groups: int, activation: str
+) -> nn.Sequential:
+    """Return convolution (0), BatchNorm (1), activation (2); the padding keeps H and W at stride 1."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False),
         nn.BatchNorm2d(c_out, eps=BN_EPS, momentum=BN_MOMENTUM),
@@ -104,24 +110,36 @@ def conv_norm_act(c_in, c_out, kernel, stride, groups, activation):
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a gate in [0, 1] computed from all channels' means."""
+    """x (B, C, H, W): each channel times a gate in [0, 1], computed from the means of all channels."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         squeezed = make_divisible(channels // 4)
         self.fc1 = nn.Conv2d(channels, squeezed, 1)
         self.fc2 = nn.Conv2d(squeezed, channels, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
         gate = self.fc2(F.relu(self.fc1(gate)))
         return x * F.hardsigmoid(gate)
 
 
 class InvertedResidual(nn.Module):
-    """Widen 1x1, filter each channel, gate, narrow 1x1; plus the input where the shapes agree."""
+    """x (B, c_in, H, W) -> (B, c_out, H/stride, W/stride): widen 1x1, filter each channel, gate, narrow 1x1.
 
-    def __init__(self, c_in, c_out, expanded, kernel, gated, activation, stride):
+    The input is added if the shapes agree.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        expanded: int,
+        kernel: int,
+        gated: bool,
+        activation: str,
+        stride: int,
+    ) -> None:
         super().__init__()
         layers = []
         if expanded != c_in:
@@ -133,18 +151,18 @@ class InvertedResidual(nn.Module):
         self.block = nn.Sequential(*layers)
         self.residual = stride == 1 and c_in == c_out
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x) if self.residual else self.block(x)
 
 
 class MobileNetV3(nn.Module):
     """x (B, 3, H, W), ImageNet-normalised -> logits (B, num_logits), for any H and W."""
 
-    def __init__(self, config: MobileNetConfig):
+    def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()
         self.config = config
 
-        def wide(channels):
+        def wide(channels: int) -> int:
             return make_divisible(channels * config.width)
 
         c = wide(STEM_CHANNELS)
@@ -178,11 +196,11 @@ class MobileNetV3(nn.Module):
 
 
 class Classifier(nn.Module):
-    """h of docs/method.md: pictures x (B, 3, H, W) in [-1, 1] -> {attribute: logits (B, K)}, differentiable.
+    """h of docs/method.md: images x (B, 3, H, W) in [-1, 1] -> {attribute: logits (B, K)}, differentiable.
 
-    `attributes` maps a name to its class names, `logits` to the places of their logits among the network's M;
-    without it they lie side by side in that order and are all there are.
-    Made in train mode like any module; `judge_files.load_classifier` gives it in eval mode.
+    `attributes`: name -> class names. `logits`: name -> indices of the classes among the network's M logits; without
+    it the classes are the network's logits in order. A new one is in train mode like any module;
+    `bundle.judges.load_classifier` returns one in eval mode.
     """
 
     def __init__(
@@ -190,10 +208,10 @@ class Classifier(nn.Module):
         network: MobileNetV3,
         attributes: dict[str, tuple[str, ...]],
         logits: dict[str, tuple[int, ...]] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.network = network
-        self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
+        self.classes = {name: tuple(classes) for name, classes in attributes.items()}
         self.logits = {name: tuple(places) for name, places in logits.items()} if logits else None
         self._check(network.config.num_logits)
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
@@ -202,14 +220,14 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
-    def _check(self, M):
-        total = sum(len(classes) for classes in self.attributes.values())
+    def _check(self, M: int) -> None:
+        total = sum(len(classes) for classes in self.classes.values())
         if self.logits is None and total != M:
             raise UserError(
                 f"A classifier's attributes have {total} classes in all but its network has {M} logits; the two"
                 " must be equal, or its config say which logits are meant."
             )
-        for name, classes in self.attributes.items() if self.logits is not None else ():
+        for name, classes in self.classes.items() if self.logits is not None else ():
             places = self.logits.get(name, ())
             if len(places) != len(classes) or not all(type(i) is int and 0 <= i < M for i in places):
                 raise UserError(
@@ -217,10 +235,14 @@ class Classifier(nn.Module):
                     f" from 0 to {M - 1}."
                 )
 
+    @property
+    def input_size(self) -> int:
+        """Side in pixels of the images that the network takes."""
+        return self.network.config.input_size
+
     def preprocess(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, 3, input_size, input_size), normalised as the network knows pixels, in its
-        own dtype."""
-        size = (self.network.config.input_size,) * 2
+        """Return x (B, 3, H, W) in [-1, 1] as (B, 3, input_size, input_size), normalised and in the network's dtype."""
+        size = (self.input_size,) * 2
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         return (((x + 1) / 2 - self.mean) / self.std).to(next(self.network.parameters()).dtype)
@@ -228,6 +250,6 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         logits = self.network(self.preprocess(x))  # (B, M)
         if self.logits is not None:
-            return {name: logits[:, list(self.logits[name])] for name in self.attributes}
-        parts = logits.split([len(classes) for classes in self.attributes.values()], dim=1)
-        return dict(zip(self.attributes, parts))  # each (B, K)
+            return {name: logits[:, list(self.logits[name])] for name in self.classes}
+        parts = logits.split([len(classes) for classes in self.classes.values()], dim=1)
+        return dict(zip(self.classes, parts, strict=True))  # each (B, K)

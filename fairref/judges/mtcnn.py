@@ -1,11 +1,11 @@
-"""MTCNN (Zhang et al. 2016), the face detector. Parameter names, and values for values, facenet-pytorch's.
+"""MTCNN (Zhang et al. 2016), the face detector. Parameter names and values agree with facenet-pytorch's.
 
-Three small networks look at squares of growing resolution: P proposes windows of 12 pixels on every scale of an
-image pyramid, R sees those at 24 pixels, O at 48 and also places five landmarks (eyes, nose, corners of the
-mouth). Between them boxes that overlap a better one are dropped. Nothing here carries a gradient.
+Three small networks look at squares of growing resolution. P proposes windows of 12 pixels on every scale of an
+image pyramid. R judges these at 24 pixels, and O at 48 pixels. O also places five landmarks: eyes, nose, corners of
+the mouth. After each network, boxes that overlap a better one are dropped. Nothing here carries a gradient.
 
-M boxes (M, 4) are left, top, right, bottom in pixels of the image; the pixel of index i is at i + 1, as in the
-original's arrays, which start at one.
+M boxes (M, 4) are left, top, right, bottom in pixels of the image. The pixel of index i is at i + 1, because the
+arrays of the original start at one.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from fairref.errors import UserError
 
 WINDOW, STRIDE = 12, 2  # of the proposal network, in pixels of the scaled image
 STEP = 0.709  # between the scales of the pyramid: half the area
-OVERLAP_IN_SCALE, OVERLAP = 0.5, 0.7  # of two boxes, from which the worse is dropped
+OVERLAP_IN_SCALE, OVERLAP = 0.5, 0.7  # of two boxes, above which the worse is dropped
 BATCH = 512  # windows seen at once by the second and third network
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, the most probable face first."""
+    """The faces of one image, the most probable first."""
 
     boxes: Tensor  # (M, 4) left, top, right, bottom
     probability: Tensor  # (M,)
@@ -35,7 +35,7 @@ class Detections:
 class PNet(nn.Module):
     """x (B, 3, h, w) -> offsets of a box's sides (B, 4, h', w'), probability of a face (B, h', w')."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv1, self.prelu1 = nn.Conv2d(3, 10, 3), nn.PReLU(10)
         self.conv2, self.prelu2 = nn.Conv2d(10, 16, 3), nn.PReLU(16)
@@ -51,7 +51,7 @@ class PNet(nn.Module):
 class RNet(nn.Module):
     """x (B, 3, 24, 24) -> offsets (B, 4), probability (B,)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv1, self.prelu1 = nn.Conv2d(3, 28, 3), nn.PReLU(28)
         self.conv2, self.prelu2 = nn.Conv2d(28, 48, 3), nn.PReLU(48)
@@ -70,7 +70,7 @@ class RNet(nn.Module):
 class ONet(nn.Module):
     """x (B, 3, 48, 48) -> offsets (B, 4), landmarks (B, 10) as five x and five y, probability (B,)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv1, self.prelu1 = nn.Conv2d(3, 32, 3), nn.PReLU(32)
         self.conv2, self.prelu2 = nn.Conv2d(32, 64, 3), nn.PReLU(64)
@@ -89,19 +89,19 @@ class ONet(nn.Module):
 
 
 def pool(x: Tensor, size: int) -> Tensor:
-    """Largest of each size x size window, every second; a window that sticks out counts too."""
+    """Return the maximum of size x size windows, at stride 2; windows that reach over the edge count too."""
     return F.max_pool2d(x, size, 2, ceil_mode=True)
 
 
 def columns_first(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, w h C), in the order of the original's arrays."""
+    """Return (B, C, h, w) as (B, w h C), in the order of the original's arrays."""
     return x.permute(0, 3, 2, 1).flatten(1)
 
 
 class MTCNN(nn.Module):
     """Images x (B, 3, H, W), whole numbers 0..255 in RGB, of any dtype -> the Detections of each. Raises UserError."""
 
-    def __init__(self, smallest: int = 20, thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)):
+    def __init__(self, smallest: int = 20, thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)) -> None:
         super().__init__()
         if type(smallest) is not int or smallest < 1:
             raise UserError(
@@ -121,19 +121,20 @@ class MTCNN(nn.Module):
         x = x.to(self.pnet.conv1.weight)
         boxes, image = self.propose(x)
         boxes, image = self.refine(x, boxes, image)
-        found, image = self.settle(x, boxes, image)
-        return list(map(Detections, *(part.split(image.bincount(minlength=len(x)).tolist()) for part in found)))
+        detections, image = self.settle(x, boxes, image)
+        counts = image.bincount(minlength=len(x)).tolist()  # faces of each image
+        return list(map(Detections, *(part.split(counts) for part in detections)))
 
     def propose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Square boxes (M, 4) that the first network takes for faces, and their image (M,), in order of images."""
+        """Return square boxes (M, 4) of the first network's faces, and their image (M,), in order of images."""
         H, W = x.shape[2:]
-        found = [(x.new_zeros(0, 9), torch.zeros(0, dtype=torch.long, device=x.device))]
+        proposals = [(x.new_zeros(0, 9), torch.zeros(0, dtype=torch.long, device=x.device))]
         for scale in scales(min(H, W), self.smallest):
             small = resize(x, (int(H * scale + 1), int(W * scale + 1)))
             boxes, score, moves, image = windows(*self.pnet(small), scale, self.thresholds[0])
             keep = suppress(boxes, score, image, OVERLAP_IN_SCALE)
-            found.append((torch.cat([boxes, score[:, None], moves], 1)[keep], image[keep]))
-        rows, image = (torch.cat(part) for part in zip(*found))
+            proposals.append((torch.cat([boxes, score[:, None], moves], 1)[keep], image[keep]))
+        rows, image = (torch.cat(part) for part in zip(*proposals, strict=True))
         boxes, score, moves = rows.split([4, 1, 4], 1)
         keep = suppress(boxes, score[:, 0], image, OVERLAP)
         boxes, moves = boxes[keep], moves[keep]
@@ -141,7 +142,7 @@ class MTCNN(nn.Module):
         return square(boxes + moves * size), image[keep]
 
     def refine(self, x: Tensor, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the square boxes (M, 4) that the second network keeps, moved and squared again."""
+        """Return the boxes (M, 4) that the second network keeps, moved and made square again, and their image."""
         pixels, boxes, image = crops(x, boxes, image, 24)
         moves, score = in_batches(self.rnet, pixels)
         passed = score > self.thresholds[1]
@@ -150,7 +151,7 @@ class MTCNN(nn.Module):
         return square(move(boxes[keep], moves[keep])), image[keep]
 
     def settle(self, x: Tensor, boxes: Tensor, image: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Those of the square boxes (M, 4) that the third network keeps, as boxes, probabilities and landmarks."""
+        """Return (boxes, probability, landmarks) of the boxes (M, 4) that the third network keeps, and their image."""
         pixels, boxes, image = crops(x, boxes, image, 48)
         moves, points, score = in_batches(self.onet, pixels)
         passed = score > self.thresholds[2]
@@ -163,26 +164,31 @@ class MTCNN(nn.Module):
 
 
 def scales(side: int, smallest: int) -> list[float]:
-    """Factors by which the image is resized, so that faces of `smallest` and more pixels fill a window once."""
-    found, scale, left = [], WINDOW / smallest, side * WINDOW / smallest
+    """Return the factors of the image pyramid: every face from `smallest` pixels up fills a window at one of them."""
+    factors, scale, left = [], WINDOW / smallest, side * WINDOW / smallest
     while left >= WINDOW:
-        found.append(scale)
+        factors.append(scale)
         scale, left = scale * STEP, left * STEP
-    return found
+    return factors
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mean of the pixels under each new one, and then from 0..255 to about [-1, 1]."""
+    """Return x resized by the mean of the pixels under each new one, and centred."""
     return centred(F.adaptive_avg_pool2d(x, size))
 
 
 def centred(x: Tensor) -> Tensor:
-    """From 0..255 to about [-1, 1]."""
+    """Return pixels of 0..255 in about [-1, 1]."""
     return (x - 127.5) / 128
 
 
-def windows(offsets: Tensor, probability: Tensor, scale: float, threshold: float):
-    """Boxes (M, 4), probabilities (M,), offsets (M, 4) and images (M,) where the maps (B, h, w) reach the threshold."""
+def windows(
+    offsets: Tensor, probability: Tensor, scale: float, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return boxes (M, 4), probabilities (M,), offsets (M, 4) and images (M,) of the windows above the threshold.
+
+    offsets (B, 4, h, w) and probability (B, h, w): the maps of the first network at one scale.
+    """
     likely = probability >= threshold
     image, *corner = likely.nonzero().T  # (M,) image, row, column
     corner = torch.stack(corner[::-1], 1).to(offsets)  # (M, 2) column, row
@@ -192,13 +198,13 @@ def windows(offsets: Tensor, probability: Tensor, scale: float, threshold: float
 
 
 def move(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Boxes whose sides are moved by offsets (M, 4) in units of their size."""
+    """Return boxes with sides moved by offsets (M, 4) in units of their size."""
     size = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
     return boxes + offsets * size
 
 
 def square(boxes: Tensor) -> Tensor:
-    """The smallest squares of the same centre that hold boxes (M, 4)."""
+    """Return the smallest squares with the same centres that hold boxes (M, 4)."""
     size = boxes[:, 2:] - boxes[:, :2]
     side = size.amax(1, keepdim=True)
     start = boxes[:, :2] + size * 0.5 - side * 0.5
@@ -206,7 +212,7 @@ def square(boxes: Tensor) -> Tensor:
 
 
 def crops(x: Tensor, boxes: Tensor, image: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What boxes (M, 4) show of their images, as (M', 3, side, side), and the M' boxes inside, with their images."""
+    """Return crops (M', 3, side, side) of the boxes (M, 4) that meet their image, these boxes, and their image."""
     H, W = x.shape[2:]
     low = boxes[:, :2].trunc().long().clamp(min=1)
     high = torch.minimum(boxes[:, 2:].trunc().long(), torch.tensor([W, H], device=boxes.device))
@@ -220,18 +226,16 @@ def crops(x: Tensor, boxes: Tensor, image: Tensor, side: int) -> tuple[Tensor, T
 
 
 def in_batches(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """network(x), a bounded number of rows at once."""
-    return tuple(torch.cat(parts) for parts in zip(*map(network, x.split(BATCH))))
+    """Return network(x), computed for at most BATCH rows at once."""
+    return tuple(torch.cat(parts) for parts in zip(*map(network, x.split(BATCH)), strict=True))
 
 
-def suppress(
-    boxes: Tensor, score: Tensor, image: Tensor, limit: float, of_smaller: bool = False
-) -> Tensor:
-    """Indices of the boxes that overlap no better one of their image by more than `limit`, image by image, each best
-    score first.
+def suppress(boxes: Tensor, score: Tensor, image: Tensor, limit: float, of_smaller: bool = False) -> Tensor:
+    """Return indices of the boxes that overlap no better box of their image by more than `limit`.
 
-    The overlap is the share of the union or, `of_smaller`, of the smaller box, whose pixels then count from its
-    first to its last."""
+    They come image by image, the best score first. Overlap is shared area over the union or, with `of_smaller`, over
+    the smaller box. With `of_smaller` a box includes its last pixels.
+    """
     device = boxes.device
     # one box after the other, so on the CPU: a GPU would wait for each
     boxes, score, image = (part.cpu().numpy() for part in (boxes, score, image))

@@ -14,15 +14,16 @@ follows; the way down is read top to bottom, the way up bottom to top; skips are
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fairref.nets import are_counts, is_positive, read_config, require, require_counts
+from fairref.nets import attention, require, require_numbers
 
 TRANSFORMER_GROUP_EPS = 1e-6  # GroupNorm before a transformer; the resnets' is config.norm_eps
 LAYER_NORM_EPS = 1e-5
@@ -30,77 +31,41 @@ MAX_PERIOD = 10000  # of the time features
 
 ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
-ONLY = {  # config keys with a closed set of implemented values
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "act_fn": ("silu",),
-    "time_embedding_type": ("positional",),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "resnet_time_scale_shift": ("default",),
-    "attention_type": ("default",),
-    "transformer_layers_per_block": (1,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "resnet_out_scale_factor": (1,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "dropout": (0,),
-    **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention",
-                     "resnet_skip_time_act", "mid_block_only_cross_attention", "class_embeddings_concat"),
-                    (False, None)),
-    **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim",
-                     "encoder_hid_dim_type", "num_attention_heads", "reverse_transformer_layers_per_block",
-                     "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim",
-                     "cross_attention_norm"), (None,)),
-}
-
 
 @dataclass(frozen=True)
 class UNetConfig:
     """Shape of the U-Net; names as in diffusers' unet/config.json."""
 
-    block_out_channels: tuple  # channels per level, finest first
-    down_block_types: tuple  # per level, finest first: with or without attention on the way down
-    up_block_types: tuple  # per level, coarsest first: with or without attention on the way up
+    block_out_channels: tuple[int, ...]  # channels per level, finest first
+    down_block_types: tuple[str, ...]  # per level, finest first: with or without attention on the way down
+    up_block_types: tuple[str, ...]  # per level, coarsest first: with or without attention on the way up
     layers_per_block: int  # resnets per level on the way down (one more on the way up)
     cross_attention_dim: int  # D, width of the text encoder
-    attention_head_dim: int | tuple = 8  # NUMBER of heads (diffusers' name), for all levels or per level
+    attention_head_dim: int | tuple[int, ...] = 8  # NUMBER of heads (diffusers' name), for all levels or each
     in_channels: int = 4  # channels of z
     out_channels: int = 4  # channels of eps
     norm_num_groups: int = 32  # groups of every GroupNorm
     norm_eps: float = 1e-5  # eps of the resnets' GroupNorm and of the last one
     use_linear_projection: bool = False  # linear layers, not 1x1 convolutions, into and out of a transformer
 
-    @classmethod
-    def from_dict(cls, d, source="unet/config.json"):
-        """Settings from a diffusers config.json dict; UserError for what is not implemented."""
-        return read_config(cls, d, source, ONLY)
-
     @property
-    def heads(self):
+    def heads(self) -> tuple[int, ...]:
         """Number of attention heads per level."""
         per_level = self.attention_head_dim
         return per_level if isinstance(per_level, tuple) else (per_level,) * len(self.block_out_channels)
 
     def __post_init__(self):
-        source, widths = "unet/config.json", self.block_out_channels
-        require(are_counts(widths) and len(widths) >= 2, source, f"block_out_channels = {widths!r}",
-                "a list of two or more positive whole numbers")
-        counts = ("layers_per_block", "cross_attention_dim", "in_channels", "out_channels", "norm_num_groups")
-        require_counts(self, source, counts)
+        require_numbers(self)
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        require(len(widths) >= 2, f"block_out_channels = {widths!r}", "two levels or more")
+        require(widths[0] % 2 == 0, f"{widths[0]} channels at the finest level", "an even number")
         for name in ("down_block_types", "up_block_types", "attention_head_dim"):
-            value = self.heads if name == "attention_head_dim" else getattr(self, name)
-            require(isinstance(value, tuple) and len(value) == len(widths), source, f"{name} = {value!r}",
-                    f"one entry per level, {len(widths)}")
-        require(are_counts(self.heads), source, f"attention_head_dim = {self.attention_head_dim!r}",
-                "a positive whole number, or one per level")
-        for c, heads in zip(widths, self.heads):
-            require(c % self.norm_num_groups == 0 and c % heads == 0, source, f"a level of {c} channels",
-                    f"a multiple of norm_num_groups = {self.norm_num_groups} and of its {heads} heads")
-        require(is_positive(self.norm_eps), source, f"norm_eps = {self.norm_eps!r}", "a positive number")
-        require(widths[0] % 2 == 0, source, f"{widths[0]} channels at the finest level", "an even number")
+            entries = self.heads if name == "attention_head_dim" else getattr(self, name)
+            fits = isinstance(entries, tuple) and len(entries) == len(widths)
+            require(fits, f"{name} = {entries!r}", f"one entry per level, {len(widths)}")
+        for c, heads in zip(widths, self.heads, strict=True):
+            expected = f"a multiple of norm_num_groups = {groups} and of its {heads} heads"
+            require(c % groups == 0 and c % heads == 0, f"a level of {c} channels", expected)
 
 
 SD15 = UNetConfig(
@@ -118,14 +83,14 @@ class Level:
     """One row of the channel table: a level's way down and its way up."""
 
     width: int  # channels of every resnet's output
-    down: tuple  # channels into each resnet on the way down
-    up: tuple  # (channels from below, channels of the skip) into each resnet on the way up
+    down: tuple[int, ...]  # channels into each resnet on the way down
+    up: tuple[tuple[int, int], ...]  # (channels from below, of the skip) into each resnet on the way up
     heads: int  # attention heads
     attends_down: bool  # whether each resnet on the way down is followed by attention
     attends_up: bool  # whether each resnet on the way up is followed by attention
 
 
-def channel_table(config):
+def channel_table(config: UNetConfig) -> tuple[Level, ...]:
     """The `Level` rows of a U-Net, finest first: every channel count of the network."""
     widths, layers = config.block_out_channels, config.layers_per_block
     coarsest = len(widths) - 1
@@ -135,17 +100,15 @@ def channel_table(config):
         downs.append((widths[max(i - 1, 0)],) + (width,) * (layers - 1))
         skips += [width] * (layers if i == coarsest else layers + 1)  # one a resnet, one the downsampling
     rows, below = [], widths[-1]
-    for i in reversed(range(len(widths))):
-        up = []
-        for _ in range(layers + 1):
-            up.append((below, skips.pop()))
-            below = widths[i]
-        rows.append(Level(widths[i], downs[i], tuple(up), config.heads[i],
-                          ATTENDS[config.down_block_types[i]], ATTENDS[config.up_block_types[coarsest - i]]))
+    for i, width in reversed(list(enumerate(widths))):
+        up = ((below, skips.pop()), *((width, skips.pop()) for _ in range(layers)))
+        attends = ATTENDS[config.down_block_types[i]], ATTENDS[config.up_block_types[coarsest - i]]
+        rows.append(Level(width, downs[i], up, config.heads[i], *attends))
+        below = width
     return tuple(reversed(rows))
 
 
-def time_features(t, width):
+def time_features(t: Tensor, width: int) -> Tensor:
     """t (B,), index 0..999 -> (B, width) float32: cos(t f_j), then sin(t f_j), f_j = 10000^(-2j/width)."""
     half = width // 2
     # on the CPU: the last bit of exp is another on a GPU, and t makes a thousand of it
@@ -157,12 +120,12 @@ def time_features(t, width):
 class TimeEmbedding(nn.Module):
     """Time features (B, C_0) -> (B, 4 C_0), what every resnet is told about t."""
 
-    def __init__(self, c):
+    def __init__(self, c: int):
         super().__init__()
         self.linear_1 = nn.Linear(c, 4 * c)
         self.linear_2 = nn.Linear(4 * c, 4 * c)
 
-    def forward(self, features):
+    def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
@@ -177,11 +140,12 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         B, C, h, w = x.shape
         if x.device.type != "cpu" or 4 * B * h * w > self.out_channels:
             return super().forward(x)
-        patches = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1).unfold(1, 3, 1).unfold(2, 3, 1)  # (B, h, w, C, 3, 3)
+        padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, h + 2, w + 2, C)
+        patches = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # (B, h, w, C, 3, 3)
         rows = patches.permute(0, 1, 2, 4, 5, 3).reshape(B * h * w, 9 * C)
         weight = self.weight.permute(0, 2, 3, 1).reshape(-1, 9 * C)  # channels last: a view
         return F.linear(rows, weight, self.bias).view(B, h, w, -1).permute(0, 3, 1, 2)
@@ -190,18 +154,19 @@ class Conv3x3(nn.Conv2d):
 class Resnet(nn.Module):
     """x (B, C_in, h, w), time embedding (B, C_t) -> (B, C_out, h, w)."""
 
-    def __init__(self, c_in, c_out, c_time, groups, eps):
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
+        groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = Conv3x3(c_in, c_out)
-        self.time_emb_proj = nn.Linear(c_time, c_out)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.conv2 = Conv3x3(c_out, c_out)
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
         self.changes_width = c_in != c_out
 
-    def forward(self, x, time):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, C_out, 1, 1)
         h = self.conv2(F.silu(self.norm2(h)))
@@ -213,7 +178,7 @@ class Attention(nn.Module):
 
     R divides B: the first B/R rows of x attend to the first of context, and so on."""
 
-    def __init__(self, c, c_context, heads):
+    def __init__(self, c: int, c_context: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(c, c, bias=False)
@@ -221,22 +186,20 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(c_context, c, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         grouped = x.reshape(len(context), -1, x.shape[2])  # (B, n, C) -> (R, B/R n, C)
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (R, n, C) -> (R, heads, n, C/heads)
-                   for y in (self.to_q(grouped), self.to_k(context), self.to_v(context)))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](h.transpose(1, 2).reshape(x.shape))  # (R, heads, B/R n, C/heads) -> (B, n, C)
+        h = attention(self.to_q(grouped), self.to_k(context), self.to_v(context), self.heads)
+        return self.to_out[0](h.reshape(x.shape))  # (R, B/R n, C) -> (B, n, C)
 
 
 class GEGLU(nn.Module):
     """x (..., C) -> (..., C_out): a * gelu(b), where (a, b) is one linear layer of x."""
 
-    def __init__(self, c, c_out):
+    def __init__(self, c: int, c_out: int):
         super().__init__()
         self.proj = nn.Linear(c, 2 * c_out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         a, b = self.proj(x).chunk(2, dim=-1)
         return a * F.gelu(b, approximate="none")
 
@@ -244,18 +207,18 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """x (..., C) -> (..., C) through 4 C gated channels."""
 
-    def __init__(self, c):
+    def __init__(self, c: int):
         super().__init__()
         self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # [1]: a dropout
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
     """Pixels x (B, hw, C) attend to each other, to the text c (R, T, D), and go through an MLP."""
 
-    def __init__(self, width, c_text, heads):
+    def __init__(self, width: int, c_text: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn1 = Attention(width, width, heads)
@@ -264,7 +227,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.ff = FeedForward(width)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), c)
@@ -274,15 +237,15 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Feature map x (B, C, h, w) and text c (R, T, D) -> (B, C, h, w)."""
 
-    def __init__(self, width, c_text, heads, groups, linear):
+    def __init__(self, width: int, heads: int, config: UNetConfig):
         super().__init__()
-        self.linear = linear
-        self.norm = nn.GroupNorm(groups, width, eps=TRANSFORMER_GROUP_EPS)
+        self.linear = linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=TRANSFORMER_GROUP_EPS)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, c_text, heads)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config.cross_attention_dim, heads)])
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
@@ -301,71 +264,66 @@ class Transformer(nn.Module):
 class Downsample(nn.Module):
     """(B, C, h, w) -> (B, C, h/2, w/2), stride-2 convolution padded on all sides, unlike the VAE's."""
 
-    def __init__(self, c):
+    def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
 class Upsample(nn.Module):
     """(B, C, h, w) -> (B, C, *size), nearest neighbour and a convolution."""
 
-    def __init__(self, c):
+    def __init__(self, c: int):
         super().__init__()
         self.conv = Conv3x3(c, c)
 
-    def forward(self, x, size):
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Block(nn.Module):
     """The modules of a level, one way; `UNet.forward` says in which order they run."""
 
-    def __init__(self, resnets, attentions, downsamplers=(), upsamplers=()):
+    def __init__(self, config: UNetConfig, level: Level, channels: Sequence[int], attentions: int):
+        """One resnet for each entry of `channels`, its input channels, and `attentions` transformers."""
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList(downsamplers)
-        self.upsamplers = nn.ModuleList(upsamplers)
+        self.resnets = nn.ModuleList(Resnet(c, level.width, config) for c in channels)
+        transformers = (Transformer(level.width, level.heads, config) for _ in range(attentions))
+        self.attentions = nn.ModuleList(transformers)
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
 
 
 class UNet(nn.Module):
     """eps(z_t, t, c), the noise in z_t as predicted from the time and the text."""
 
-    def __init__(self, config):
+    def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.table = channel_table(config)
-        c_0, groups, eps = config.block_out_channels[0], config.norm_num_groups, config.norm_eps
-
-        def resnet(c_in, c_out):
-            return Resnet(c_in, c_out, 4 * c_0, groups, eps)
-
-        def attention(level):
-            return Transformer(level.width, config.cross_attention_dim, level.heads, groups,
-                               config.use_linear_projection)
-
-        finest, coarsest = self.table[0], self.table[-1]
+        c_0, coarsest = config.block_out_channels[0], self.table[-1]
         self.conv_in = nn.Conv2d(config.in_channels, c_0, 3, padding=1)
         self.time_embedding = TimeEmbedding(c_0)
-        self.down_blocks = nn.ModuleList(
-            Block(resnets=[resnet(c, level.width) for c in level.down],
-                  attentions=[attention(level) for _ in level.down if level.attends_down],
-                  downsamplers=[] if level is coarsest else [Downsample(level.width)])
-            for level in self.table)
-        self.mid_block = Block(resnets=[resnet(coarsest.width, coarsest.width) for _ in range(2)],
-                               attentions=[attention(coarsest)])
-        self.up_blocks = nn.ModuleList(
-            Block(resnets=[resnet(below + skip, level.width) for below, skip in level.up],
-                  attentions=[attention(level) for _ in level.up if level.attends_up],
-                  upsamplers=[] if level is finest else [Upsample(level.width)])
-            for level in reversed(self.table))
-        self.conv_norm_out = nn.GroupNorm(groups, c_0, eps=eps)
+        self.down_blocks = nn.ModuleList()
+        for level in self.table:
+            attentions = len(level.down) if level.attends_down else 0
+            self.down_blocks.append(Block(config, level, level.down, attentions))
+            if level is not coarsest:
+                self.down_blocks[-1].downsamplers.append(Downsample(level.width))
+        self.mid_block = Block(config, coarsest, (coarsest.width, coarsest.width), attentions=1)
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(self.table):
+            channels = [below + skip for below, skip in level.up]
+            attentions = len(level.up) if level.attends_up else 0
+            self.up_blocks.append(Block(config, level, channels, attentions))
+            if level is not self.table[0]:
+                self.up_blocks[-1].upsamplers.append(Upsample(level.width))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c_0, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(c_0, config.out_channels, 3, padding=1)
 
-    def forward(self, z, t, c):
+    def forward(self, z: Tensor, t: int | float | Tensor, c: Tensor) -> Tensor:
         """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (R, T, D) -> eps (B, 4, h, w).
 
         R divides B: each text serves B/R consecutive latents, and is read once for them."""
@@ -405,7 +363,8 @@ def recomputed(unet: UNet) -> UNet:
     and compute the rest again in the backward pass."""
     shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
     again = copy.deepcopy(unet, shared)
+    keep_inputs = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for module in again.modules():
-        if isinstance(module, (Resnet, Transformer)):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        if isinstance(module, Resnet | Transformer):
+            module.forward = partial(keep_inputs, module.forward)
     return again

@@ -7,30 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from fairref.nets import are_counts, is_positive, read_config, require, require_counts
+from fairref.nets import attention, require, require_numbers
 
 EPS = 1e-6  # of every GroupNorm of the autoencoder; the U-Net's resnets use 1e-5
-
-ONLY = {  # config keys with one implemented value
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "act_fn": ("silu",),
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
-    "mid_block_add_attention": (True,),
-    "shift_factor": (None, 0),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-}
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """Shape of the autoencoder; names as in diffusers' vae/config.json."""
 
-    block_out_channels: tuple  # channels per level, finest first; every level but the last halves H and W
+    block_out_channels: tuple[int, ...]  # per level, finest first; every level but the last halves H and W
     layers_per_block: int  # resnets per encoder level (a decoder level has one more)
     in_channels: int = 3  # channels of an image that is encoded
     out_channels: int = 3  # channels of a decoded image
@@ -38,25 +26,17 @@ class VAEConfig:
     norm_num_groups: int = 32  # groups of every GroupNorm
     scaling_factor: float = 0.18215  # z = scaling_factor * mean, which makes Var(z) about 1
 
-    @classmethod
-    def from_dict(cls, d, source="vae/config.json"):
-        """Settings from a diffusers config.json dict; UserError for what is not implemented."""
-        return read_config(cls, d, source, ONLY)
-
     def __post_init__(self):
-        source, widths, groups = "vae/config.json", self.block_out_channels, self.norm_num_groups
-        counts = ("layers_per_block", "in_channels", "out_channels", "latent_channels", "norm_num_groups")
-        require_counts(self, source, counts)
-        require(are_counts(widths) and all(c % groups == 0 for c in widths), source,
-                f"block_out_channels = {widths!r}", f"a list of multiples of norm_num_groups = {groups}")
-        require(is_positive(self.scaling_factor), source, f"scaling_factor = {self.scaling_factor!r}",
-                "a positive number")
+        require_numbers(self)
+        for c in self.block_out_channels:
+            expected = f"a multiple of norm_num_groups = {self.norm_num_groups}"
+            require(c % self.norm_num_groups == 0, f"{c} in block_out_channels", expected)
 
 
 class Resnet(nn.Module):
     """x (B, C_in, H, W) -> (B, C_out, H, W): two normalised 3x3 convolutions beside a shortcut."""
 
-    def __init__(self, c_in, c_out, groups):
+    def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=EPS)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -66,7 +46,7 @@ class Resnet(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
         self.changes_width = c_in != c_out
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.conv_shortcut(x) if self.changes_width else x) + h
@@ -75,7 +55,7 @@ class Resnet(nn.Module):
 class Attention(nn.Module):
     """x (B, C, H, W) -> (B, C, H, W): x + softmax(Q K^T / sqrt(C)) V over all pixels, one head."""
 
-    def __init__(self, c, groups):
+    def __init__(self, c: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=EPS)
         self.to_q = nn.Linear(c, c)
@@ -83,125 +63,118 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
-    def forward(self, x):
-        b, c, height, width = x.shape
-        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, C, H, W) -> (B, 1, HW, C)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        h = self.to_out[0](h).squeeze(1).transpose(1, 2)  # (B, C, HW)
-        return x + h.reshape(b, c, height, width)
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        h = self.to_out[0](attention(self.to_q(h), self.to_k(h), self.to_v(h), heads=1))
+        return x + h.transpose(1, 2).reshape(x.shape)  # (B, HW, C) -> (B, C, H, W)
 
 
 class Downsample(nn.Module):
     """(B, C, H, W) -> (B, C, H/2, W/2), stride-2 convolution padded at the right and the bottom only."""
 
-    def __init__(self, c):
+    def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C, 2H, 2W), nearest neighbour and a convolution."""
 
-    def __init__(self, c):
+    def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class DownBlock(nn.Module):
     """One encoder level: resnets, then half the resolution unless it is the last."""
 
-    def __init__(self, c_in, c_out, layers, groups, last):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(Resnet(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        self.resnets = nn.Sequential(
+            *(Resnet(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
+        )
+        self.downsamplers = nn.Sequential(*([] if last else [Downsample(c_out)]))
 
-    def forward(self, h):
-        for layer in (*self.resnets, *self.downsamplers):
-            h = layer(h)
-        return h
+    def forward(self, h: Tensor) -> Tensor:
+        return self.downsamplers(self.resnets(h))
 
 
 class MidBlock(nn.Module):
     """The coarsest level: resnet, attention, resnet."""
 
-    def __init__(self, c, groups):
+    def __init__(self, c: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList(Resnet(c, c, groups) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(c, groups)])
 
-    def forward(self, h):
+    def forward(self, h: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](h)))
 
 
 class UpBlock(nn.Module):
     """One decoder level: resnets, then twice the resolution unless it is the last."""
 
-    def __init__(self, c_in, c_out, layers, groups, last):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(Resnet(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+        self.resnets = nn.Sequential(
+            *(Resnet(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
+        )
+        self.upsamplers = nn.Sequential(*([] if last else [Upsample(c_out)]))
 
-    def forward(self, h):
-        for layer in (*self.resnets, *self.upsamplers):
-            h = layer(h)
-        return h
+    def forward(self, h: Tensor) -> Tensor:
+        return self.upsamplers(self.resnets(h))
 
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> (B, 2 * latent channels, H/8, W/8): mean and log-variance before `quant_conv`."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         layers, last = config.layers_per_block, len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock(widths[max(i - 1, 0)], width, layers, groups, last=i == last)
-            for i, width in enumerate(widths))
+        self.down_blocks = nn.Sequential(
+            *(DownBlock(widths[max(i - 1, 0)], c, layers, groups, i == last) for i, c in enumerate(widths))
+        )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x):
-        h = self.conv_in(x)
-        for block in self.down_blocks:
-            h = block(h)
-        h = self.mid_block(h)
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mid_block(self.down_blocks(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
 class Decoder(nn.Module):
     """Latents (B, 4, h, w) after `post_quant_conv` -> image (B, 3, 8h, 8w)."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         layers, last = config.layers_per_block + 1, len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(widths[max(i - 1, 0)], width, layers, groups, last=i == last)
-            for i, width in enumerate(widths))
+        self.up_blocks = nn.Sequential(
+            *(UpBlock(widths[max(i - 1, 0)], c, layers, groups, i == last) for i, c in enumerate(widths))
+        )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, h):
-        h = self.mid_block(self.conv_in(h))
-        for block in self.up_blocks:
-            h = block(h)
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.up_blocks(self.mid_block(self.conv_in(h)))
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
 class VAE(nn.Module):
     """Stable Diffusion's autoencoder. H and W must be multiples of 2^(levels - 1), 8 for SD-1.5."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
         c = config.latent_channels
@@ -210,15 +183,15 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
-    def moments(self, x):
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> (mean, logvar), each (B, 4, H/8, W/8), unscaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, torch.clamp(logvar, -30.0, 20.0)
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> z (B, 4, H/8, W/8) = scaling_factor * mean."""
         return self.config.scaling_factor * self.moments(x)[0]
 
-    def decode(self, z):
+    def decode(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) as the U-Net sees it -> image (B, 3, 8h, 8w), nominally in [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))

@@ -1,23 +1,24 @@
-"""The prompts of finetuning and evaluation (docs/method.md §7): a bundle's occupations, and four lists for any model.
+"""The prompts of finetuning and evaluation (docs/method.md §7): a bundle's own, and four lists for any model.
 
-The lists are the CSV files beside this one, written for this project; each has disjoint parts.
+The lists are the CSV files in this folder, written for this project. Each has disjoint parts.
 """
 
 import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from fairref.errors import UserError
-from fairref.weights_io import read_json
+from fairref.files.paths import read_json
 
 FILE = "prompts.json"
 PARTS = ("train", "validation", "test")
 TEMPLATE = "a photo of the face of a {occupation}, a person"
-NAMED_TEMPLATE = "a photo of the face of a {name} {occupation}, a person"
+EXPLICIT_TEMPLATE = "a photo of the face of a {name} {occupation}, a person"
 
 CONCEPTS = ("occupations", "sports", "style_context", "descriptors")
-NAMES = {  # concept -> what makes a prompt of a name; the other lists hold whole prompts
+NAMES = {  # concept -> template of the lists that hold names; the other lists hold whole prompts
     "occupations": TEMPLATE.replace("{occupation}", "{name}"),
     "sports": "a person playing {name}",
 }
@@ -25,7 +26,7 @@ NAMES = {  # concept -> what makes a prompt of a name; the other lists hold whol
 
 @dataclass(frozen=True)
 class Concept:
-    """Whole prompts, in disjoint parts; only occupations have some for validation."""
+    """Whole prompts, in disjoint parts; only occupations have a part for validation."""
 
     name: str  # one of CONCEPTS
     train: tuple[str, ...]
@@ -35,16 +36,18 @@ class Concept:
 
 @cache
 def concept(name: str) -> Concept:
-    """The prompts of one of CONCEPTS. Raises UserError."""
+    """Return the prompts of one of CONCEPTS. Raises UserError."""
     if name not in CONCEPTS:
         raise UserError(f"There is no concept {name!r}; give one of {', '.join(CONCEPTS)}.")
     with Path(__file__).with_name(f"{name}.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     prompts = [NAMES[name].format(name=row["name"]) if name in NAMES else row["prompt"] for row in rows]
-    return Concept(
-        name,
-        **{part: tuple(p for p, row in zip(prompts, rows) if row["split"] == part) for part in PARTS},
-    )
+    splits = [row["split"] for row in rows]
+    parts = {
+        part: tuple(prompt for prompt, split in zip(prompts, splits, strict=True) if split == part)
+        for part in PARTS
+    }
+    return Concept(name, **parts)
 
 
 @dataclass(frozen=True)
@@ -52,37 +55,43 @@ class Occupations:
     """A bundle's prompts.json:
 
     {"occupations": {"train": [...], "validation": [...], "test": [...]},
-     "named": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}},   optional
+     "explicit": {"gender": {"woman": "a photo of the face of a female {occupation}, a person", ...}},   optional
      "concepts": {"sports": {"train": [...], "test": [...]}},   optional: whole prompts
-     "hiding": {"age": [...]}}   optional: the occupations and whole prompts whose pictures don't show an attribute
+     "hiding": {"age": [...]}}   optional: occupations and whole prompts whose pictures do not show the attribute
     """
 
     train: tuple[str, ...]  # finetuning sees these only
     validation: tuple[str, ...]  # to choose settings by
     test: tuple[str, ...]  # unseen in finetuning
-    named: dict = field(default_factory=dict)  # attribute -> class -> template that names the class
-    concepts: dict = field(default_factory=dict)  # name -> part -> prompts
-    hiding: dict = field(default_factory=dict)  # attribute -> occupations and prompts
+    explicit: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict
+    )  # attribute -> class -> template that names it
+    concepts: Mapping[str, Mapping[str, Sequence[str]]] = field(
+        default_factory=dict
+    )  # name -> part -> prompts
+    hiding: Mapping[str, Sequence[str]] = field(default_factory=dict)  # attribute -> occupations and prompts
 
-    def named_prompt(self, attribute: str, name: str, occupation: str) -> str:
-        """The prompt that asks for the class `name` of an attribute."""
+    def explicit_prompt(self, attribute: str, name: str, occupation: str) -> str:
+        """Return the prompt that asks for the class `name` of an attribute."""
         return (
-            self.named.get(attribute, {}).get(name, NAMED_TEMPLATE).format(occupation=occupation, name=name)
+            self.explicit.get(attribute, {})
+            .get(name, EXPLICIT_TEMPLATE)
+            .format(occupation=occupation, name=name)
         )
 
 
 def occupation_prompt(occupation: str) -> str:
-    """The neutral prompt of an occupation."""
+    """Return the neutral prompt of an occupation."""
     return TEMPLATE.format(occupation=occupation)
 
 
 def read_own(bundle_path: str | Path) -> Occupations | None:
-    """The prompts.json of the bundle in a folder or file; None where it has none. Raises UserError."""
+    """Return the prompts.json of the bundle in a folder or file; None if it has none. Raises UserError."""
     return read_occupations(bundle_path) if _place(bundle_path).exists() else None
 
 
 def read_occupations(bundle_path: str | Path) -> Occupations:
-    """The prompts.json of the bundle in a folder or file. Raises UserError."""
+    """Return the prompts.json of the bundle in a folder or file. Raises UserError."""
     path = _place(bundle_path)
     d = read_json(path)
     parts = d.get("occupations")
@@ -105,18 +114,18 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
     return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)
 
 
-def _place(bundle_path):
+def _place(bundle_path: str | Path) -> Path:
     path = Path(bundle_path)
     return (path if path.is_dir() else path.parent) / FILE
 
 
-def _are_texts(texts):
-    """Whether it is a list of texts, none of them empty."""
+def _are_texts(texts: object) -> bool:
+    """Return whether it is a list of texts, none of them empty."""
     return isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
 
 
-def _is_concept(parts):
-    """Whether it is lists of prompts by part, with some for finetuning."""
+def _is_concept(parts: object) -> bool:
+    """Return whether it has lists of prompts by part, with some for finetuning."""
     return (
         isinstance(parts, dict)
         and set(parts) <= set(PARTS)
@@ -125,8 +134,8 @@ def _is_concept(parts):
     )
 
 
-def _is_named(templates):
-    """Whether it is class -> template of an occupation, with no other place than {name}."""
+def _is_explicit(templates: object) -> bool:
+    """Return whether it has a template for each class, with {occupation} and at most {name} to fill in."""
     try:
         made = [text.format(occupation="\0", name="") for text in templates.values()]
     except (AttributeError, KeyError, IndexError, ValueError, TypeError):
@@ -134,8 +143,8 @@ def _is_named(templates):
     return all("\0" in text for text in made)
 
 
-EXTRAS = {  # what prompts.json may hold besides: key -> whether a name's value is right, what is expected
-    "named": (_is_named, 'a template of each class: {"woman": "a woman {occupation}", ...}'),
+EXTRAS = {  # optional keys of prompts.json -> the test of each value under the key, and that test in words
+    "explicit": (_is_explicit, 'a template of each class: {"woman": "a woman {occupation}", ...}'),
     "concepts": (_is_concept, '{"train": [...], "test": [...]} of prompts'),
     "hiding": (_are_texts, "a list of occupations and prompts"),
 }

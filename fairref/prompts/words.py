@@ -1,19 +1,19 @@
-"""Which words of a prompt name a class of an attribute: its pictures are then not free to be fair.
+"""Find the words of a prompt that name a class of an attribute. Such a prompt asks for one class, not for fairness.
 
-Lists, not understanding: "a princess cake" names a gender to them, "someone with a beard" does not.
+This compares with lists of words: "a princess cake" counts as naming a gender, "someone with a beard" does not.
 """
 
 import re
 
 PERSON = r"(?:\w+ )?(?:person|people|face|skin|m[ae]n|wom[ae]n|male|female|lady|gentleman|girl|boy)"
-TITLES = (  # of which -man and -woman make words; German, shaman and specimen are none
+TITLES = (  # words with -man and -woman, so German, shaman and specimen are left out
     "alder|anchor|barrow|boat|bonds|business|camera|chair|church|clergy|congress|council|country|crafts|dairy|delivery"
     "|door|drafts|draughts|ferry|fire|fisher|foot|fore|frontiers|garbage|gentle|guards|handy|hench|herds|horse|hunts|ice"
     "|journey|lay|line|mail|marks|mid|milk|motor|news|night|noble|oars|ombuds|orchard|patrol|pitch|plow|police|post|repair"
     "|sales|service|show|signal|sound|spokes|sports|states|stunt|trades|trash|tribes|watch|weather|wood|work|yacht"
     "|yachts"
 )
-WORDS = {  # attribute -> patterns of whole words; a colour, or "old", only of a person
+WORDS = {  # attribute -> patterns of whole words; colours and "old" count only beside a word for a person
     "gender": (
         r"(?:wo)?m[ae]n|(?:fe)?males?|he|she|his|hers?|him|(?:boy|girl|lad|guy)s?|lad(?:y|ies)",
         rf"(?:{TITLES})-?(?:wo)?m[ae]n|(?:cow|school)(?:boy|girl)s?|(?:head|school)m(?:aster|istress)(?:es|s)?",
@@ -38,8 +38,8 @@ WORDS = {  # attribute -> patterns of whole words; a colour, or "old", only of a
 
 
 def naming(prompt: str, attribute: str) -> str:
-    """The first words that name a class of the attribute; "" if none does, or of an attribute without a list."""
+    """Return the first words that name a class of the attribute; "" if there are none, or no list of words."""
     if attribute not in WORDS:
         return ""
-    found = re.search(rf"(?<![\w-])(?:{'|'.join(WORDS[attribute])})(?![\w-])", prompt, re.IGNORECASE)
-    return found[0] if found else ""
+    match = re.search(rf"(?<![\w-])(?:{'|'.join(WORDS[attribute])})(?![\w-])", prompt, re.IGNORECASE)
+    return match[0] if match else ""

@@ -21,9 +21,9 @@ import torch.distributed as dist
 sys.path.append(str(Path(__file__).resolve().parent))
 from measure import ROOT, adapted, environment, machine, setup_of, table, write
 
-from fairref.bundle import load_bundle
-from fairref.finetune.distributed import Processes, start
-from fairref.finetune.trainer import iterate
+from fairref.bundle.loading import load_bundle
+from fairref.processes import Processes, start
+from fairref.training.loop import iterate
 
 BAR = 0.05  # of an iteration
 
@@ -92,7 +92,7 @@ def worker(options) -> None:
     everyone = plain.gather(mine, plain.world).tolist()  # (world, 3)
     if plain.first:
         found = [
-            {"rank": rank, **dict(zip(keys, row)), "share": row[1] / row[0]}
+            {"rank": rank, **dict(zip(keys, row, strict=True)), "share": row[1] / row[0]}
             for rank, row in enumerate(everyone)
         ]
         print(shown(found))

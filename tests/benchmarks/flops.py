@@ -18,27 +18,31 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from measure import table, write
 
-from fairref.bundle import PARTS
-from fairref.finetune.adapters import LAYERS, with_lora
-from fairref.finetune.recipes import Recipe
+from fairref.bundle.stable_diffusion import NETWORKS
+from fairref.generation.adapters import LAYERS, with_lora
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import MobileNetConfig, MobileNetV3
 from fairref.judges.sfnet import SFNet, SFNetConfig
 from fairref.nets.clip import ClipImage, ClipVisionConfig
 from fairref.nets.unet import Conv3x3, Resnet, Transformer
 from fairref.nets.vae import MidBlock, UpBlock
+from fairref.settings import Recipe
 
 LATENT, PICTURE = (4, 64, 64), (3, 512, 512)
 TEXT = (77, 768)  # c of a prompt
 HALF = torch.float16
-CLIP_H = ClipVisionConfig(1280, 5120, 1024, 32, 16, patch_size=14, hidden_act="gelu")
+CLIP_H = ClipVisionConfig(1280, 5120, 16, 32, projection_dim=1024, patch_size=14, hidden_act="gelu")
 SOURCE = {"gpus": 8, "hours": 48}  # A100, of the method's description
-SOURCE_MICRO_BATCH = 3  # images of a GPU with a graph at once, in the source and in docs/sd15.md
+SOURCE_MICRO_BATCH = 3  # images of a GPU with a graph at once, in the paper's runs and in docs/sd15.md
 SUBSAMPLES = (10, 5)  # M of the S steps
 PER_PICTURE = ("CLIP-H, pictures", "DINOv2 ViT-B/14", "classifier", "SFNet-20")  # what looks at pictures
 
@@ -148,7 +152,7 @@ def networks() -> dict[str, Cost]:
 
     # what is counted is a GPU's, on which convolutions have one way only
     with FakeTensorMode(), patch.object(Conv3x3, "forward", nn.Conv2d.forward):
-        built = {name: frozen(part.network, part.sd15) for name, part in PARTS.items()}
+        built = {name: frozen(part.network, part.sd15) for name, part in NETWORKS.items()}
         lora, _ = with_lora(built["text_encoder"], LAYERS["text_encoder"], Recipe().rank, None)
         z, c = torch.empty(1, *LATENT, **half), torch.empty(1, *TEXT, **half)
         x, face = torch.empty(1, *PICTURE, **half), torch.empty(1, 3, 112, 112, **half)
@@ -165,7 +169,7 @@ def networks() -> dict[str, Cost]:
             "U-Net": counted(built["unet"], lambda net: net(latents, 500, c), c),
             "VAE decoder": counted(built["vae"], lambda net: net.decode(z), z),
             "text encoder, LoRA": counted(lora, lambda net: net(ids)),
-            **{name: counted(net, run, at) for name, (net, run, at) in zip(PER_PICTURE, judges)},
+            **{name: counted(net, run, at) for name, (net, run, at) in zip(PER_PICTURE, judges, strict=True)},
         }
 
 
@@ -219,7 +223,9 @@ def memory_of(way: Way, costs: dict[str, Cost], micro_batch: int) -> float:
 def text_parameters() -> int:
     """Of SD-1.5's text encoder without LoRA."""
     with torch.device("meta"):
-        return sum(p.numel() for p in PARTS["text_encoder"].network(PARTS["text_encoder"].sd15).parameters())
+        return sum(
+            p.numel() for p in NETWORKS["text_encoder"].network(NETWORKS["text_encoder"].sd15).parameters()
+        )
 
 
 def hours(flops: float, iterations: int, gpus: int, tflops: float, utilisation: float) -> float:
@@ -274,12 +280,12 @@ def tables(found: dict) -> str:
     ]
     recipe = found["recipe"]
     titles = ["way", "PFLOP an iteration", "share", "memory of a GPU, GB", "hours, 1 GPU", "hours, 8 GPUs"]
-    source = [f"the source, {SOURCE['gpus']} x A100", None, None, None, None, SOURCE["hours"]]
+    source = [f"the paper, {SOURCE['gpus']} x A100", None, None, None, None, SOURCE["hours"]]
     text = (
         f"N = {recipe['N']}, S = {recipe['S']}, {recipe['iterations']:,} iterations, {recipe['micro_batch']} images a "
         f"GPU with a graph at once, float16; {found['assumed']['tflops']:g} TFLOP/s of a GPU, of which "
         f"{found['assumed']['utilisation']:.0%} are used. "
-        f"By this count the source's {SOURCE['hours']} hours used {found['source_utilisation']:.0%}."
+        f"By this count the paper's {SOURCE['hours']} hours used {found['source_utilisation']:.0%}."
     )
     return "\n\n".join([table(header, rows), table(titles, [*per_way, source]), text])
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from fairref.bundle import Bundle, load_bundle
+from fairref.bundle.loading import Bundle, load_bundle
+from fairref.bundle.recipe import resolve
 from fairref.fairness.attributes import parse_attributes, product_target
-from fairref.finetune.distributed import Processes
-from fairref.finetune.mixture import read_prompts
-from fairref.finetune.recipes import resolve
-from fairref.finetune.setup import Setup
-from fairref.finetune.trainer import new_state
 from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet
+from fairref.processes import Processes
+from fairref.prompts.sets import read_prompts
+from fairref.training.loop import new_state
+from fairref.training.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVED = 0.1  # standard deviation of the adapter's up: at its start it has no gradient in down
@@ -50,8 +50,8 @@ def bundle_of(case: str, channels: list[int] | None = None, latents: int = 16) -
 def setup_of(bundle: Bundle, processes: Processes | None = None, **recipe) -> Setup:
     """A gender run on occupations, without prompts that name a gender, whose targets would be of another kind."""
     target = product_target(parse_attributes("gender", bundle.attributes))
-    prompts = tuple(concept.train for concept in read_prompts("occupations", None, bundle, ["gender"]))
-    settings = resolve(("gender",), bundle.recipe, {"named_every": 0, **recipe})
+    prompts = tuple(concept.train for concept in read_prompts("occupations", None, bundle.path, ["gender"]))
+    settings = resolve(("gender",), bundle.recipe, {"explicit_every": 0, **recipe})
     return Setup(bundle, settings, target, prompts, processes or Processes())
 
 

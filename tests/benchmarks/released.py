@@ -13,13 +13,13 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from fairref.bundle import Bundle
+from fairref.bundle.loading import Bundle
 from fairref.diffusion.schedule import Schedule
 from fairref.fairness.transport import joint_ot
-from fairref.finetune.iteration import all_logits
-from fairref.finetune.objective import held_against, loss_of
-from fairref.finetune.rollout import embed, first_noise
-from fairref.finetune.setup import Setup, Task
+from fairref.generation.rollout import embed, first_noise
+from fairref.training.setup import Setup, Task
+from fairref.training.step import all_logits
+from fairref.training.terms import View, judged_pair, loss_of
 
 SAME = ("block_out_channels", "layers_per_block", "in_channels", "out_channels", "norm_num_groups")
 OF_UNET = ("down_block_types", "up_block_types", "cross_attention_dim", "attention_head_dim", "norm_eps")
@@ -27,7 +27,7 @@ OF_UNET += ("use_linear_projection",)
 
 
 def with_peers(bundle: Bundle) -> Bundle:
-    """The bundle with diffusers' U-Net and autoencoder, of the same weights in torch's usual order, in place of ours."""
+    """The bundle with diffusers' U-Net and autoencoder, of the same weights in torch's order, in place of ours."""
     return replace(bundle, unet=peer_unet(bundle.unet), vae=peer_vae(bundle.vae))
 
 
@@ -77,7 +77,7 @@ def coefficients(scheduler) -> list[float]:
 
 
 def steps(unet, scheduler, z_T: Tensor, both: Tensor, guidance: float) -> Iterator[Tensor]:
-    """z after each step of a run; `both` = [c, c_empty] (2, T, d). Where it has a graph, the run has Algorithm A.1's."""
+    """z after each step of a run; `both` = [c, c_empty] (2, T, d). Where there is a graph, it is Algorithm A.1's."""
     N, z, C = len(z_T), z_T, coefficients(scheduler)
     c, c_empty = both.to(unet.dtype).split(1)
     context = torch.cat([c_empty.expand(N, -1, -1), c.expand(N, -1, -1)])  # (2N, T, d)
@@ -127,11 +127,12 @@ def iteration(setup: Setup, model: Bundle, parameters: list, task: Task) -> list
     """dL/dparameters of a whole iteration, with the frozen model's pictures, targets and the finetuning loss."""
     x, o = look(setup, model, task), look(setup, setup.bundle, task)
     with torch.no_grad():
-        pictures = held_against(setup, x, x, o)  # its z_0 is not used
-        logits, found = all_logits(setup, pictures)
-        q = {name: of_one.q for name, of_one in joint_ot(logits, task.target.table, found).items()}
+        pair = judged_pair(setup, x, x, o)  # its z_0 is not used
+        logits, has_face = all_logits(setup, pair)
+        q = {name: of_one.q for name, of_one in joint_ot(logits, task.target.table, has_face).items()}
 
     def loss(x, rows):
-        return loss_of(setup, x, pictures.part(rows), {name: of_all[rows] for name, of_all in q.items()})[0]
+        of_rows = {name: of_all[rows] for name, of_all in q.items()}
+        return loss_of(View(setup, task, x, pair[rows], of_rows))[0]
 
     return gradient(setup, model, parameters, task, loss)

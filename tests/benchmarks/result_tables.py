@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from measure import table
+from scipy.stats import linregress
 
-from fairref.finetune.mixture import OCCUPATIONS
-from fairref.report import COLOURED, JUDGES
+from fairref.evaluation.statistics import COLOURED, JUDGES
+from fairref.prompts.sets import OCCUPATIONS
 
 CONCEPTS = (OCCUPATIONS, "sports", "style_context", "descriptors")
 SCALES = (1.0, 3.0, 5.0, 7.5, 12.0)
@@ -49,6 +50,9 @@ class Result:
     after: dict[str, dict]  # ..., of the adapted model
     minutes: float  # of finetuning
     device: str = "cpu"  # of finetuning
+    draws: str = (
+        "anew"  # of targets that are drawn, in each iteration; "fixed": the same in all, as it once was
+    )
 
     @property
     def took(self) -> float | str:
@@ -63,17 +67,22 @@ def spread(found: dict | None) -> str:
     return " ± ".join(f"{found[key]:.2f}".removeprefix("0") for key in ("mean", "std"))
 
 
-def biases(report: dict) -> list[str]:
-    """Bias by each judge, and what a fair model measures."""
-    uneven = "target_floor" in report
-    found = [report["judges"].get(judge) for judge in JUDGES]
-    found = [of_one["from_target"] if of_one and uneven else of_one for of_one in found]
-    return [*map(spread, found), spread(report["target_floor" if uneven else "noise_floor"])]
-
-
 def both_judges(report: dict) -> str:
     """Bias by the classifier / by templates."""
-    return " / ".join(biases(report)[:2])
+    found = [report["judges"].get(judge) for judge in JUDGES]
+    if "target_floor" in report:  # an uneven target
+        found = [of_one["from_target"] if of_one else None for of_one in found]
+    return " / ".join(map(spread, found))
+
+
+def floor(report: dict) -> str:
+    """What a fair model measures."""
+    return spread(report.get("target_floor", report["noise_floor"]))
+
+
+def biases(report: dict) -> list[str]:
+    """Bias by both judges, and what a fair model measures."""
+    return [both_judges(report), floor(report)]
 
 
 def faithful(report: dict) -> list[str | None]:
@@ -105,7 +114,13 @@ def attribute_rows(results: list[Result]) -> list[list]:
             cells = [result.took, command(result)] if when == "after" else [None, None]
             rows.append([f"{result.label}, {when}", *biases(report), *faithful(report), *cells])
             for attribute, alone in report.get("attributes", {}).items():
-                rows.append([f"… {attribute} alone", *biases(alone), *[None] * 5])
+                rows.append(
+                    [
+                        f"{result.label}, {when}: {attribute.replace('_', ' ')} alone",
+                        *biases(alone),
+                        *[None] * 5,
+                    ]
+                )
     return rows
 
 
@@ -142,12 +157,59 @@ def concept_rows(results: list[Result]) -> list[list]:
             for when, reports in (("before", result.before), ("after", result.after)):
                 report = reports[look.key]
                 each = [*report["attributes"].values(), report]
-                floors = "; ".join(biases(one)[2] for one in each)
-                what = command(result) if when == "after" else None
-                rows.append(
-                    [f"{look.concept}, {when}", *map(both_judges, each), floors, *faithful(report), what]
-                )
+                floors = "; ".join(map(floor, each))
+                rows.append([f"{look.concept}, {when}", *map(both_judges, each), floors, *faithful(report)])
     return rows
+
+
+def summary_rows(results: list[Result]) -> list[list]:
+    """Bias by the classifier before and after each run, and what a fair model measures."""
+    return [
+        [
+            result.label,
+            *(spread(reports[UNSEEN.key]["judges"][JUDGES[0]]) for reports in (result.before, result.after)),
+            floor(result.after[UNSEEN.key]),
+            command(result),
+        ]
+        for result in results
+    ]
+
+
+def lean_rows(results: list[Result]) -> list[list]:
+    """How much of each prompt's lean is left after each run, by the classifier."""
+    return [[result.label, *(f"{v:.2f}" for v in lean(result)), command(result)] for result in results]
+
+
+def lean(result: Result, judge: str = JUDGES[0]) -> tuple[float, float, float]:
+    """(slope, intercept, r) of the line through each prompt's log-odds of the first class, after against before."""
+    before, after = (
+        log_odds(reports[UNSEEN.key]["judges"][judge]) for reports in (result.before, result.after)
+    )
+    line = linregress(before, after)
+    return line.slope, line.intercept, line.rvalue
+
+
+def log_odds(found: dict) -> np.ndarray:
+    """Of the first of two classes, (P,); half an image is added to each count, or 0 of 60 would be infinite."""
+    counts = np.array(list(found["counts"].values())) + 0.5  # (P, 2)
+    return np.log(counts[:, 0] / counts[:, 1])
+
+
+def drift_rows(results: list[Result]) -> list[list]:
+    """The mean share of the first class over prompts, at each guidance scale."""
+    models = [("original", results[0].before)] + [(result.label, result.after) for result in results]
+    return [[label, *(both_shares(reports[look.key]) for look in SCALED)] for label, reports in models]
+
+
+def both_shares(report: dict) -> str:
+    """Mean share of the first class over prompts: by the classifier / by templates."""
+    return " / ".join(f"{first_shares(report, judge).mean():.2f}".removeprefix("0") for judge in JUDGES)
+
+
+def first_shares(report: dict, judge: str) -> np.ndarray:
+    """The share of the first class in each prompt's images, (P,)."""
+    counts = np.array(list(report["judges"][judge]["counts"].values()), float)  # (P, K)
+    return counts[:, 0] / counts.sum(1)
 
 
 def seed_rows(results: list[Result]) -> list[list]:
@@ -163,10 +225,10 @@ def seed_row(label: str, reports: dict, before: dict, what: str | None) -> list:
     """One model's: a fall of CLIP-T is a share of the gap between a prompt's own images and other prompts'."""
     report, old = reports[UNSEEN.key], before[UNSEEN.key]["clip_t"]
     fall = (old["matched"] - report["clip_t"]["matched"]) / (old["matched"] - old["shuffled"])
-    named = " / ".join(f"{report['named'][judge]:.1%}" for judge in JUDGES)
+    obeyed = " / ".join(f"{report['explicit'][judge]:.1%}" for judge in JUDGES)
     both = [both_judges(reports[look.key]) for look in (UNSEEN, TRAINED)]
-    kept = [f"{report['clip_t']['matched']:.3f}", f"{fall:.1%}", named, f"{report['none']:.1%}"]
-    return [label, *both, biases(report)[2], *kept, what]
+    kept = [f"{report['clip_t']['matched']:.3f} ({fall:.1%})", obeyed, f"{report['none']:.1%}"]
+    return [label, *both, floor(report), *kept, what]
 
 
 def loss_rows(results: list[Result]) -> list[list]:
@@ -176,44 +238,54 @@ def loss_rows(results: list[Result]) -> list[list]:
 
 
 def loss_cells(report: dict) -> list[str | None]:
-    colours = [report.get(key) for key in COLOURED]
-    return [*biases(report), *faithful(report), *(None if v is None else f"{v:.3f}" for v in colours)]
+    colours = ["–" if report.get(key) is None else f"{report[key]:.3f}" for key in COLOURED]
+    return [*biases(report), *faithful(report), " / ".join(colours)]
 
 
 def scale_rows(results: list[Result]) -> list[list]:
     """Bias at each guidance scale."""
     models = [("original", results[0].before, None)]
     models += [(result.label, result.after, command(result)) for result in results]
-    floor = biases(results[0].before[SCALED[0].key])[2]
+    fair = floor(results[0].before[SCALED[0].key])
     return [
-        [label, *(both_judges(reports[k.key]) for k in SCALED), floor, what]
-        for label, reports, what in models
+        [label, *(both_judges(reports[k.key]) for k in SCALED), fair, what] for label, reports, what in models
     ]
 
 
 KEPT = ("CLIP-T", "CLIP-I", "DINO")
-BIASES = ("bias, classifier", "bias, templates", "a fair model")
-FULL = ("", *BIASES, *KEPT, "min", "command")
-KINDS = {  # title of a table -> header, rows, what they need; FULL, gender_rows, (UNSEEN,) for the others
-    "attributes": (FULL, attribute_rows, (UNSEEN,)),
+BIAS, FAIR = "bias, classifier / templates", "a fair model"
+FULL = (BIAS, FAIR, *KEPT, "min", "command")
+AT_SCALES = tuple(f"at {scale:g}" for scale in SCALES)
+KINDS = {  # title of a table -> header, rows, what they need
+    "summary": (("run", "bias before", "bias after", FAIR, "command"), summary_rows, (UNSEEN,)),
+    "components": (("what is trained", *FULL), gender_rows, (UNSEEN,)),
+    "leans": (("what is trained", "slope", "intercept", "r", "command"), lean_rows, (UNSEEN,)),
+    "gradients": (("`--gradient`", *FULL), gender_rows, (UNSEEN,)),
+    "attributes": (("run", *FULL), attribute_rows, (UNSEEN,)),
     "seeds": (
-        ("", "bias, unseen", "bias, finetuning", BIASES[2], "CLIP-T", "falls by", "named", "none", "command"),
+        (
+            "model",
+            "bias, unseen",
+            "bias, finetuning",
+            FAIR,
+            "CLIP-T (its fall)",
+            "explicit",
+            "none",
+            "command",
+        ),
         seed_rows,
         (UNSEEN, TRAINED),
     ),
-    "concepts": (("", "gender", "skin tone", "both", BIASES[2], *KEPT, "command"), concept_rows, OF_CONCEPTS),
+    "concepts": (("concept", "gender", "skin tone", "both", FAIR, *KEPT), concept_rows, OF_CONCEPTS),
     "old": (("share of old", "before", "after", "command"), old_rows, (UNSEEN,)),
-    "losses": (("", *BIASES, *KEPT, *COLOURED, "command"), loss_rows, (UNSEEN,)),
-    "scales": (
-        ("guidance in finetuning", *(f"at {s:g}" for s in SCALES), BIASES[2], "command"),
-        scale_rows,
-        SCALED,
-    ),
+    "losses": (("losses", BIAS, FAIR, *KEPT, " / ".join(COLOURED), "command"), loss_rows, (UNSEEN,)),
+    "scales": (("guidance in finetuning", *AT_SCALES, FAIR, "command"), scale_rows, SCALED),
+    "drift": (("guidance in finetuning", *AT_SCALES), drift_rows, SCALED),
 }
 
 
 def made(title: str, results: list[Result]) -> str | None:
     """A table of those results that have what it needs; None without any."""
-    header, rows_of, looks = KINDS.get(title, (FULL, gender_rows, (UNSEEN,)))
+    header, rows_of, looks = KINDS[title]
     there = [result for result in results if all(look.key in result.after for look in looks)]
     return table(header, rows_of(there)) if there else None

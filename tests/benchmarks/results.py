@@ -1,6 +1,7 @@
 """The tables of results on the small bundle: which component, seed, attribute, concepts, loss and gradient reach what.
 
     python tests/benchmarks/results.py [--list] [--only NAME ...] [--reports docs/results]
+    python tests/benchmarks/results.py --picture runs/results/gender
 
 Each run is a call of train.py and then an evaluation of its adapter, for which the original's pictures are looked at
 once for all runs of an attribute. What is there is not made again and a run that was stopped goes on, so the queue can
@@ -21,17 +22,31 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from measure import ROOT
-from result_tables import CONCEPTS, OF_CONCEPTS, SCALED, TRAINED, UNSEEN, Look, Result, made
+from result_tables import (
+    CONCEPTS,
+    OF_CONCEPTS,
+    SCALED,
+    TRAINED,
+    UNSEEN,
+    Look,
+    Result,
+    made,
+)
 
-from fairref import cli
-from fairref.bundle import Bundle, load_bundle
-from fairref.evaluate import NAMED_IMAGES, How, evaluate
-from fairref.finetune.adapters import FILE, load_adapter
-from fairref.finetune.checkpoints import METRICS, SETTINGS, read_settings
-from fairref.finetune.mixture import read_prompts
-from fairref.report import likeness, lines
-from fairref.run import of_settings
-from fairref.weights_io import write_json
+from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
+from fairref.commands import cli
+from fairref.evaluation.before_after import draw_before_after
+from fairref.evaluation.evaluation import EXPLICIT_IMAGES, evaluate_part
+from fairref.evaluation.judging import EvaluationSettings
+from fairref.evaluation.statistics import likeness, lines
+from fairref.files.paths import write_json
+from fairref.generation.adapters import FILE, load_adapter
+from fairref.generation.drawing import Drawing
+from fairref.processes import choose_device
+from fairref.prompts.sets import read_prompts
+from fairref.training.checkpoints import METRICS, SETTINGS, read_settings
+from fairref.training.loop import BEST_FILE, RAW_FILE
+from fairref.training.stored import of_settings
 
 LONGEST = 30  # minutes of finetuning
 IMAGES = 60  # of each prompt
@@ -71,21 +86,24 @@ RUNS = {
     "gender-skin_tone": Run("gender × skin tone", BOTH),
     "gender-skin_tone-age": Run("gender × skin tone × age", WITH_AGE),
     "concepts": Run("four concepts at once", (*BOTH, "--prompts", ",".join(CONCEPTS)), OF_CONCEPTS),
-    "align": Run("align", (*GENDER, "--lambda-img", "0", "--lambda-face", "0")),
-    "align-img": Run("align + img", (*GENDER, "--lambda-face", "0")),
+    "align": Run("L_align alone", (*GENDER, "--lambda-img", "0", "--lambda-face", "0")),
+    "align-img": Run("L_align + L_img", (*GENDER, "--lambda-face", "0")),
     "solver": Run("solver", (*GENDER, "--gradient", "solver")),
     "none": Run("none", (*GENDER, "--gradient", "none")),
     "scales": Run("1 to 12", (*GENDER, "--guidance", "1:12"), (UNSEEN, *SCALED)),
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
+    "summary": {"gender": "gender", "skin_tone": None, "gender-skin_tone": None},
     "components": {"prefix": None, "gender": None, "unet": None, "both": None},
+    "leans": {"prefix": None, "gender": None, "unet": None, "both": None},
     "seeds": {"gender": "seed 0", "gender-1": None, "gender-2": None},
     "attributes": {"skin_tone": None, "gender-skin_tone": None, "gender-skin_tone-age": None},
     "old": {"gender-skin_tone-age": None},
     "concepts": {"concepts": None},
-    "losses": {"align": None, "align-img": None, "gender": "align + img + face"},
+    "losses": {"align": None, "align-img": None, "gender": "L_align + L_img + L_face"},
     "gradients": {"gender": "paper", "solver": None, "none": None},
     "scales": {"gender": "the bundle's", "scales": None},
+    "drift": {"gender": "the bundle's", "scales": None},
 }
 
 
@@ -136,7 +154,7 @@ class Evaluator:
     """Evaluates runs on the same noise; remembers what the original draws."""
 
     bundle: Bundle
-    originals: dict = field(default_factory=dict)  # what was evaluated -> report, Seen
+    originals: dict = field(default_factory=dict)  # what was evaluated -> report, JudgedImages
 
     def __call__(self, name: str, run: Path, found: dict, save: Callable) -> None:
         """Fills in what a run's evaluation {"command", "minutes", "device", "before", "after": {look: report}} lacks;
@@ -144,29 +162,48 @@ class Evaluator:
         settings = read_settings(run)
         target, recipe = of_settings(settings)
         concepts = read_prompts(
-            settings["prompts"], settings["prompt_template"], self.bundle, list(target.classes)
+            settings["prompts"], settings["prompt_template"], self.bundle.path, list(target.classes)
         )
         concepts = {concept.name: concept for concept in concepts}
         model = load_adapter(self.bundle, run / FILE)
         found |= {"minutes": minutes(run), "device": settings["device"]}
         for look in RUNS[name].missing(found):
-            how = How(
-                self.bundle, target, recipe.eval_steps, look.guidance or recipe.eval_guidance, recipe.end
-            )
+            drawing = Drawing(recipe.eval_steps, look.guidance or recipe.eval_guidance, recipe.end)
+            how = EvaluationSettings(self.bundle, target, drawing)
             prompts = concepts[look.concept]
             if look.thinned:
                 prompts = replace(prompts, **{look.part: getattr(prompts, look.part)[::EVERY]})
-            named = NAMED_IMAGES if look == UNSEEN else 0
+            explicit = EXPLICIT_IMAGES if look == UNSEEN else 0
             which = (tuple(target.classes), target.table.tobytes(), look)
             if which not in self.originals:
-                self.originals[which] = evaluate(
-                    how, self.bundle, prompts, look.part, IMAGES, "original", named
+                self.originals[which] = evaluate_part(
+                    how, self.bundle, prompts, look.part, IMAGES, "original", explicit
                 )
             found["before"][look.key], originals = self.originals[which]
-            report, seen = evaluate(how, model, prompts, look.part, IMAGES, name, named)
-            found["after"][look.key] = report | likeness(seen, originals)
+            report, judged = evaluate_part(how, model, prompts, look.part, IMAGES, name, explicit)
+            found["after"][look.key] = report | likeness(judged, originals)
             print("\n  ".join([f"{name}, {look.key}:", *lines(found["after"][look.key])]), flush=True)
             save(found)
+
+
+def draw_picture(run: Path, reports: Path, bundle: Bundle, picture: Path) -> None:
+    """Draws the picture before and after of a finished run's folder, without evaluating it again."""
+    own = run / "evaluation.json"
+    evaluation = own if own.exists() else reports / f"{run.name}.json"
+    if not evaluation.exists():
+        sys.exit(f"{own}: there is none, and no {evaluation} either; evaluate the run first.")
+    results = json.loads(evaluation.read_text(encoding="utf-8"))
+    files = {"after": FILE, "after (ema)": FILE, "after (best)": BEST_FILE, "after (raw)": RAW_FILE}
+    label = next(label for label in results if label in files)
+    settings = read_settings(run)
+    target, recipe = of_settings(settings)
+    concepts = read_prompts(
+        settings["prompts"], settings["prompt_template"], bundle.path, list(target.classes)
+    )
+    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
+    how = EvaluationSettings(bundle, target, drawing)
+    models = {"before": bundle, label: load_adapter(bundle, run / files[label])}
+    draw_before_after(how, models, concepts, results, picture)
 
 
 def minutes(run: Path) -> float:
@@ -183,11 +220,16 @@ def found_in(folder: Path) -> dict[str, dict]:
     }
 
 
+def label_of(name: str, report: dict, label: str | None = None) -> str:
+    """What a row is called: the given label or the run's own, with a mark where the draws were fixed."""
+    return f"{label or RUNS[name].label}{' (fixed draws)' if report.get('draws') == 'fixed' else ''}"
+
+
 def tables(found: dict) -> dict[str, str]:
     """Title -> table, of those for which there are runs: two at least, where there is something to compare."""
     results = {
         title: [
-            Result(label or RUNS[n].label, **found[n])
+            Result(label_of(n, found[n], label), **found[n])
             for n, label in names.items()
             if n in found and found[n]["command"] == RUNS[n].command
         ]
@@ -208,12 +250,20 @@ def main():
     parser.add_argument(
         "--tables", action="store_true", help="print the tables of what is made; makes nothing"
     )
+    parser.add_argument(
+        "--picture", type=Path, metavar="RUN", help="draw docs/before_after.png of this run's folder, no more"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "results", help="of the runs")
     parser.add_argument(
         "--reports", type=Path, default=ROOT / "docs" / "results", help="folder of the evaluations"
     )
     parser.add_argument("--device", default="cpu", help="of the runs and of their evaluation, as train.py's")
     options = parser.parse_args()
+    if options.picture:
+        run = options.picture.resolve()
+        bundle = load_bundle(read_settings(run)["weights"], cli.device(options.device))
+        draw_picture(run, options.reports.resolve(), bundle, ROOT / "docs" / "before_after.png")
+        return
     folder, reports = options.folder.resolve(), options.reports.resolve()
     found = found_in(reports)
     missing = [name for name in wanted(options.only) if RUNS[name].missing(found.get(name))]
@@ -223,7 +273,7 @@ def main():
         return
     failed = []
     if missing and not options.tables:
-        evaluator = Evaluator(load_bundle(cli.WEIGHTS, cli.device(options.device)))
+        evaluator = Evaluator(load_bundle(DEFAULT, choose_device(options.device)))
         for name in missing:
             if finetune(name, folder / name, options.device):
                 if RUNS[name].command != found.get(name, {}).get("command"):

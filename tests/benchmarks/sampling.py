@@ -27,11 +27,12 @@ from released import peer_unet, scheduler_of, steps
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fairref import cli
+from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import sample
 from fairref.diffusion.schedule import Schedule
 from fairref.diffusion.solver import solver_table
 from fairref.nets.unet import SD15, UNet, UNetConfig
+from fairref.processes import DTYPES
 
 BARS = {"float32": 1.0, "bfloat16": 1.0}  # of the ratio to diffusers' time
 GUIDANCE, TOKENS = 7.5, 77
@@ -68,7 +69,8 @@ def start(unet: UNet, latents: int) -> tuple:
 def our_run(unet: UNet, S: int, latents: int) -> Iterator[torch.Tensor]:
     """z before each step."""
     z_T, both = start(unet, latents)
-    return (step.z for step in sample(unet, solver_table(Schedule(), S), z_T, *both.split(1), GUIDANCE))
+    model = GuidedModel(unet, *both.split(1), GUIDANCE)
+    return (step.z for step in sample(model, solver_table(Schedule(), S), z_T))
 
 
 def their_run(unet: UNet, S: int, latents: int) -> Iterator[torch.Tensor]:
@@ -113,10 +115,10 @@ def measure(config: UNetConfig, options) -> list[dict]:
     """Medians of each dtype."""
     S, runs = options.steps + 1, {}
     for name in options.dtypes:
-        unet = network(config, cli.DTYPES[name])
+        unet = network(config, DTYPES[name])
         runs[name, "ours"] = our_run(unet, S, options.latents)
         runs[name, "diffusers"] = their_run(unet, S, options.latents)
-        runs[name, "product"] = products(options.product, cli.DTYPES[name])
+        runs[name, "product"] = products(options.product, DTYPES[name])
     seconds, last = timed(runs, S)
     with torch.no_grad():
         z_0 = {name: next(runs[name, "ours"]) for name in options.dtypes}  # by one more step of the solver
@@ -188,7 +190,7 @@ def shown_choices(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=cli.DTYPES)
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--choices", action="store_true", help="our choices against others")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each run")
     parser.add_argument("--latents", type=int, default=64, help="for a trial: their height and width")

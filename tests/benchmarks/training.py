@@ -21,14 +21,23 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from measure import MEGABYTE, Memory, adapted, bundle_of, fresh, machine, setup_of, table, write
+from measure import (
+    MEGABYTE,
+    Memory,
+    adapted,
+    bundle_of,
+    fresh,
+    machine,
+    setup_of,
+    table,
+    write,
+)
 
-from fairref.diffusion.gradient import pull
+from fairref.diffusion.model import scaled_vjp
 from fairref.diffusion.sampler import noise
-from fairref.diffusion.solver import solver_table
-from fairref.finetune.iteration import iteration_gradient, sampling_gradient, task_of
-from fairref.finetune.rollout import decode, embed, first_noise, rollout
-from fairref.finetune.trainer import prepared
+from fairref.generation.rollout import decode, embed
+from fairref.training.loop import compiled
+from fairref.training.step import draw_task, iteration_gradient, sample_path, sampling_gradient
 
 WAYS = ("ours", "ours, recomputed", "released")
 BARS = {"time": 0.8, "memory": 0.5, "steps": 1.05, "gradient": 1e-3}
@@ -65,7 +74,7 @@ def prepare(work: Work):
     setup = setup_of(bundle, component="text_encoder", recompute=work.way == WAYS[1], **options)
     model, state = adapted(setup)
     if work.way != "released":
-        setup, model = prepared(setup, model)
+        setup, model = compiled(setup, model)
     return setup, model, list(state.adapter.parameters())
 
 
@@ -76,18 +85,17 @@ def functional(work: Work, shape) -> torch.Tensor:
 
 def picture_gradient(setup, model, parameters: list, work: Work) -> list:
     """dL/dparameters of the linear functional, our way."""
-    recipe, task = setup.recipe, task_of(setup, 0)
-    table_ = solver_table(setup.bundle.schedule, task.S, recipe.end)
-    z_T = first_noise(setup.bundle, recipe.seed, 0, range(recipe.batch))
-    both = embed(model, task.prompt)
-    path = rollout(model, table_, z_T, *both.split(1), task.guidance)
+    task = draw_task(setup, 0)
+    text = embed(model, task.prompt)
+    run = sample_path(setup, model, task, text, 0)
+    z_0 = run.path[-1].z
     with torch.no_grad():
-        x = decode(model, path[-1].z)  # what a run finds faces and targets on
-    R, g = functional(work, x.shape[1:]), torch.zeros_like(path[-1].z)
+        x = decode(model, z_0)  # what a run finds faces and targets on
+    R, g = functional(work, x.shape[1:]), torch.zeros_like(z_0)
     for rows in torch.arange(len(g)).split(work.micro_batch or len(g)):
-        z_0 = path[-1].z[rows].requires_grad_(True)
-        (g[rows],) = pull(decode(model, z_0), [z_0], R[rows])
-    return sampling_gradient(recipe, model, parameters, table_, path, g, both, task.guidance, 0)
+        part = z_0[rows].requires_grad_(True)
+        (g[rows],) = scaled_vjp(decode(model, part), [part], R[rows])
+    return sampling_gradient(setup, run, g, text, parameters, 0)
 
 
 def gradient_of(setup, model, parameters: list, work: Work) -> list:
@@ -98,7 +106,7 @@ def gradient_of(setup, model, parameters: list, work: Work) -> list:
         return picture_gradient(setup, model, parameters, work)
     import released
 
-    task = task_of(setup, 0)
+    task = draw_task(setup, 0)
     if work.scope == "iteration":
         return released.iteration(setup, model, parameters, task)
     R = functional(work, released.look(setup, model, task).shape[1:])

@@ -18,7 +18,19 @@ from measure import machine, table, write
 
 from fairref.fairness.transport import expected_ot
 
-CASES = [(24, 2), (32, 4), (32, 8), (64, 2), (128, 2), (256, 2), (64, 3), (128, 3), (64, 8), (128, 8), (256, 8)]
+CASES = [
+    (24, 2),
+    (32, 4),
+    (32, 8),
+    (64, 2),
+    (128, 2),
+    (256, 2),
+    (64, 3),
+    (128, 3),
+    (64, 8),
+    (128, 8),
+    (256, 8),
+]
 DRAWS = 100
 
 

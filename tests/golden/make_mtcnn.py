@@ -20,7 +20,7 @@ def turned(image, degrees):
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     column = np.rint(c * x - s * y + (W - 1) / 2).astype(int)
     row = np.rint(s * x + c * y + (H - 1) / 2).astype(int)
-    inside = (0 <= column) & (column < W) & (0 <= row) & (row < H)
+    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
     return np.where(inside[..., None], image[row.clip(0, H - 1), column.clip(0, W - 1)], 0).astype(np.uint8)
 
 

@@ -1,0 +1,46 @@
+"""fairref COMMAND ...: what the console script and `python -m fairref` start."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "train": "finetune a bundle for fairness (train.py is the same)",
+    "sample": "draw images of a prompt (sample.py is the same)",
+    "evaluate": "measure how fair, and how faithful, a model's images are",
+    "verify": "check every equation of the method",
+    "bundle": "say what a folder of weights has and lacks",
+    "classifier": "train an attribute classifier on CelebA or FairFace",
+    "faces": "turn photographs into the external faces of L_face",
+    "emoji": "make the small world's bundle again, or measure it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command, which is imported only when it is asked for."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-h"):
+        rows = [f"  {name:12}{what}" for name, what in COMMANDS.items()]
+        print("example: fairref train --attr gender", "", "usage: fairref COMMAND ...", "", *rows, sep="\n")
+        print("", "fairref COMMAND --help says more.", sep="\n")
+        return 0
+    if name == "--version":
+        from fairref import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(f"fairref has no command {name!r}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    from fairref.commands import cli
+
+    return cli.run(lambda arguments: import_module(f"fairref.commands.{name}").main(arguments), rest)
+
+
+def console() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,1 @@
+"""One folder of weights -> ready networks: a registry of parts, loading, inspection."""

@@ -1,0 +1,272 @@
+"""Folders and files of judges -> ready judges that look at pictures.
+
+A judge's folder holds `model.safetensors`, or one .pth, .pt or .bin file as the network's makers publish it, and a
+`config.json` where the shape is not said by the weights or not the published one.
+"""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairref import judges
+from fairref.bundle.configs import read_config
+from fairref.errors import UserError
+from fairref.fairness.faces import Detector, with_mtcnn
+from fairref.files.images import read_rgba
+from fairref.files.names import open_clip_names
+from fairref.files.paths import read_json
+from fairref.files.tokenizer import Tokenizer
+from fairref.files.weights import load_strict, read, read_judge, ready, write
+from fairref.judges.dino import Dino, DinoConfig
+from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
+from fairref.judges.mtcnn import MTCNN
+from fairref.judges.sfnet import SFNet, config_of
+from fairref.judges.sprites import LOOKS, Sprites, cut_sprites
+from fairref.judges.templates import Templates
+from fairref.nets.clip import (
+    LEGACY_EOS,
+    Clip,
+    ClipConfig,
+    ClipTextConfig,
+    ClipVisionConfig,
+)
+
+UNIT = 0.01  # how far the norms of D_F may be from 1
+FACE_FEATURES = "embeddings"  # the tensor of D_F's file
+PEOPLE_SHEET = Path(judges.__file__).with_name("people.png")  # the sprites of the nearest-template judge
+
+
+def load_clip(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Clip, Tokenizer]:
+    """CLIP's folder -> (both towers, the tokenizer of vocab.json and merges.txt).
+
+    config.json and model.safetensors of a transformers CLIPModel, or else open_clip_config.json and
+    open_clip_model.safetensors (or the .bin file) of open_clip.
+    """
+    path, other = folder / "config.json", folder / "open_clip_config.json"
+    if other.is_file() and not (path.is_file() and (folder / "model.safetensors").exists()):
+        config = open_clip_config(read_json(other), str(other))
+        layers = config.text.num_hidden_layers, config.vision.num_hidden_layers
+        tensors, source = read_judge(folder, "open_clip_model")
+        tensors = open_clip_names(tensors, layers, source)
+    else:
+        config = read_config(ClipConfig, read_json(path), str(path))
+        source = str(folder / "model.safetensors")
+        tensors = read(source)
+    with torch.device("meta"):  # random initial values would take longer than loading
+        clip = Clip(config)
+    load_strict(clip, tensors, source)
+    tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt", config.text.max_position_embeddings)
+    return ready(clip, device, dtype), tokenizer
+
+
+def open_clip_config(d: dict[str, object], source: str) -> ClipConfig:
+    """The shape that an open_clip_config.json describes. Raises UserError for towers of another kind."""
+    d = d.get("model_cfg", d)
+    known = {
+        "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"},
+        "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+        "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
+    }
+    for part, keys in known.items():
+        found = d if part == "model_cfg" else d.get(part)
+        strange = sorted(set(found) - keys) if isinstance(found, dict) else [part]
+        if strange:
+            raise UserError(
+                f"{source}: {part} has {strange[0]!r}; expected open_clip's plain vision transformer and text"
+                f" transformer, which are described by {', '.join(sorted(keys))}."
+            )
+    vision, text = d["vision_cfg"], d["text_cfg"]
+    act = "quick_gelu" if d.get("quick_gelu") else "gelu"
+    try:
+        return ClipConfig(
+            ClipTextConfig(
+                vocab_size=text["vocab_size"],
+                hidden_size=text["width"],
+                intermediate_size=int(text["width"] * text.get("mlp_ratio", 4.0)),
+                num_hidden_layers=text["layers"],
+                num_attention_heads=text["heads"],
+                max_position_embeddings=text["context_length"],
+                hidden_act=act,
+                eos_token_id=LEGACY_EOS,
+            ),
+            ClipVisionConfig(
+                hidden_size=vision["width"],
+                intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+                projection_dim=d["embed_dim"],
+                num_hidden_layers=vision["layers"],
+                num_attention_heads=vision["width"] // vision.get("head_width", 64),
+                image_size=vision["image_size"],
+                patch_size=vision["patch_size"],
+                hidden_act=act,
+            ),
+            d["embed_dim"],
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{source}: lacks {error}; take the file that open_clip's weights came with."
+        ) from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def load_classifier(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Classifier:
+    """The attribute classifier of a folder. Raises UserError. Its config.json, every key but the first optional:
+
+    {"attributes": {"gender": ["woman", "man"]}, "kind": "large", "width": 1.0, "input_size": 224,
+     "pixels": "imagenet",              or "plain", for networks that were trained on pixels in [-1, 1]
+     "num_logits": 80, "logits": {"gender": [40, 41]}}   where the network has more logits than are meant
+    """
+    path = Path(folder) / "config.json"
+    d = read_json(path)
+    attributes, logits = d.pop("attributes", None), d.pop("logits", None)
+    if not isinstance(attributes, dict) or not all(
+        isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
+    ):
+        raise UserError(
+            f'{path}: "attributes" is {attributes!r}; expected a list of two or more classes for each.'
+        )
+    if logits is not None and not (
+        isinstance(logits, dict) and all(isinstance(places, list) for places in logits.values())
+    ):
+        raise UserError(f'{path}: "logits" is {logits!r}; expected a list of places for each attribute.')
+    try:
+        d.setdefault("num_logits", sum(map(len, attributes.values())))
+        classifier = Classifier(MobileNetV3(MobileNetConfig.from_dict(d)), attributes, logits)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    tensors, source = read_judge(folder)
+    load_strict(classifier.network, tensors, source)
+    return ready(classifier, device, dtype)
+
+
+def save_classifier(classifier: Classifier, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes what `load_classifier` reads. `dtype` is for the weights of convolutions and linear layers;
+    biases and BatchNorm's parameters and statistics, few but of any range, stay float32."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: (value.detach().to(dtype) if value.dim() >= 2 else value.detach()).cpu().contiguous()
+        for key, value in classifier.network.state_dict().items()
+    }
+    write(folder / "model.safetensors", tensors, {})
+    config = classifier.network.config.to_dict()
+    config["attributes"] = {name: list(classes) for name, classes in classifier.classes.items()}
+    if classifier.logits is None:
+        del config["num_logits"]  # the attributes say it
+    else:
+        config["logits"] = {name: list(places) for name, places in classifier.logits.items()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_dino(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Dino:
+    """DINOv2 of a folder: ViT-B/14, unless its config.json gives other fields of DinoConfig. Raises UserError."""
+    config = DinoConfig(**_options(folder, DinoConfig.__dataclass_fields__))
+    tensors, source = read_judge(folder)
+    return _loaded(Dino(config), tensors, source, device, dtype)
+
+
+def load_mtcnn(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MTCNN:
+    """The face detector of a folder, whose config.json may give `smallest` and `thresholds`. Raises UserError."""
+    options = _options(folder, ("smallest", "thresholds"))
+    try:
+        network = MTCNN(**options)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    tensors, source = read_judge(folder)
+    load_strict(network, tensors, source)
+    return network.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_detector(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Detector:
+    """`load_mtcnn` as what `fairness.faces.find` calls, in at least float32."""
+    return with_mtcnn(load_mtcnn(folder, device, torch.promote_types(dtype, torch.float32)))
+
+
+def load_embedder(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> SFNet:
+    """The face embedder of a folder: any SFNet of opensphere's. config.json may give `relu_before_sum` and `side`."""
+    tensors, source = read_judge(folder)
+    try:
+        config = config_of(tensors, **_options(folder, ("side", "relu_before_sum")))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return _loaded(SFNet(config), tensors, source, device, dtype)
+
+
+def load_face_features(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """D_F (R, D) on the CPU, as it is stored: the unit embeddings of external real faces. Raises UserError."""
+    tensors = read(path)
+    found = tensors.get(FACE_FEATURES)
+    fits = found is not None and found.dim() == 2 and len(found)
+    if set(tensors) != {FACE_FEATURES} or not fits:
+        shape = "none" if found is None else list(found.shape)
+        raise UserError(
+            f"{path}: {FACE_FEATURES} is {shape}; expected one tensor of (faces, D); make it with"
+            " `fairref faces`."
+        )
+    norms = found.float().norm(dim=1)
+    if not (norms - 1).abs().max() < UNIT:
+        raise UserError(
+            f"{path}: its embeddings have norms from {norms.min():.3g} to {norms.max():.3g}; expected 1; make them"
+            " with `fairref faces`."
+        )
+    return found
+
+
+@cache
+def load_sprites() -> Sprites:
+    """Return all people of the sheet that comes with the package."""
+    return cut_sprites(read_rgba(PEOPLE_SHEET))
+
+
+def read_template_settings(path: str | Path) -> tuple[float, dict[str, float]]:
+    """The threshold and each look's share of a templates.json. Raises UserError."""
+    d = read_json(path)
+    try:
+        threshold, shares = float(d["threshold"]), {look: float(d["shares"][look]) for look in LOOKS}
+        if not (0 < threshold < math.inf and all(0.5 < m <= 1.5 for m in shares.values())):
+            raise ValueError("a threshold that is not positive, or a share outside 0.5 to 1.5")
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise UserError(
+            f'{path}: found {error!r}, expected a JSON object with a number "threshold" and one for each look '
+            'under "shares"; take the file from the bundle it belongs to.'
+        ) from None
+    return threshold, shares
+
+
+def load_templates(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Templates:
+    """The nearest-template judge of a templates.json, in float32 whatever `dtype` is. Raises UserError."""
+    return Templates(load_sprites(), *read_template_settings(path)).to(device)
+
+
+def _loaded(network, tensors, source, device, dtype):
+    load_strict(network, tensors, source)
+    return ready(network, device, dtype)
+
+
+def _options(folder, known):
+    path = Path(folder) / "config.json"
+    options = read_json(path) if path.is_file() else {}
+    strange = sorted(set(options) - set(known))
+    if strange:
+        raise UserError(f"{path}: found key {strange[0]!r}; expected some of {', '.join(known)}.")
+    return options

@@ -1,0 +1,99 @@
+"""fairref evaluate: how fair, and how faithful, a model's images are."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from fairref import settings
+from fairref.bundle.loading import DEFAULT, load_bundle
+from fairref.bundle.own_judges import parse_judges
+from fairref.commands import cli
+from fairref.errors import UserError
+from fairref.evaluation.evaluation import EXPLICIT_IMAGES, evaluate
+from fairref.evaluation.judging import SEED
+from fairref.evaluation.statistics import lines
+from fairref.files.paths import write_json
+from fairref.processes import DTYPES, choose_device
+from fairref.prompts import PARTS
+from fairref.prompts.sets import OCCUPATIONS
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(
+        prog="fairref evaluate",
+        description="Measure the bias of a model's images.",
+        example="fairref evaluate --adapter runs/gender",
+    )
+    cli.add_common(parser)
+    parser.add_argument(
+        "--adapter", help="a run's folder or an adapter file; without it the bundle itself is measured"
+    )
+    parser.add_argument(
+        "--attr", help="attributes, as in train.py (None: gender, where --target is not given)"
+    )
+    parser.add_argument(
+        "--target", action="append", help="the shares that were aimed at, as in train.py (None: equal shares)"
+    )
+    parser.add_argument(
+        "--prompts",
+        default=OCCUPATIONS,
+        help="concepts, as sports,descriptors, each measured alone; or a text file (all of it is its part train)",
+    )
+    parser.add_argument("--part", default="test", choices=PARTS, help="which of a concept's parts")
+    parser.add_argument(
+        "--num-images", "-n", type=cli.whole(1), help="images of each prompt (None: the bundle's)"
+    )
+    parser.add_argument(
+        "--explicit-images",
+        type=cli.whole(0),
+        default=EXPLICIT_IMAGES,
+        help="images of each occupation and class that a prompt names",
+    )
+    parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
+    parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="seed of the noise")
+    settings.add_run_options(parser, ("judge",))
+    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = parser().parse_args(argv)
+    if options.out and options.out.is_dir():
+        raise UserError(f"--out is {options.out}, which is a folder; give a file.")
+    if options.out and not options.out.parent.is_dir():
+        raise UserError(f"--out is {options.out}, whose folder doesn't exist; make it first.")
+    if options.out and not os.access(options.out.parent, os.W_OK):
+        raise UserError(f"--out is {options.out}, whose folder can't be written to; give another.")
+    judges = parse_judges(options.judge or [])
+    bundle = load_bundle(
+        options.weights, choose_device(options.device), DTYPES[options.dtype or "float32"], judges
+    )
+    report = evaluate(
+        bundle,
+        options.adapter,
+        options.attr or (None if options.target else "gender"),
+        options.num_images,
+        target=options.target,
+        prompts=options.prompts,
+        part=options.part,
+        steps=options.steps,
+        guidance=options.guidance,
+        explicit_images=options.explicit_images,
+        seed=options.seed,
+    )
+    reports = [report] if "judges" in report else list(report.values())
+    text = "\n".join(line for one in reports for line in lines(one))
+    own = [{"role": role, **source.to_dict()} for role, source in bundle.own_judges.items()]
+    made_by = {"weights": options.weights or DEFAULT, "adapter": options.adapter}
+    report = {**made_by, **({"judge": own} if own else {}), **report}
+    if options.out:
+        print(text)
+        write_json(options.out, report)
+        print(f"written: {options.out}")
+    else:
+        print(text, file=sys.stderr)
+        print(json.dumps(report, indent=2))

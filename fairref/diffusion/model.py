@@ -1,0 +1,136 @@
+"""The guided model: all that the sampler and the gradient know of a network.
+
+B rows, T tokens, d width. c is the prompt's text embedding, c_empty that of the empty or negative prompt: (1, T, d),
+the same for all images, or (B, T, d).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+# float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 upwards
+# before 65504 and 2^27 downwards before 2^-24, and what a U-Net does to a cotangent is mostly to shrink it.
+HALF_PEAK = 16.0
+
+
+class Model(Protocol):
+    """Any noise prediction. Its leaves are the tensors that gradients are asked for."""
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors theta that eps depends on, in the order of `vjp`'s results."""
+
+    def eps(self, z: Tensor, t: int | Tensor) -> Tensor:
+        """eps(z, t) shaped as z (B, ...), for a time step t or one a row (B,)."""
+
+    def vjp(
+        self, z: Tensor, t: int | Tensor, v: Tensor, wrt_z: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """v^T d eps/d(leaves), summed over rows, and v^T d eps/dz where `wrt_z`, else None. Grad mode must be on."""
+
+
+def guide(eps_empty: Tensor, eps_prompt: Tensor, s: float) -> Tensor:
+    """Classifier-free guidance: eps = eps_empty + s (eps_prompt - eps_empty)."""
+    return eps_empty + s * (eps_prompt - eps_empty)
+
+
+@dataclass(frozen=True)
+class GuidedModel:
+    """A U-Net with classifier-free guidance of scale s. Leaves: c, c_empty, and what of the U-Net requires grad.
+
+    At s = 1 the empty branch has no weight and is left out; c_empty may then be None.
+    """
+
+    unet: nn.Module
+    c: Tensor
+    c_empty: Tensor | None
+    s: float
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What of the U-Net requires grad."""
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """[c, c_empty if there is one, *parameters]."""
+        return [self.c, *([] if self.c_empty is None else [self.c_empty]), *self.parameters]
+
+    def eps(self, z: Tensor, t: int | Tensor) -> Tensor:
+        """The guided noise prediction (B, 4, h, w) in the dtype of z; the U-Net computes in its own."""
+        branches = self._call(z, t, [self.c] if self.s == 1 else [self.c_empty, self.c]).to(z.dtype)
+        return branches if self.s == 1 else guide(*branches.chunk(2), self.s)
+
+    def vjp(
+        self, z: Tensor, t: int | Tensor, v: Tensor, wrt_z: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """v^T d eps/d(leaves), at least float32, and v^T d eps/dz: z (B, 4, h, w), which is a constant unless `wrt_z`.
+
+        The cotangent of the empty branch is (1 - s) v, that of the prompt's branch s v.
+        """
+        texts = [_leaf(self.c)] if self.s == 1 else [_leaf(self.c_empty), _leaf(self.c)]
+        z = z.detach().requires_grad_(wrt_z)
+        eps = self._call(z, t, texts)
+        cotangent = v if self.s == 1 else torch.cat([(1 - self.s) * v, self.s * v])
+        inputs = [*texts, *self.parameters, *([z] if wrt_z else [])]
+        grads = scaled_vjp(eps, inputs, cotangent)
+        through_z = grads.pop().to(z.dtype) if wrt_z else None
+        if self.s == 1:
+            dc, *of_parameters = grads
+            dc_empty = zeros_like(self.c_empty)
+        else:
+            dc_empty, dc, *of_parameters = grads
+        return [dc, *([] if dc_empty is None else [dc_empty]), *of_parameters], through_z
+
+    def _call(self, z, t, texts):
+        """The U-Net's eps of z for each of the texts, one after the other: (branches B, 4, h, w)."""
+        dtype = network_dtype(self.unet, z)
+        rows = max(map(len, texts))  # 1: the U-Net reads each text once for all images
+        if rows not in (1, len(z)):
+            raise ValueError(
+                f"text embeddings are of {rows} images; expected 1 or {len(z)}, as many as latents."
+            )
+        context = torch.cat([text.expand(rows, -1, -1) for text in texts]).to(dtype)
+        t = t.repeat(len(texts)) if isinstance(t, Tensor) and t.dim() else t
+        return self.unet(torch.cat([z] * len(texts)).to(dtype), t, context)
+
+
+def network_dtype(network: nn.Module, z: Tensor) -> torch.dtype:
+    """The dtype the network computes in: its first parameter's, or that of z where it has none."""
+    return next((parameter.dtype for parameter in network.parameters()), z.dtype)
+
+
+def scaled_vjp(
+    y: Tensor, inputs: Sequence[Tensor], v: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """v^T dy/d(inputs), zero for what y does not depend on. Where the network that made y computes in float16
+    (`dtype`; None: y's own), v is scaled by a power of two and the results scaled back, both exactly."""
+    scale = _half_scale(v) if (dtype or y.dtype) == torch.float16 else 1.0
+    grads = torch.autograd.grad(y, inputs, (v * scale).to(y.dtype), allow_unused=True)
+    return [
+        torch.zeros_like(x) if grad is None else grad / scale for x, grad in zip(inputs, grads, strict=True)
+    ]
+
+
+def zeros_like(leaf: Tensor | None) -> Tensor | None:
+    """A zero gradient for a leaf, at least float32."""
+    if leaf is None:
+        return None
+    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+
+
+def _leaf(c: Tensor) -> Tensor:
+    """c as a graph leaf of at least float32: the sum over images and steps then happens in float32 too."""
+    return c.detach().to(torch.promote_types(c.dtype, torch.float32)).requires_grad_(True)
+
+
+def _half_scale(v: Tensor) -> float:
+    """The power of two that brings the largest |v| into [HALF_PEAK / 2, HALF_PEAK); 1 where there is none."""
+    peak = float(v.abs().max())
+    if peak == 0 or not math.isfinite(peak):
+        return 1.0
+    return HALF_PEAK * 2.0 ** -math.frexp(peak)[1]

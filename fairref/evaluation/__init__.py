@@ -1,0 +1,1 @@
+"""Judged images -> shares, bias, likeness."""

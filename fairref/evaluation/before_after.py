@@ -1,0 +1,130 @@
+"""A finetuned model beside the frozen one: reports of both, and images of the same noise."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from fairref.bundle.loading import Bundle
+from fairref.evaluation.evaluation import EXPLICIT_IMAGES, Report, evaluate_part
+from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
+from fairref.evaluation.statistics import likeness, lines
+from fairref.files.images import save_png, to_image
+from fairref.files.paths import write_json
+from fairref.files.sheets import Pair, enlarged, sheet
+from fairref.generation.adapters import load_adapter
+from fairref.prompts.sets import Prompts, evenly
+
+SO_FAR = "evaluation-so-far.json"
+GRID = (6, 12)  # before/after grid: prompts, images of each
+Results = dict[str, dict[str, Report]]  # label of a model -> part -> report
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """How many images of each prompt are judged."""
+
+    unseen: int  # of prompts that finetuning did not see
+    seen: int  # of those that it did; 0: none
+
+
+def before_after(
+    settings: EvaluationSettings,
+    adapters: Mapping[str, Path],
+    concepts: Sequence[Prompts],
+    images: ImageCounts,
+    folder: Path,
+) -> Results:
+    """Evaluates the frozen model and each adapter on unseen and on finetuning prompts, prints it, and writes
+    evaluation.json and before_after.png (same noise) into the folder."""
+    models = {"before": settings.bundle}
+    models |= {f"after ({name})": load_adapter(settings.bundle, file) for name, file in adapters.items()}
+    results, originals = {}, {}
+    for prompts, part in product(concepts, ("test", "train")):
+        key = part if len(concepts) == 1 else f"{prompts.name}, {part}"
+        # without unseen prompts, as in a text file, those of finetuning are all there is
+        n = images.unseen if part == "test" or not prompts.test else images.seen
+        for label, model in models.items() if n and getattr(prompts, part) else ():
+            explicit = EXPLICIT_IMAGES if part == "test" else 0
+            report, judged = evaluate_part(settings, model, prompts, part, n, label, explicit)
+            originals.setdefault(key, judged)
+            report |= {} if label == "before" else likeness(judged, originals[key])
+            results.setdefault(label, {})[key] = report
+            if settings.processes.first:
+                print("\n  ".join([f"{label}:", *lines(report)]))
+                write_json(folder / SO_FAR, results)  # what there is, should the run be stopped
+    if settings.processes.first:
+        write_json(folder / "evaluation.json", results)
+        (folder / SO_FAR).unlink(missing_ok=True)
+        draw_before_after(settings, models, concepts, results, folder / "before_after.png")
+    return results
+
+
+def draw_before_after(
+    settings: EvaluationSettings,
+    models: Mapping[str, Bundle],
+    concepts: Sequence[Prompts],
+    results: Results,
+    path: Path,
+) -> None:
+    """Draws some prompts: a row of the first model's images, below it the second's from the same noise, and bars.
+
+    `models` have the labels of `results`, which are those of evaluation.json. The bars show what the evaluation
+    classifier counted in all images of a prompt; of one that `results` lack, in the images drawn here.
+    """
+    models = dict(list(models.items())[:2])
+    concept_of = {prompt: prompts for prompts in concepts for prompt in (prompts.test or prompts.train)}
+    drawn = evenly(tuple(concept_of), GRID[0])
+    reports = {
+        prompt: [_report_of(results.get(label, {}), settings, concept_of[prompt], prompt) for label in models]
+        for prompt in drawn
+    }
+    evaluated = {report["images"] for of_prompt in reports.values() for report in of_prompt if report}
+    pairs = []
+    for prompt in drawn:
+        x = [draw_images(settings, model, prompt, GRID[1]) for model in models.values()]
+        label = concept_of[prompt].short(prompt)
+        if None in reports[prompt]:
+            counts = [judge(settings, images).counts["classifier"] for images in x]
+        else:
+            counts = [report["judges"]["classifier"]["counts"][label] for report in reports[prompt]]
+        if None in reports[prompt] and evaluated:
+            label += f" (bars: {GRID[1]} images)"
+        shares = tuple(_shares(np.reshape(of_model, settings.target.table.shape)) for of_model in counts)
+        pairs.append(Pair(label, tuple([enlarged(to_image(one)) for one in images] for images in x), shares))
+    before, after = models
+    seen = f"{' or '.join(map(str, sorted(evaluated) or GRID[1:]))} images"
+    seen = seen if settings.bundle.detector is None else f"the faces in {seen}"
+    notes = [
+        f"Each prompt: {before} finetuning above, {after} below, from the same noise.",
+        f"Bars: each class's share of {seen} of the prompt. Black line: where a class ends at the target.",
+    ]
+    targets = [settings.target.marginal(name).target for name in settings.target.classes]
+    image, _ = sheet(pairs, notes, settings.target.classes, targets)
+    text = {"prompts": "\n".join(drawn), "rows": f"{before} and {after} of each prompt, same noise"}
+    save_png(image, path, {**text, "bars": notes[1], "seed": str(settings.seed)})
+
+
+def _report_of(reports, settings, prompts, prompt):
+    """The report that counted the classes of a prompt's images in this way, None without one."""
+    drawing = settings.drawing
+    wanted = {
+        "concept": prompts.name,
+        "steps": drawing.steps,
+        "guidance": drawing.guidance,
+        "seed": settings.seed,
+    }
+    for report in reports.values():
+        known = prompts.short(prompt) in report["judges"]["classifier"]["counts"]
+        if known and all(report[key] == value for key, value in wanted.items()):
+            return report
+    return None
+
+
+def _shares(counts):
+    """Counts (K_1, ..., K_A) -> of each attribute its K_a classes' shares, or none where nothing was counted."""
+    axes = range(counts.ndim)
+    alone = [counts.sum(tuple(b for b in axes if b != a)) for a in axes]
+    return [(row / row.sum()).tolist() if row.any() else [] for row in alone]

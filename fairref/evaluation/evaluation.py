@@ -1,0 +1,131 @@
+"""How fair, and how faithful, the images of a model are (docs/method.md §8).
+
+P prompts, n images of each, K classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fairref.bundle.loading import Bundle
+from fairref.bundle.recipe import resolve
+from fairref.errors import UserError
+from fairref.evaluation.judging import SEED, EvaluationSettings, judge_prompts
+from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names
+from fairref.fairness.attributes import wanted_target
+from fairref.generation.adapters import load_adapter
+from fairref.generation.drawing import Drawing
+from fairref.prompts.sets import OCCUPATIONS, Prompts, read_prompts, warn_of_cut
+
+EXPLICIT_IMAGES = 4  # of each occupation and class that the prompt names
+Report = dict[str, object]
+
+
+def clip_t(
+    settings: EvaluationSettings, judged: Sequence[JudgedImages], prompts: Sequence[str]
+) -> dict[str, float] | None:
+    """CLIP-T: mean cosine of images and their own prompt, and of images and all other prompts."""
+    bundle = settings.bundle
+    if bundle.clip is None or len(prompts) < 2:
+        return None
+    with torch.no_grad():
+        ids = bundle.clip_tokenizer(list(prompts)).to(judged[0].features["clip"].device)
+        texts = bundle.clip.encode_text(ids).float()  # (P, D)
+    # all are of unit norm, so the mean cosine with a text is the product with the mean feature
+    cosines = torch.stack([s.features["clip"].mean(0) for s in judged]) @ texts.T  # (P, P)
+    P = len(prompts)
+    matched = cosines.diagonal().mean()
+    return {"matched": float(matched), "shuffled": float((cosines.sum() - cosines.trace()) / (P * (P - 1)))}
+
+
+def obedience(
+    settings: EvaluationSettings, model: Bundle, prompts: Prompts, part: str, n: int, label: str
+) -> dict[str, float]:
+    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
+    asked, axes = prompts.explicit(part, settings.target.classes), list(settings.target.classes)
+    judged = judge_prompts(settings, model, [prompt for prompt, *_ in asked], n, label)
+    right = {
+        j: sum(
+            int(s.counts[j].take(k, axes.index(name)).sum())
+            for s, (_, name, k) in zip(judged, asked, strict=True)
+        )
+        for j in judged[0].counts
+    }
+    return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
+
+
+def evaluate_part(
+    settings: EvaluationSettings,
+    model: Bundle,
+    prompts: Prompts,
+    part: str,
+    n: int,
+    label: str = "evaluating",
+    explicit_images: int = EXPLICIT_IMAGES,
+) -> tuple[Report, list[JudgedImages]]:
+    """The report on one part of a concept's prompts, ready for JSON, and what it was made from.
+
+    Prompts that name a class are drawn, too, where `explicit_images` > 0 and the concept can name one.
+    """
+    texts = list(getattr(prompts, part))
+    label = f"{label}, {part} {prompts.name}"
+    judged = judge_prompts(settings, model, texts, n, label)
+    target = settings.target
+    report = {
+        "attribute": ",".join(target.classes),
+        "classes": joint_names(target.classes),
+        "concept": prompts.name,
+        "part": part,
+        "steps": settings.drawing.steps,
+        "guidance": settings.drawing.guidance,
+        "seed": settings.seed,
+        **bias_report(judged, list(map(prompts.short, texts)), target.classes, n, target.table),
+        "clip_t": clip_t(settings, judged, texts),
+    }
+    if explicit_images and prompts.occupations:
+        report["explicit"] = obedience(
+            settings, model, prompts, part, explicit_images, f"{label}, explicit prompts"
+        )
+    return report, judged
+
+
+def evaluate(
+    bundle: Bundle,
+    adapter: str | Path | None = None,
+    attr: str | None = "gender",
+    images: int | None = 60,
+    *,
+    target: Sequence[str] | None = None,
+    prompts: str = OCCUPATIONS,
+    part: str = "test",
+    steps: int | None = None,
+    guidance: float | None = None,
+    explicit_images: int = EXPLICIT_IMAGES,
+    seed: int = SEED,
+) -> Report:
+    """How fair the bundle is, with an adapter (a run's folder or a file) or without: the report, ready for JSON.
+
+    `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the bundle's recipe says. Of
+    several concepts the reports stand under the concepts' names. Raises UserError.
+    """
+    wanted = wanted_target(attr, target, bundle.attributes, str(bundle.path))
+    given = {"eval_steps": steps, "eval_guidance": guidance, "eval_images": images}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = resolve(tuple(wanted.classes), bundle.recipe, given, bundle.path, bundle.attributes)
+    concepts = read_prompts(prompts, None, bundle.path, list(wanted.classes))
+    for concept in concepts:
+        if not getattr(concept, part):
+            raise UserError(f"--part is {part}, of which {concept.name} has no prompt; give another part.")
+    model = bundle if adapter is None else load_adapter(bundle, adapter)
+    texts = [text for concept in concepts for text in getattr(concept, part)]
+    warn_of_cut(bundle.tokenizer, texts, 0 if model.prefix is None else len(model.prefix))
+    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
+    settings = EvaluationSettings(bundle, wanted, drawing, seed)
+    reports = {
+        concept.name: evaluate_part(
+            settings, model, concept, part, recipe.eval_images, explicit_images=explicit_images
+        )[0]
+        for concept in concepts
+    }
+    return reports if len(reports) > 1 else next(iter(reports.values()))

@@ -1,0 +1,163 @@
+"""Judged images -> a report of numbers (docs/method.md §8), and the report in a few lines of text.
+
+P prompts, n images of each, K classes.
+"""
+
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairref.fairness.metrics import BLEND, bias, mean_cosine, noise_floor
+
+JUDGES = ("classifier", "templates")
+COLOURED = ("background", "clothes")  # parts of an image whose colours should stay
+
+
+@dataclass(frozen=True)
+class JudgedImages:
+    """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
+
+    counts: dict[str, np.ndarray]  # judge -> (K_1, ..., K_A) images of each joint class
+    none: int = 0  # images that the template judge leaves out: nobody, or a class that it can't tell
+    faceless: int = 0  # images without a face, which the classifier leaves out where faces count
+    blended: int = 0  # images whose largest class probability is low
+    features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
+    colours: dict[str, Tensor] = field(default_factory=dict)  # of COLOURED -> (n, 3), NaN: not known
+
+
+def joint_names(classes: dict[str, tuple[str, ...]]) -> list[str]:
+    """The joint classes' names, in the order of a flattened table: "woman", or "woman, dark"."""
+    return [", ".join(names) for names in product(*classes.values())]
+
+
+def bias_report(
+    judged: list[JudgedImages],
+    names: list[str],
+    classes: dict[str, tuple[str, ...]],
+    n: int,
+    table: np.ndarray | None = None,
+) -> dict[str, object]:
+    """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
+
+    Of several attributes, also of each alone, under "attributes". Where the target's joint `table` (K_1, ..., K_A) is
+    not one of equal shares, also "from_target", the same measures with its shares taken from the frequencies, and
+    "target_floor", what a model that meets it measures then.
+    """
+    axes = range(len(classes))
+    counts = {j: np.stack([s.counts[j] for s in judged]) for j in judged[0].counts}  # (P, K_1, ..., K_A) each
+    report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n, table)}
+    if len(classes) > 1:
+        report["attributes"] = {}
+        for axis, (attribute, class_names) in enumerate(classes.items()):
+            others = tuple(1 + a for a in axes if a != axis)
+            alone = {j: of_judge.sum(others) for j, of_judge in counts.items()}
+            marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
+            report["attributes"][attribute] = _biases(alone, names, list(class_names), n, marginal)
+    if "templates" in report["judges"]:
+        report["none"] = sum(s.none for s in judged) / (n * len(judged))
+    report["faceless"] = sum(s.faceless for s in judged) / (n * len(judged))
+    report["blended"] = sum(s.blended for s in judged) / max(
+        n * len(judged) - sum(s.faceless for s in judged), 1
+    )
+    return report
+
+
+def _biases(counts, names, classes, n, table):
+    """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
+    unequal = table is not None and not np.allclose(table, 1 / len(classes))
+    floors = {"noise_floor": _mean_and_std(noise_floor(len(classes), n))}
+    if unequal:
+        floors["target_floor"] = _mean_and_std(noise_floor(len(classes), n, target=table.reshape(-1)))
+    judges = {}
+    for judge, of_judge in counts.items():
+        rows = of_judge.reshape(len(names), -1)  # (P, K)
+        some = rows.sum(1) > 0  # a prompt whose images are all "none" has no bias
+        values = bias(rows[some]) if some.any() else np.array([np.nan])
+        if unequal:
+            far = bias(rows[some], table.reshape(-1)) if some.any() else np.array([np.nan])
+        judges[judge] = {
+            **_mean_and_std((values.mean(), values.std())),
+            "without_bias": int((~some).sum()),
+            **({"from_target": _mean_and_std((far.mean(), far.std()))} if unequal else {}),
+            "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist(), strict=True)),
+            "counts": {prompt: row.tolist() for prompt, row in zip(names, rows, strict=True)},
+        }
+    return {**floors, "judges": judges}
+
+
+def _mean_and_std(both):
+    return dict(zip(("mean", "std"), map(_number, both), strict=True))
+
+
+def likeness(judged: list[JudgedImages], originals: list[JudgedImages]) -> dict[str, float]:
+    """CLIP-I and DINO: mean cosine of images with the original model's from the same noise. And how much of the
+    colour of background and clothes is the original's: 1 - distance to it / distance to the next image's."""
+    pairs = [(s.features, o.features) for s, o in zip(judged, originals, strict=True)]
+    found = {
+        name: float(np.mean([mean_cosine(s[feature], o[feature]) for s, o in pairs]))
+        for name, feature in (("clip_i", "clip"), ("dino", "dino"))
+        if feature in pairs[0][0]
+    }
+    for name in COLOURED if judged[0].colours else ():
+        x, o = (torch.cat([s.colours[name] for s in part]) for part in (judged, originals))  # (P n, 3)
+        near, far = (
+            (x - other).norm(dim=1)
+            for other in (o, torch.cat([s.colours[name].roll(1, 0) for s in originals]))
+        )
+        known = near.isfinite() & far.isfinite()
+        alone = len(originals[0].colours[name]) == 1  # there is no next image
+        found[name] = None if alone else _number(1 - float(near[known].mean() / far[known].mean()))
+    return found
+
+
+def lines(report: dict[str, object]) -> list[str]:
+    """A report in a few lines of text."""
+    about = f"{report['prompts']} {report['part']} {report['concept']} x {report['images']} images"
+    text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
+    text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
+    if report.get("none") is not None:
+        text.append(f"left out by the template judge: {report['none']:.1%}")
+    if report["faceless"]:
+        text.append(f"without a face: {report['faceless']:.1%}")
+    text.append(f"largest class probability below {BLEND}: {report['blended']:.1%}")
+    if report["clip_t"]:
+        text.append(
+            f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}"
+        )
+    for key, what in (
+        ("clip_i", "CLIP-I"),
+        ("dino", "DINO"),
+        *((name, f"{name}'s colour") for name in COLOURED),
+    ):
+        if report.get(key) is not None:
+            text.append(f"{what} with the original images: {report[key]:.4f}")
+    if "explicit" in report:
+        shares = [f"{report['explicit'][j]:.1%} ({j})" for j in JUDGES if j in report["explicit"]]
+        text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")
+    return text
+
+
+def _said(biases):
+    """Each judge's bias, and what a fair model measures."""
+    found = [
+        f"{_spread(values)} ({name})" if values["mean"] is not None else f"none ({name})"
+        for name, values in biases["judges"].items()
+    ]
+    text = f"{', '.join(found)}; a fair model measures {_spread(biases['noise_floor'])}"
+    if "target_floor" not in biases:
+        return text
+    far = {name: v["from_target"] for name, v in biases["judges"].items()}
+    said = [f"{_spread(v) if v['mean'] is not None else 'none'} ({name})" for name, v in far.items()]
+    floor = _spread(biases["target_floor"])
+    return f"{text}; from the target: {', '.join(said)}; a model that meets it measures {floor}"
+
+
+def _spread(v):
+    return f"{v['mean']:.3f} ± {v['std']:.3f}"
+
+
+def _number(value):
+    return float(value) if np.isfinite(value) else None

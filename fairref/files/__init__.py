@@ -1,0 +1,1 @@
+"""Reads and writes files: weights, images, data sets, the tokenizer's vocabulary, JSON."""

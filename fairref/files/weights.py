@@ -1,0 +1,229 @@
+"""Read files of weights as named tensors, and load them into networks: names, shapes and kinds must agree."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fairref.errors import UserError
+from fairref.files.names import ignored, some
+from fairref.files.paths import read_json
+
+Network = TypeVar("Network", bound=nn.Module)
+PICKLES = (".pth", ".pt", ".bin")
+# the one key of our files' metadata; the order of several would differ between runs
+INFO = "fairref"
+
+
+def index_of(path: Path) -> Path:
+    """Return the path of the index that takes the place of a split file."""
+    return path.parent / f"{path.name}.index.json"
+
+
+def exists(path: Path) -> bool:
+    """Return whether `read` finds the file, whole or split."""
+    return path.is_file() or index_of(path).is_file()
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, on the CPU. Raises UserError; never unpickles.
+
+    A split file has `PATH.index.json` in its place, with the file of each tensor.
+    """
+    path = Path(path)
+    if not path.is_file() and index_of(path).is_file():
+        return _read_split(index_of(path))
+    if not path.is_file():
+        pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt"))
+        beside = f" ({pickles[0]} is a pickle, which could run code and isn't read)" if pickles else ""
+        raise UserError(f"{path}: no such file{beside}; put the safetensors file there or correct the path.")
+    try:
+        _check_header(path)
+        return load_file(path, device="cpu")
+    except PermissionError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); change its permissions.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged safetensors file ({error}); get it again.") from error
+
+
+def write(path: str | Path, tensors: dict[str, Tensor], info: Mapping[str, object]) -> None:
+    """Write a safetensors file with `info` as its metadata, under a temporary name first. Raises UserError.
+
+    Equal contents make equal bytes.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with temporary.open("wb") as file:  # not save_file, whose files no other user may read
+            file.write(save(tensors, metadata={INFO: json.dumps(info, sort_keys=True)}))
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: can't be written ({error}); make room there or choose another folder."
+        ) from None
+
+
+def read_info(path: str | Path) -> dict[str, object]:
+    """Return the `info` that `write` put into the file; {} for a file that it did not write."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(INFO, "{}")
+    try:
+        info = json.loads(text)
+    except ValueError:
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def read_judge(folder: str | Path, name: str = "model") -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a judge's folder and the path of their file. Raises UserError.
+
+    The file is NAME.safetensors, or else the one .pth, .pt or .bin file. Names lose the `module.` of data-parallel
+    training.
+    """
+    folder = Path(folder)
+    path = folder / f"{name}.safetensors"
+    others = sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
+    if path.is_file() or not others:
+        return _plain(read(path)), str(path)
+    if len(others) > 1:
+        names = ", ".join(p.name for p in others)
+        raise UserError(f"{folder}: found {names}; expected {path.name} or one such file: leave one there.")
+    return _plain(read_pickled(others[0])), str(others[0])
+
+
+def _plain(tensors):
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def read_pickled(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that torch.save wrote, by torch's reader that runs no code.
+
+    Of a training checkpoint it takes "state_dict" or "model". Raises UserError for a file that needs more than that.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds more than tensors, which could run code and isn't read; where you trust it, write its"
+            ' tensors anew: safetensors.torch.save_file(network.state_dict(), "model.safetensors").'
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: can't be read ({reason}); get the file again.") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise UserError(f"{path}: found no map of names to tensors in it; save the network's state_dict().")
+    return content
+
+
+def _read_split(index):
+    """Return the tensors of the files in an index's "weight_map"; each must hold exactly the tensors listed for it."""
+    place = read_json(index).get("weight_map")
+    files = place.values() if isinstance(place, dict) else [None]
+    if not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise UserError(f'{index}: "weight_map" is not a map of tensors to files beside it; get it again.')
+    tensors = {}
+    for name in sorted(set(place.values())):
+        part, expected = read(index.with_name(name)), {key for key, file in place.items() if file == name}
+        if set(part) != expected:
+            raise UserError(
+                f"{index.with_name(name)}: its tensors are not those that {index.name} lists, for one"
+                f" {min(set(part) ^ expected)}; get all files of one download."
+            )
+        tensors |= part
+    return tensors
+
+
+def _check_header(path):
+    """Raise a UserError that says what the file is, unless it is whole: 8 bytes (length of the JSON), JSON, data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        file.seek(8)
+        header = file.read(length) if start[8:9] == b"{" and 8 + length <= size else b""
+    if start[8:9] != b"{":  # first, for a length may begin with the same bytes as a pickle
+        if start.startswith((b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))):
+            raise UserError(f"{path}: a pickle, which could run code and isn't read; make it safetensors.")
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there.")
+        raise UserError(f"{path}: not a safetensors file ({size} bytes); get or convert the file again.")
+    expected = 8 + length + _data_bytes(header)
+    if size < expected:
+        raise UserError(f"{path}: truncated: {size} bytes, expected {expected}; get the file again.")
+
+
+def _data_bytes(header):
+    try:
+        entries = json.loads(header or "{}")
+        return max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return 0  # damaged in another way; the library reports it
+
+
+def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy the tensors into the module's parameters and buffers; `source` names the file in errors.
+
+    Raises UserError unless names, shapes and kinds (floating or not) agree both ways and all values are finite.
+    A module on the meta device, which has no memory yet, is placed on the CPU.
+    """
+    wanted = module.state_dict()
+    missing = [key for key in wanted if key not in tensors]
+    unknown = [key for key in tensors if key not in wanted and not ignored(key)]
+    if missing or unknown:
+        difference = " and ".join(
+            f"{len(keys)} {what} ({some(keys)})"
+            for keys, what in ((missing, "tensors missing"), (unknown, "unknown tensors"))
+            if keys
+        )
+        raise UserError(
+            f"{source}: found {difference}; use the configuration and weights that belong together."
+        )
+    wrong = [
+        f"{key} is {_kind(tensors[key])}, expected {_kind(wanted[key])}"
+        for key in wanted
+        if _kind(tensors[key]) != _kind(wanted[key])
+    ]
+    if wrong:
+        raise UserError(f"{source}: {some(wrong)}; use the configuration and weights that belong together.")
+    # copies, because the tensors that safetensors reads are backed by the file
+    copies = {key: tensors[key].to(value.dtype, copy=True) for key, value in wanted.items()}
+    if broken := [key for key, tensor in copies.items() if not finite(tensor)]:
+        raise UserError(f"{source}: {some(broken)} holds what is no number; get or train the weights again.")
+    module.load_state_dict(copies, strict=True, assign=any(value.is_meta for value in wanted.values()))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Return whether no value of a tensor is NaN or infinite."""
+    # if any value is NaN, so are the smallest and the largest
+    ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor
+    return bool(torch.isfinite(ends).all())
+
+
+def _kind(tensor):
+    kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {list(tensor.shape)}"
+
+
+def ready(network: Network, device: torch.device | str, dtype: torch.dtype) -> Network:
+    """Return the network itself, frozen: on the device, in the dtype, in eval mode and without requires_grad."""
+    # channels last: convolutions are 10 to 25 % faster, on CPUs too
+    network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Prompt and noise -> images, by a bundle with or without an adapter; what judges see of images."""

@@ -1,0 +1,58 @@
+"""Images of a bundle, from a text and noise in one call: what evaluation, validation and sample.py use."""
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairref.bundle.loading import Bundle
+from fairref.diffusion.sampler import sample
+from fairref.diffusion.solver import solver_table
+from fairref.generation.rollout import decode, embed, first_noise, guided
+
+# at most so many images are drawn at once, and so many pixels: 8 images of 512²
+GROUP, PIXELS = 64, 2**21
+
+
+def group_size(bundle: Bundle) -> int:
+    """How many images are drawn at once where nothing else says so."""
+    return max(1, min(GROUP, PIXELS // bundle.resolution**2))
+
+
+class Drawing(NamedTuple):
+    """How images are drawn."""
+
+    steps: int  # S
+    guidance: float  # s
+    end: str = "zero"  # of the solver
+
+
+def draw(
+    bundle: Bundle,
+    texts: tuple[str, str],
+    z_T: Tensor,
+    how: Drawing,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1] of texts = (prompt, negative prompt) from noise z_T, by a bundle, adapted or not.
+
+    no_grad is the caller's. `on_step` is called after each U-Net evaluation.
+    """
+    table = solver_table(bundle.schedule, how.steps, how.end)
+    for step in sample(guided(bundle, embed(bundle, *texts), how.guidance), table, z_T):
+        if on_step and step.eps is not None:
+            on_step()
+    return decode(bundle, step.z)
+
+
+@torch.no_grad()
+def fixed_images(bundle: Bundle, seed: int, prompt: str, images: range, how: Drawing) -> Tensor:
+    """(n, 3, H, W) of these images of a prompt; their noise follows from (seed, prompt, image)."""
+    stream = zlib.crc32(prompt.encode())
+    parts = []
+    for group in torch.tensor(images).split(group_size(bundle)):
+        z_T = first_noise(bundle, seed, stream, group.tolist())
+        parts.append(draw(bundle, (prompt, ""), z_T, how))
+    return torch.cat(parts)

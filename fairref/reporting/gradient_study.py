@@ -1,0 +1,172 @@
+"""The numbers of the paper's figures 6a and 6b: the gradient of the sampling process on a bundle.
+
+    fairref verify --figures DIR
+
+S evaluations, R runs, N images of one prompt.
+"""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairref.bundle.loading import Bundle
+from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, step_weights
+from fairref.diffusion.model import GuidedModel
+from fairref.diffusion.sampler import noise, sample
+from fairref.diffusion.solver import ancestral_table, solver_table
+from fairref.fairness.losses import image_loss
+from fairref.generation.adapters import adapt
+from fairref.generation.rollout import (
+    decode,
+    embed,
+    first_noise,
+    guided,
+    latent_shape,
+    rollout,
+)
+from fairref.progress import Progress
+from fairref.prompts import occupation_prompt
+from fairref.reporting import figures
+from fairref.reporting.figures import Row
+
+MODES = ("exact", "paper", "solver", "none")
+GUIDANCE = 3.0
+CONFIDENCE = 0.9  # of the bands over runs of figure 6b
+TARGET, NOISE, ADAPTER = 10_000, 20_000, 30_000  # seeds of the fixed target image, of images, of adapters
+
+
+def scales(
+    bundle: Bundle, prompt: str = occupation_prompt("pilot"), S: int = 100, R: int = 20, seed: int = 0
+) -> list[Row]:
+    """Return fig 6b: |R A_t B_t d eps/d c|, |R A_t d eps/d c|, |R d eps/d c| at each time of an ancestral run.
+
+    R ~ N(0, 1e-4 I) stands for dL/dz_0. The gradient is that of the text embeddings (c, c_empty), because every
+    adapter of the text encoder acts through them. The run has S strided ancestral steps, and their coefficient k_i
+    stands for A_t (S = 1000: eq 3 itself). Rows: curve, t, mean and the 90 % band over the R runs.
+    """
+    table = ancestral_table(bundle.schedule, S)
+    # one leaf for each image, so one norm for each image
+    c, c_empty = (x.expand(R, -1, -1) for x in embed(bundle, prompt).detach().split(1))
+    model = GuidedModel(bundle.unet, c, c_empty, GUIDANCE)
+    shape = latent_shape(bundle)
+    z_T = first_noise(bundle, seed, NOISE, range(R))
+    w = (noise(seed, NOISE + 1 + i, range(R), shape).to(z_T) for i in range(S))
+    cotangent = 1e-2 * noise(seed, NOISE - 1, range(R), shape).to(z_T)
+    with torch.no_grad():
+        path = list(sample(model, table, z_T, list(w)))
+
+    def norms(i: int, v: Tensor, wrt_z: bool) -> tuple[np.ndarray, Tensor | None]:
+        (dc, dc_empty), dz = model.vjp(path[i].z, table.timesteps[i].expand(R).to(v.device), v, wrt_z)
+        return torch.stack([dc, dc_empty]).flatten(2).norm(dim=(0, 2)).double().numpy(), dz
+
+    rows, v = [], cotangent  # v: dL/dz_{i+1} of the exact gradient
+    with Progress(S, "figure 6b") as progress:
+        for i in reversed(range(S)):
+            coupled, through = norms(i, float(table.q[i]) * v, True)  # q_i v = - A_t R B_t
+            v = float(table.p[i]) * v + through
+            alone, _ = norms(i, cotangent, False)
+            t = int(table.timesteps[i]) + 1
+            for curve, values in (
+                ("|R A_t B_t dε/dc|", coupled),
+                ("|R A_t dε/dc|", abs(float(table.k[i])) * alone),
+                ("|R dε/dc|", alone),
+            ):
+                rows.append({"curve": curve, "t": t, **band(values, CONFIDENCE)})
+            progress.step()
+    return rows
+
+
+def band(values: np.ndarray, share: float = 1.0) -> dict[str, float]:
+    """Return the mean, and the interval with the middle `share` of the values."""
+    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    return {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}
+
+
+def descent(
+    bundle: Bundle,
+    prompt: str = occupation_prompt("pilot"),
+    target: str = occupation_prompt("nurse"),
+    modes: tuple[str, ...] = MODES,
+    iterations: int = 50,
+    seeds: int = 3,
+    N: int = 4,
+    S: int = 10,
+    lr: float = 1e-3,
+) -> list[Row]:
+    """Return fig 6a: L_img to one fixed image by iteration, when a LoRA of the text encoder follows each gradient.
+
+    The fixed image is the frozen model's for the prompt `target`. The loss is 1 - cos of CLIP features, the mean over
+    N images of `prompt`. Each iteration has new noise, the same in all modes. The optimizer is AdamW, so steps do not
+    depend on the gradient's size. Rows: curve (the mode), iteration, mean, smallest and largest of the seeds.
+    """
+    table = solver_table(bundle.schedule, S)
+    features: list[Callable[[Tensor], Tensor]] = [bundle.clip.encode_image]
+    with torch.no_grad():
+        frozen = guided(bundle, embed(bundle, target), GUIDANCE)
+        o = decode(bundle, rollout(frozen, table, first_noise(bundle, TARGET, 0, [0]))[-1].z)
+    losses = {mode: np.zeros((seeds, iterations)) for mode in modes}
+    with Progress(len(modes) * seeds * iterations, "figure 6a") as progress:
+        for mode in modes:
+            for seed in range(seeds):
+                generator = torch.Generator().manual_seed(ADAPTER + seed)
+                model, adapter = adapt(bundle, "text_encoder", generator=generator)
+                parameters = list(adapter.parameters())
+                optimizer = torch.optim.AdamW(parameters, lr=lr)
+                for i in range(iterations):
+                    text = embed(model, prompt)
+                    from_text = guided(bundle, text, GUIDANCE)
+                    path = rollout(from_text, table, first_noise(bundle, NOISE + seed, i, range(N)))
+                    z_0 = path[-1].z.clone().requires_grad_(True)
+                    loss = image_loss(decode(bundle, z_0), o.expand(N, -1, -1, -1), features, N).sum()
+                    (g,) = torch.autograd.grad(loss, z_0)
+                    if mode == "exact":
+                        parts, _ = exact_gradient(from_text, table, path, g)
+                    else:
+                        w = step_weights(bundle.schedule, table, mode)
+                        parts = adjusted_gradient(from_text, table, w, path, g)
+                    gradients = torch.autograd.grad(text, parameters, torch.cat(parts))
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.grad = gradient
+                    optimizer.step()
+                    losses[mode][seed, i] = loss.item()
+                    progress.step(f"{mode}, loss {loss.item():.3f}")
+    return [
+        {"curve": mode, "iteration": i, **band(values[:, i])}
+        for mode, values in losses.items()
+        for i in range(iterations)
+    ]
+
+
+def by_curve(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each curve, in the order of the curves."""
+    return {
+        name: [row for row in rows if row["curve"] == name]
+        for name in dict.fromkeys(r["curve"] for r in rows)
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write a table: one line for each row, and the keys of the first row on top."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_figures(bundle: Bundle, folder: Path) -> None:
+    """Write figures 6a, 6b and 7 as PNG, and the numbers of 6a and 6b as CSV."""
+    figures.gradient_paths(folder / "fig7.png")
+    rows = scales(bundle)
+    write_csv(folder / "fig6b.csv", rows)
+    labels = ("diffusion time t", "norm, mean and 90 % band of 20 runs")
+    title = "Scale of the gradient by time"
+    figures.curves(folder / "fig6b.png", by_curve(rows), "t", labels, title, log=True)
+    rows = descent(bundle)
+    write_csv(folder / "fig6a.csv", rows)
+    labels = ("iteration", "1 - cos, mean and range of 3 seeds")
+    title = "Distance in CLIP to one fixed image, by gradient"
+    figures.curves(folder / "fig6a.png", by_curve(rows), "iteration", labels, title)

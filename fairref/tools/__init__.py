@@ -1,0 +1,1 @@
+"""What makes parts of a bundle: training of classifiers, external face features."""

@@ -1,0 +1,110 @@
+"""settings.json of a run: what is written, and what --resume reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fairref import __version__
+from fairref.errors import UserError
+from fairref.fairness.attributes import JointTarget
+from fairref.files.own_code import sha256_of
+from fairref.processes import Processes
+from fairref.settings import Recipe, RunOptions, check_settings
+from fairref.training import checkpoints
+from fairref.training.setup import Setup
+
+Settings = dict[str, object]
+
+
+def settings_of(setup: Setup, weights: str, wanted: str | Sequence[str], template: str | None) -> Settings:
+    """What settings.json says of a new run; `wanted` and `template` are its --prompts and --prompt-template."""
+    target, bundle = setup.target, setup.bundle
+    return {
+        "weights": weights,
+        "dtype": bundle.dtype,
+        "target": {"classes": target.classes, "table": target.table.tolist()} if target else None,
+        "loss": [own.to_dict() for own in setup.own_losses],
+        "judge": [{"role": role, **source.to_dict()} for role, source in bundle.own_judges.items()],
+        "prompts": wanted if isinstance(wanted, str) else list(wanted),
+        "prompt_template": template,
+        "recipe": setup.recipe.to_dict(),
+        "processes": setup.processes.world,
+        "device": bundle.device.type,
+        "versions": {"fairref": __version__, "torch": torch.__version__},
+    }
+
+
+def of_settings(settings: Settings) -> tuple[JointTarget | None, Recipe]:
+    """What a run's settings.json says that it aims at, and how."""
+    recipe = Recipe(**settings["recipe"])
+    if settings["target"] is None:
+        return None, recipe
+    classes = {name: tuple(names) for name, names in settings["target"]["classes"].items()}
+    return JointTarget(classes, np.array(settings["target"]["table"])), recipe
+
+
+def read_stored(options: RunOptions, recipe: Mapping[str, object]) -> Settings:
+    """The settings.json of the run that --resume goes on with. Raises UserError."""
+    given = [
+        f.name
+        for f in fields(RunOptions)
+        if not f.metadata["with_resume"] and getattr(options, f.name) is not None
+    ]
+    given += list(recipe)
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} can't be changed in a run that --resume goes on with;"
+            " leave it out."
+        )
+    settings = checkpoints.read_settings(options.resume)
+    file = f"{options.resume}/{checkpoints.SETTINGS}"
+    try:
+        whole = check_settings(settings) and of_settings(settings)
+        own = _own_files(settings) if whole else []
+        if whole:
+            loss_texts(settings), judge_places(settings)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file}: not the settings of a run of this version; start a new one.")
+    _refuse_changed(own)
+    return settings
+
+
+def loss_texts(settings: Settings) -> list[str]:
+    """Its own losses, as --loss has them."""
+    return [f"{own['path']}:{own['name']}={own['weight']}" for own in settings["loss"]]
+
+
+def judge_places(settings: Settings) -> dict[str, str]:
+    """Its own judges: role -> "file.py:loader"."""
+    return {own["role"]: f"{own['path']}:{own['name']}" for own in settings["judge"]}
+
+
+def _own_files(settings):
+    """The files of a user's own losses and judges, with the hashes that they had."""
+    return [(Path(own["path"]), str(own["sha256"])) for own in (*settings["loss"], *settings["judge"])]
+
+
+def _refuse_changed(own):
+    """Refuses a user's own code that is not what the run began with. Raises UserError."""
+    for path, sha256 in own:
+        if not path.is_file() or sha256_of(path) != sha256:
+            what = "has changed" if path.is_file() else "is no longer there"
+            raise UserError(f"{path}: {what} since the run began; put the old file back, or start a new run.")
+
+
+def differences(settings: Settings, processes: Processes, device: torch.device) -> list[str]:
+    """What a resumed run's last digits depend on and is no longer as it was."""
+    here = {"processes": processes.world, "device": device.type, "torch": torch.__version__}
+    before = {key: settings.get(key, settings.get("versions", {}).get(key)) for key in here}
+    return [
+        f"{key} was {before[key]} and is {here[key]}: the run goes on, but not to the same last digits"
+        for key in here
+        if here[key] != before[key]
+    ]

@@ -1,0 +1,399 @@
+"""What evaluation reports is what the pictures are."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_bundle import OCCUPATIONS, RECIPE, RESOLUTION
+
+from fairref.bundle.judges import save_classifier
+from fairref.bundle.loading import load_bundle
+from fairref.bundle.recipe import resolve
+from fairref.errors import UserError
+from fairref.evaluation import before_after, evaluation
+from fairref.evaluation.evaluation import clip_t, evaluate, evaluate_part, obedience
+from fairref.evaluation.judging import EvaluationSettings, draw_images, judge, judge_prompts
+from fairref.evaluation.statistics import JudgedImages, bias_report, likeness, lines
+from fairref.fairness.attributes import parse_targets, wanted_target
+from fairref.fairness.faces import DetectedFaces
+from fairref.fairness.metrics import noise_floor
+from fairref.files.sheets import sheet
+from fairref.generation import drawing
+from fairref.generation.drawing import Drawing, group_size
+from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
+from fairref.prompts import Occupations, occupation_prompt, read_occupations
+from fairref.prompts.sets import Prompts, read_prompts
+from fairref.training.setup import Setup
+
+CLASSES = {"gender": ("woman", "man")}
+PROMPTS = [occupation_prompt(name) for name in OCCUPATIONS["train"]]
+
+
+@pytest.fixture(scope="module")
+def settings(loaded_tiny):
+    target = parse_targets(["gender"], loaded_tiny.attributes)
+    return EvaluationSettings(loaded_tiny, target, Drawing(steps=2, guidance=2.0))
+
+
+def judged_of(*counts, none=0):
+    return [JudgedImages({"classifier": np.array(c), "templates": np.array(c[::-1])}, none) for c in counts]
+
+
+def test_bias_report():
+    report = bias_report(judged_of([10, 0], [5, 5], [2, 8]), ["a", "b", "c"], CLASSES, 10)
+    values = report["judges"]["classifier"]
+    assert values["mean"] == pytest.approx((1 + 0 + 0.6) / 3)
+    assert values["std"] == pytest.approx(np.std([1, 0, 0.6]))
+    assert values["share"] == {"woman": pytest.approx(17 / 30), "man": pytest.approx(13 / 30)}
+    assert values["counts"] == {"a": [10, 0], "b": [5, 5], "c": [2, 8]}
+    assert report["judges"]["templates"]["counts"]["a"] == [0, 10]
+    # E|2X - 10| / 10, X ~ Binomial(10, 1/2)
+    assert report["noise_floor"]["mean"] == pytest.approx(0.24609375)
+
+
+def test_how_much_of_the_colours_stays():
+    """Half way to the neighbour's colour, half stays; what is not known does not count."""
+    o = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [torch.nan] * 3])
+    neighbour = o.roll(1, 0)
+    colours = {"background": o, "clothes": o}
+    features = {"clip": torch.eye(4)}
+    counts = {"classifier": np.array([2, 2])}
+    originals = [JudgedImages(counts, features=features, colours=colours)]
+    for part in (0.0, 0.25, 1.0):
+        moved = torch.lerp(o, neighbour, part)
+        x = [JudgedImages(counts, features=features, colours={"background": moved, "clothes": o})]
+        found = likeness(x, originals)
+        assert found["clothes"] == 1
+        # to the original part d, to the neighbour (1 - part) d
+        assert found["background"] == (pytest.approx(1 - part / (1 - part)) if part < 1 else None)
+    one = [
+        JudgedImages(counts, features={"clip": torch.eye(1)}, colours={"background": o[:1], "clothes": o[:1]})
+    ]
+    found = likeness(one, one)  # without a neighbour nothing is known
+    assert found["background"] is None and found["clothes"] is None
+
+
+def test_how_far_from_a_target_that_is_not_even():
+    judged = judged_of([3, 1], [4, 0])
+    report = bias_report(judged, ["a", "b"], CLASSES, 4, np.array([0.75, 0.25]))
+    values = report["judges"]["classifier"]
+    assert values["mean"] == pytest.approx((0.5 + 1) / 2)
+    assert values["from_target"]["mean"] == pytest.approx((0 + 0.5) / 2)
+    floor = report["target_floor"]
+    assert floor["mean"] == pytest.approx(noise_floor(2, 4, target=np.array([0.75, 0.25]))[0])
+    about = {"attribute": "gender", "part": "test", "concept": "occupations", "clip_t": None}
+    assert f"a model that meets it measures {floor['mean']:.3f}" in lines({**report, **about})[0]
+    even = bias_report(judged, ["a", "b"], CLASSES, 4, np.array([0.5, 0.5]))
+    assert "from_target" not in even["judges"]["classifier"]
+
+
+def test_prompts_without_a_person_have_no_bias():
+    judged = judged_of([0, 0], [3, 1], none=2)
+    report = bias_report(judged, ["a", "b"], CLASSES, 4)
+    assert report["judges"]["templates"]["mean"] == 0.5 and report["judges"]["templates"]["without_bias"] == 1
+    assert report["none"] == pytest.approx(4 / 8)
+    alone = bias_report(judged[:1], ["a"], CLASSES, 4)
+    assert alone["judges"]["templates"]["mean"] is None
+    assert (
+        "none"
+        in lines({**alone, "attribute": "gender", "part": "test", "concept": "occupations", "clip_t": None})[
+            0
+        ]
+    )
+
+
+def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(settings, monkeypatch):
+    model = settings.bundle
+    whole = draw_images(settings, model, PROMPTS[0], 5)
+    assert torch.equal(whole, draw_images(settings, model, PROMPTS[0], 5))
+    assert group_size(replace(model, resolution=512)) == 8
+    assert group_size(replace(model, resolution=64)) == 64
+    monkeypatch.setattr(drawing, "GROUP", 2)
+    torch.testing.assert_close(draw_images(settings, model, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
+    other = draw_images(replace(settings, seed=1), model, PROMPTS[0], 5)
+    assert (other - whole).abs().max() > 0.1
+
+
+def test_judges_count_classes_and_leave_out_none(settings):
+    x = draw_images(settings, settings.bundle, PROMPTS[0], 6)
+    (classifier,) = settings.bundle.classifiers["evaluate"]
+    logits = classifier(x)["gender"]
+    wanted = [int((logits[:, 0] > logits[:, 1]).sum()), int((logits[:, 0] <= logits[:, 1]).sum())]
+
+    def templates(x):
+        return {
+            "gender": torch.tensor([1, 1, 0, 1, 0, 1]),
+            "gender_known": ~torch.tensor([True, False, False, False, True, False]),
+        }
+
+    templates.attributes = ("gender",)
+    templates.colours = lambda x, found: {"clothes": x.mean((2, 3))}
+    bundle = SimpleNamespace(
+        classifiers=settings.bundle.classifiers,
+        clip=settings.bundle.clip,
+        templates=templates,
+        detector=None,
+        dino=None,
+    )
+    judged = judge(replace(settings, bundle=bundle), x)
+    assert judged.counts["classifier"].tolist() == wanted
+    assert judged.counts["templates"].tolist() == [1, 3] and judged.none == 2
+    assert torch.equal(judged.colours["clothes"], x.mean((2, 3)))
+    # of an attribute that it doesn't know it says nothing
+    both = parse_targets(["gender", "skin_tone"], settings.bundle.attributes)
+    judged = judge(replace(settings, bundle=bundle, target=both), x)
+    assert set(judged.counts) == {"classifier"} and judged.none == 0 and judged.colours == {}
+
+
+def test_the_classifier_is_the_one_for_evaluation(settings):
+    x = draw_images(settings, settings.bundle, PROMPTS[0], 20)
+    found = judge(settings, x).counts["classifier"].tolist()
+    judges = settings.bundle.classifiers
+    swapped = {"evaluate": judges["finetune"], "finetune": judges["evaluate"]}
+    other = replace(settings, bundle=replace(settings.bundle, classifiers=swapped))
+    assert found != judge(other, x).counts["classifier"].tolist()
+
+
+def test_of_several_classifiers_the_first_that_knows_an_attribute_judges_it(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "bundle")
+    network = MobileNetV3(MobileNetConfig("small", 0.25, 2, RESOLUTION))
+    network.classifier[3].weight.data.zero_()
+    network.classifier[3].bias.data = torch.tensor([0.0, 9.0])  # everybody is a man
+    save_classifier(Classifier(network, CLASSES).eval(), folder / "men")
+    manifest = json.loads((folder / "bundle.json").read_text())
+    genders = {}
+    for order in (["men", "evaluate"], ["evaluate", "men"]):
+        classifiers = manifest["classifiers"] | {"evaluate": order}
+        (folder / "bundle.json").write_text(json.dumps(manifest | {"classifiers": classifiers}))
+        bundle = load_bundle(folder)
+        target = parse_targets(["gender", "skin_tone"], bundle.attributes)
+        settings = EvaluationSettings(bundle, target, Drawing(2, 2.0))
+        x = draw_images(settings, bundle, PROMPTS[0], 12)
+        whole = bundle.classifiers["evaluate"][order.index("evaluate")](x)  # of both attributes
+        counts = judge(settings, x).counts["classifier"]
+        assert counts.sum(0).tolist() == torch.bincount(whole["skin_tone"].argmax(1), minlength=3).tolist()
+        genders[order[0]] = counts.sum(1).tolist()
+    assert genders["men"] == [0, 12]
+    assert genders["evaluate"] == torch.bincount(whole["gender"].argmax(1), minlength=2).tolist() != [0, 12]
+
+
+def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
+    bundle = settings.bundle
+    (occupations,) = read_prompts("occupations", None, bundle.path, ["gender"])
+    drawing = Drawing(RECIPE["eval_steps"], RECIPE["eval_guidance"])
+    expected, _ = evaluate_part(
+        replace(settings, drawing=drawing), bundle, occupations, "test", RECIPE["eval_images"]
+    )
+    report = evaluate(bundle, images=None)
+    assert evaluate.__defaults__[-1] == 60  # images of each prompt, where nothing is said
+    assert report == expected and set(report["explicit"]) == {"images", "classifier"}
+    both = evaluate(bundle, images=1, prompts="occupations,sports", explicit_images=0, steps=1)
+    assert {name: (r["images"], r["steps"], r["concept"]) for name, r in both.items()} == {
+        "occupations": (1, 1, "occupations"),
+        "sports": (1, 1, "sports"),
+    }
+    with pytest.raises(UserError, match="--part is validation, of which sports has no prompt"):
+        evaluate(bundle, prompts="sports", part="validation")
+
+
+def test_clip_t_matched_and_shuffled(settings):
+    bundle = settings.bundle
+    judged = judge_prompts(settings, bundle, PROMPTS, 3, "")
+    found = clip_t(settings, judged, PROMPTS)
+    texts = bundle.clip.encode_text(bundle.clip_tokenizer(PROMPTS))
+    matched, shuffled = [], []
+    for p, s in enumerate(judged):
+        for image in s.features["clip"]:
+            matched.append(float(image @ texts[p]))
+            shuffled += [float(image @ texts[k]) for k in range(len(PROMPTS)) if k != p]
+    assert found == {
+        "matched": pytest.approx(np.mean(matched), rel=1e-4),
+        "shuffled": pytest.approx(np.mean(shuffled), rel=1e-4),
+    }
+    assert found["matched"] != pytest.approx(found["shuffled"], rel=1e-4)
+    assert likeness(judged, judged) == {"clip_i": pytest.approx(1)}
+    assert likeness(judged, judged[::-1])["clip_i"] < 0.9999
+
+
+def drawn(settings, concepts, results, path, monkeypatch):
+    """What draw_before_after puts on its sheet: pairs, notes, classes and targets."""
+    given = []
+    monkeypatch.setattr(before_after, "sheet", lambda *args: given.append(args) or sheet(*args))
+    models = {label: settings.bundle for label in ("before", "after (raw)", "after (ema)")}
+    before_after.draw_before_after(settings, models, concepts, results, path)
+    return given[0]
+
+
+def test_the_picture_shows_what_the_evaluation_counted_in_all_images(tmp_path, monkeypatch, settings):
+    """Each attribute by itself. A prompt without a report is counted in the images drawn."""
+    target = wanted_target("gender,skin_tone", ["gender=0.2,0.8"], settings.bundle.attributes, "")
+    settings = replace(settings, target=target)
+    a, b, c = "a pilot", "a nurse", "a judge"
+    concepts = [Prompts("occupations", (), test=(a, b, c), occupations={a: "pilot", b: "nurse", c: "judge"})]
+    joint = {"pilot": [10, 20, 0, 5, 0, 5], "nurse": [0, 0, 0, 0, 0, 0]}
+
+    def report(counts, **other):
+        how_made = {
+            "concept": "occupations",
+            "steps": 2,
+            "guidance": 2.0,
+            "seed": settings.seed,
+            "images": 40,
+        }
+        return {**how_made, "judges": {"classifier": {"counts": counts}}, **other}
+
+    results = {
+        # reports of other settings are not of these images
+        "before": {"far": report({"pilot": [40, 0, 0, 0, 0, 0]}, guidance=7.5), "test": report(joint)},
+        "after (raw)": {"test": report({name: row[::-1] for name, row in joint.items()})},
+        "after (ema)": {"test": report({name: [1, 0, 0, 0, 0, 0] for name in joint})},
+    }
+    pairs, notes, classes, targets = drawn(settings, concepts, results, tmp_path / "x.png", monkeypatch)
+    assert [pair.prompt for pair in pairs] == ["pilot", "nurse", "judge (bars: 12 images)"]
+    assert pairs[0].shares == (
+        [pytest.approx([0.75, 0.25]), pytest.approx([15 / 40, 20 / 40, 5 / 40])],
+        [pytest.approx([0.25, 0.75]), pytest.approx([5 / 40, 20 / 40, 15 / 40])],
+    )
+    assert pairs[1].shares == ([[], []], [[], []])
+    counts = judge(settings, draw_images(settings, settings.bundle, c, 12)).counts["classifier"]
+    assert pairs[2].shares[0][0] == pytest.approx((counts.sum(1) / 12).tolist())
+    assert pairs[2].shares[0][1] == pytest.approx((counts.sum(0) / 12).tolist())
+    assert classes == target.classes
+    assert targets == [pytest.approx((0.2, 0.8)), pytest.approx((1 / 3,) * 3)]
+    assert "before finetuning above, after (raw) below" in notes[0] and "same noise" in notes[0]
+    assert "share of 40 images of the prompt" in notes[1]
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.text["prompts"] == f"{a}\n{b}\n{c}" and image.text["bars"] == notes[1]
+
+
+def test_without_any_report_the_picture_says_how_many_images_are_counted(tmp_path, monkeypatch, settings):
+    concepts = [Prompts("prompts", ("a pilot", "护士"), ("a pilot", "护士"))]
+    pairs, notes, _, _ = drawn(settings, concepts, {}, tmp_path / "x.png", monkeypatch)
+    assert "share of 12 images of the prompt" in notes[1]
+    assert [pair.prompt for pair in pairs] == ["a pilot", "护士"]
+    for pair in pairs:
+        women = int(
+            judge(settings, draw_images(settings, settings.bundle, pair.prompt, 12)).counts["classifier"][0]
+        )
+        assert pair.shares[0] == [pytest.approx([women / 12, 1 - women / 12])] == pair.shares[1]
+
+
+def test_with_a_detector_the_classifier_sees_the_faces(loaded_tiny_faces):
+    """And pictures without one are left out and counted; DINO stands beside CLIP."""
+    bundle = loaded_tiny_faces
+    seen = []
+
+    def detector(x):
+        seen.append(x)
+        box = DetectedFaces(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), torch.zeros(1, 5, 2))
+        return [
+            box if i % 3 else DetectedFaces(torch.zeros(0, 4), torch.zeros(0, 5, 2)) for i in range(len(x))
+        ]
+
+    target = parse_targets(["gender"], bundle.attributes)
+    settings = EvaluationSettings(replace(bundle, detector=detector), target, Drawing(2, 2.0))
+    x = draw_images(settings, bundle, PROMPTS[0], 7)
+    found = judge(settings, x)
+    assert seen[0].dtype == torch.uint8 and found.faceless == 3
+    cut = F.interpolate(x[[1, 2, 4, 5]][:, :, :24, :24], (32, 32), mode="bilinear", antialias=True)
+    (classifier,) = bundle.classifiers["evaluate"]
+    logits = classifier(cut)["gender"]
+    wanted = torch.bincount(logits.argmax(1), minlength=2)
+    assert found.counts["classifier"].tolist() == wanted.tolist()
+    assert found.blended == int((logits.softmax(1).amax(1) < 0.8).sum())
+    dino = bundle.dino(x)
+    torch.testing.assert_close(found.features["dino"], dino / dino.norm(dim=1, keepdim=True))
+
+    report = bias_report([found, found], ["a", "b"], settings.target.classes, 7)
+    assert report["faceless"] == pytest.approx(3 / 7) and report["blended"] == found.blended / 4
+    assert set(likeness([found], [found])) == {"clip_i", "dino"}
+    text = lines(
+        {
+            **report,
+            "attribute": "gender",
+            "part": "test",
+            "concept": "occupations",
+            "clip_t": None,
+            "dino": 0.5,
+        }
+    )
+    assert "without a face: 42.9%" in text and "DINO with the original images: 0.5000" in text
+
+
+def test_obedience(settings, monkeypatch):
+    """A model that draws three of four as asked, on average over both classes."""
+    asked = []
+
+    def drawn(settings, model, prompts, n, label):
+        asked.extend(prompts)
+        return [
+            JudgedImages({"classifier": np.array([4, 0] if "woman" in prompt else [2, 2])})
+            for prompt in prompts
+        ]
+
+    monkeypatch.setattr(evaluation, "judge_prompts", drawn)
+    world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
+    names = {occupation_prompt(name): name for name in ("pilot", "nurse")}
+    prompts = Prompts("occupations", (), (), (*names, "a person"), names, world)
+    report = obedience(settings, settings.bundle, prompts, "test", 4, "")
+    assert report == {"images": 16, "classifier": 0.75}
+    assert asked == [
+        "a photo of the face of a woman pilot, a person",
+        "a male pilot",
+        "a photo of the face of a woman nurse, a person",
+        "a male nurse",
+    ]
+
+
+def test_a_bundle_without_an_evaluation_classifier(settings):
+    with pytest.raises(UserError, match="no classifier for evaluation"):
+        replace(settings, bundle=replace(settings.bundle, classifiers={}))
+
+
+def test_occupations_are_read_and_checked(tiny_folder, tmp_path):
+    assert read_occupations(tiny_folder).test == tuple(OCCUPATIONS["test"])
+    file, whole = tmp_path / "prompts.json", '{"train": ["a"], "validation": ["b"], "test": ["c"]}'
+    for text, message in (
+        ('{"occupations": {"train": ["a"], "test": ["b"]}}', "expected"),
+        ('{"occupations": {"train": ["a"], "validation": [], "test": ["b"]}}', "validation is not a list"),
+        ('{"occupations": {"train": ["a"], "validation": ["c"], "test": ["a"]}}', "'a' is in it twice"),
+        (
+            f'{{"occupations": {whole}, "concepts": {{"sports": {{"test": ["a"]}}}}}}',
+            '"concepts" is not names',
+        ),
+        (
+            f'{{"occupations": {whole}, "concepts": {{"sports": {{"train": "a"}}}}}}',
+            '"concepts" is not names',
+        ),
+        (
+            f'{{"occupations": {whole}, "explicit": {{"gender": {{"woman": "a woman"}}}}}}',
+            '"explicit" is not names',
+        ),
+        (
+            f'{{"occupations": {whole}, "explicit": {{"gender": {{"woman": "a {{mood}} {{occupation}}"}}}}}}',
+            '"explicit" is not names',
+        ),
+        (f'{{"occupations": {whole}, "hiding": ["age"]}}', '"hiding" is not names'),
+        (f'{{"occupations": {whole}, "hiding": {{"age": "a"}}}}', '"hiding" is not names'),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_occupations(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"prompts\.json"):
+        read_occupations(tmp_path)
+
+
+def test_an_attribute_that_a_classifier_does_not_know_is_refused(settings):
+    knows = SimpleNamespace(classes={"height": ("tall", "short")})
+    bundle = replace(settings.bundle, classifiers={"finetune": (knows,), "evaluate": (knows,)})
+    with pytest.raises(UserError, match="'evaluate' doesn't know gender, only height"):
+        replace(settings, bundle=bundle)
+    with pytest.raises(UserError, match="'finetune' doesn't know gender"):
+        Setup(bundle, resolve(("gender",), bundle.recipe, {}), settings.target, (("a",),))

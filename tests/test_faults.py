@@ -1,0 +1,348 @@
+"""The tests find faults: each line of the table is put into a copy of the repository, and its test must fail there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("fairref", "tests", "train.py", "sample.py", "setup.cfg", "pyproject.toml", "README.md", "docs")
+LINKED = ("weights",)
+
+# what tests stand in
+PROCESSES = "tests/test_processes.py"
+STREAMS = "tests/training/test_streams.py"
+LOOP = "tests/training/test_loop.py"
+TERMS = "tests/training/test_terms.py"
+OWN_LOSSES = "tests/training/test_own_losses.py"
+TRANSPORT = "tests/fairness/test_transport.py"
+STAGES = "tests/judges/test_mtcnn.py"
+# and what is faulty
+GROUP = "fairref/processes.py"
+STEP = "fairref/training/step.py"
+UPDATE = "fairref/training/loop.py"
+CHECKPOINTS = "fairref/training/checkpoints.py"
+LOSS = "fairref/training/terms.py"
+OWN_LOSS = "fairref/training/own_losses.py"
+VALIDATION = "fairref/training/validation.py"
+MTCNN = "fairref/judges/mtcnn.py"
+SOLVER = "fairref/fairness/transport.py"
+
+BY_HAND = f"{LOOP}::test_updates_are_adamw_by_hand"
+KEYS = f"{STREAMS}::test_no_two_draws_of_a_run_have_the_same_key"
+CASES = f"{TERMS}::test_an_iteration_with_faces_is_the_method_case_by_case"
+WEIGHTS = f"{TERMS}::test_each_attribute_has_its_own_weights_in_and_outside_the_face"
+GATHERED = f"{PROCESSES}::test_two_processes_gather_rows_in_the_images_order_and_add_up"
+AS_ONE = f"{PROCESSES}::test_an_iteration_of_two_processes_is_that_of_one"
+VALIDATED = f"{PROCESSES}::test_two_processes_validate_as_one_does"
+OWN_GRADIENT = f"{OWN_LOSSES}::test_its_gradient_is_its_own_through_algorithm_A1[None-0]"
+STATE = f"{LOOP}::test_all_numbers_of_a_state_come_back_from_its_checkpoint"
+UNUSABLE = f"{LOOP}::test_unusable_gradients_in_a_row_end_a_run_also_across_a_resume"
+RULE_OF_3 = f"{TRANSPORT}::test_a_class_that_was_drawn_never_or_always_has_the_error_of_the_rule_of_three"
+
+FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
+    # the loss
+    "lambda_3 is read from lambda_2": (
+        LOSS,
+        "losses.region_factors(view.agrees, recipe.lambda_3)",
+        "losses.region_factors(view.agrees, recipe.lambda_2)",
+        f"{CASES}[original]",
+    ),
+    "lambda_3 is read from lambda_2, with two attributes": (
+        LOSS,
+        "losses.region_factors(view.agrees, recipe.lambda_3)",
+        "losses.region_factors(view.agrees, recipe.lambda_2)",
+        WEIGHTS,
+    ),
+    "lambda_2 is read from lambda_3": (
+        LOSS,
+        "share for name, share in recipe.lambda_2.items()}",
+        "share for name, share in recipe.lambda_3.items()}",
+        WEIGHTS,
+    ),
+    "the least confidence of an original is .8": (
+        LOSS,
+        "MIN_ORIGINAL_CONFIDENCE = 0.9 ",
+        "MIN_ORIGINAL_CONFIDENCE = 0.8 ",
+        f"{TERMS}::test_the_classifier_is_sure_of_an_original_from_nine_tenths_on",
+    ),
+    "the least confidence of an original is .91": (
+        LOSS,
+        "MIN_ORIGINAL_CONFIDENCE = 0.9 ",
+        "MIN_ORIGINAL_CONFIDENCE = 0.91 ",
+        f"{TERMS}::test_the_classifier_is_sure_of_an_original_from_nine_tenths_on",
+    ),
+    "a term counts without its weight": (
+        LOSS,
+        "sum((weight * values).sum() for",
+        "sum(values.sum() for",
+        f"{TERMS}::test_the_loss_is_the_tables_terms_in_its_order_and_a_run_without_one_lacks_its_metric",
+    ),
+    "L_text reads the empty prompt": (
+        LOSS,
+        "clip_tokenizer([view.task.prompt])",
+        'clip_tokenizer([""])',
+        f"{TERMS}::test_L_text_is_the_distance_in_clip_of_an_image_and_its_prompt[None]",
+    ),
+    "a part that a term needs is not asked for": (
+        "fairref/training/checks.py",
+        "if not setup.bundle.has(part):",
+        "if False:",
+        f"{TERMS}::test_a_bundle_without_a_part_that_a_term_needs_is_refused",
+    ),
+    # a user's own losses
+    "an own loss counts outside its mask": (
+        OWN_LOSS,
+        "return values.where(mask.to(values.device), 0)",
+        "return values",
+        OWN_GRADIENT,
+    ),
+    "an own loss has no weight": (LOSS, "batch, own.weight", "batch, 1.0", OWN_GRADIENT),
+    "an own loss gets the image for its original": (
+        LOSS,
+        "own(view.x, view.pair.o,",
+        "own(view.x, view.x,",
+        OWN_GRADIENT,
+    ),
+    "the adapter of the largest loss is kept": (
+        VALIDATION,
+        "measured[of] < best[of]",
+        "measured[of] > best[of]",
+        f"{OWN_LOSSES}::test_a_run_keeps_the_adapter_of_the_least_loss",
+    ),
+    "a file that has changed goes on": (
+        "fairref/training/stored.py",
+        "sha256_of(path) != sha256",
+        "False",
+        f"{OWN_LOSSES}::test_settings_keep_which_file_it_was_and_resume_wants_the_same",
+    ),
+    # the optimizer
+    "the schedule of the rate is off": (UPDATE, 'group["lr"] = learning_rate(', "_ = (", BY_HAND),
+    "the rate follows the updates": (
+        UPDATE,
+        'group["lr"] = learning_rate(recipe, state.iteration)',
+        'group["lr"] = learning_rate(recipe, state.updates)',
+        BY_HAND,
+    ),
+    "a short gradient is lengthened": (
+        UPDATE,
+        "min(1.0, recipe.clip / (float(norm) + 1e-12))",
+        "recipe.clip / (float(norm) + 1e-12)",
+        BY_HAND,
+    ),
+    "clip 0 makes the gradient 0": (UPDATE, " if recipe.clip else 1.0", "", BY_HAND),
+    "the moving average has no smaller decay at first": (
+        UPDATE,
+        "min(recipe.ema, (1 + state.updates) / (10 + state.updates))",
+        "recipe.ema",
+        BY_HAND,
+    ),
+    # resuming
+    "after a skipped gradient Adam counts the iterations": (
+        CHECKPOINTS,
+        "torch.tensor(float(state.updates))",
+        "torch.tensor(float(state.iteration))",
+        f"{BY_HAND}[2.0-resumed after each]",
+    ),
+    "the count of unusable gradients is lost": (CHECKPOINTS, ', "streak", "unusable")', ', "streak")', STATE),
+    "the count of unusable gradients starts again at a resume": (
+        CHECKPOINTS,
+        ', "streak", "unusable")',
+        ', "streak")',
+        UNUSABLE,
+    ),
+    "a usable gradient doesn't start the count again": (
+        UPDATE,
+        "state.unusable = 0 if finite else state.unusable + 1",
+        "state.unusable += not finite",
+        UNUSABLE,
+    ),
+    # random numbers
+    "noise is keyed by a sum": (
+        "fairref/diffusion/sampler.py",
+        "(seed, iteration, int(n))",
+        "(seed, iteration + int(n))",
+        "tests/diffusion/test_sampler.py::test_noise_has_a_key_of_three_numbers_and_no_sum_of_them",
+    ),
+    "the steps of the gradient are the same in all iterations": (
+        STEP,
+        "draws(recipe.seed, GRAD_STEPS, i)",
+        "draws(recipe.seed, GRAD_STEPS, 0)",
+        f"{STREAMS}::test_what_an_iteration_draws_follows_from_the_seed_and_the_iteration",
+    ),
+    "the steps of the gradient are the same in all runs": (
+        STEP,
+        "draws(recipe.seed, GRAD_STEPS, i)",
+        "draws(0, GRAD_STEPS, i)",
+        KEYS,
+    ),
+    "EXPLICIT is ORDER": (
+        STEP,
+        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 6",
+        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 1, 5, 6",
+        KEYS,
+    ),
+    "prompts that name a class come in the others' order": (
+        STEP,
+        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 6",
+        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 1, 5, 6",
+        f"{STREAMS}::test_prompts_that_name_a_class_come_in_an_order_of_their_own",
+    ),
+    "TRANSPORT is STEPS": (
+        STEP,
+        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 6",
+        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 2",
+        KEYS,
+    ),
+    "targets are drawn alike in all iterations": (
+        STEP,
+        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng=draws(setup.recipe.seed, TRANSPORT, 0)",
+        f"{STREAMS}::test_the_error_of_drawn_targets_averages_out_over_iterations",
+    ),
+    "a class that was never drawn has no error": (SOLVER, "3 / M, stderr))", "0 / M, stderr))", RULE_OF_3),
+    "a class that the target rules out has an error": (
+        SOLVER,
+        "np.where(exact, 0, ",
+        "np.where(False, 0, ",
+        f"{TRANSPORT}::test_the_rule_of_three_may_ask_for_more_draws_and_leaves_what_is_certain_alone",
+    ),
+    # what judges see
+    "a crop's box is floored": (
+        "fairref/fairness/faces.py",
+        "faces.boxes.round()",
+        "faces.boxes.floor()",
+        "tests/fairness/test_faces.py::test_the_sides_of_a_crop_go_to_the_nearest_pixels",
+    ),
+    "a soft token may start as BOS": (
+        "fairref/generation/adapters.py",
+        "if i not in (tokenizer.bos, tokenizer.eos)",
+        "if i not in (tokenizer.eos,)",
+        "tests/generation/test_adapters.py::test_a_soft_token_starts_as_any_token_but_bos_and_eos",
+    ),
+    "MTCNN's last suppression goes by the union": (
+        MTCNN,
+        "suppress(boxes, score, image, OVERLAP, of_smaller=True)",
+        "suppress(boxes, score, image, OVERLAP)",
+        f"{STAGES}::test_the_second_network_goes_by_the_union_and_the_last_by_the_smaller_box",
+    ),
+    "MTCNN's first suppression goes by the limit of the others": (
+        MTCNN,
+        "suppress(boxes, score, image, OVERLAP_IN_SCALE)",
+        "suppress(boxes, score, image, OVERLAP)",
+        f"{STAGES}::test_the_first_network_goes_by_the_union_at_a_half_in_one_scale_and_seven_tenths_across",
+    ),
+    # several processes
+    "rows are gathered in reverse": (
+        GROUP,
+        "whole[part.start : part.stop] =",
+        "whole[N - part.stop : N - part.start] =",
+        f"{GATHERED}[4]",
+    ),
+    "logits are gathered in reverse": (
+        GROUP,
+        "whole[part.start : part.stop] =",
+        "whole[N - part.stop : N - part.start] =",
+        f"{AS_ONE}[gradient-4]",
+    ),
+    "gathered rows are not reduced": (
+        GROUP,
+        "_together(dist.all_reduce, whole)",
+        "whole",
+        f"{GATHERED}[4]",
+    ),
+    "sums are not reduced": (GROUP, "_together(dist.all_reduce, flat)", "flat", f"{GATHERED}[5]"),
+    "gradients are not reduced": (
+        STEP,
+        "setup.processes.total([*gradient, sums.to(gradient[0])])",
+        "[*gradient, sums.to(gradient[0])]",
+        f"{AS_ONE}[gradient-4]",
+    ),
+    "a validation's counts are not reduced": (
+        VALIDATION,
+        """counts, cosine, count = setup.processes.total(
+            [torch.stack(counts), torch.cat(cosines).sum(), _count(self.originals)]
+        )""",
+        "counts, cosine, count = torch.stack(counts), torch.cat(cosines).sum(), _count(self.originals)",
+        VALIDATED,
+    ),
+    "a validation's originals are not reduced": (
+        VALIDATION,
+        "setup.processes.total([sum(f.double().sum(0) for f in originals), _count(originals)])",
+        "[sum(f.double().sum(0) for f in originals), _count(originals)]",
+        VALIDATED,
+    ),
+    "all processes draw the same images": (
+        STEP,
+        "first_noise(setup.bundle, recipe.seed, i, setup.processes.part(recipe.batch))",
+        "first_noise(setup.bundle, recipe.seed, i, range(len(setup.processes.part(recipe.batch))))",
+        f"{AS_ONE}[images-4]",
+    ),
+    "all processes learn from process 0's targets": (
+        STEP,
+        "transport.q[rows.start : rows.stop]",
+        "transport.q[: len(rows)]",
+        f"{AS_ONE}[gradient-4]",
+    ),
+    "each process draws its own targets": (
+        STEP,
+        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng=draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
+        f"{AS_ONE}[q-5]",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository, without what Python compiled: two faults of one length and second would look the same to it."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name, target_is_directory=True)
+    return folder
+
+
+def run(copy, *nodes):
+    """pytest's exit code (0: passed, 1: failed) and last line, of tests in the default suite of the copy."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", *nodes]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return done.returncode, (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_without_a_fault_the_tests_pass(copy):
+    """All of them, and none is left out as slow."""
+    code, said = run(copy, *sorted({node for *_, node in FAULTS.values()}))
+    assert code == 0 and " passed" in said and not {"deselected", "skipped"} & set(said.split()), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FAULTS)[:: int(os.environ.get("FAULTS_EVERY", "1"))])
+def test_a_fault_is_found(copy, name):
+    source, text, fault, node = FAULTS[name]
+    path = copy / source
+    whole = path.read_text(encoding="utf-8")
+    assert whole.count(text) == 1, f"{source} has {text!r} {whole.count(text)} times"
+    path.write_text(whole.replace(text, fault), encoding="utf-8")
+    try:
+        code, said = run(copy, node)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    assert code == 1 and " failed" in said and " error" not in said, said
+
+
+def test_the_table_fits_the_repository():
+    """Each text stands in its file once, so that a move of a file shows at once; and its test exists."""
+    for name, (source, text, fault, node) in FAULTS.items():
+        assert (ROOT / source).read_text(encoding="utf-8").count(text) == 1 and fault != text, name
+        file, _, test = node.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8"), name
