@@ -137,8 +137,13 @@ def pair(folder, out=None):
     Without torchrun's variables it is the only one, and does the same.
     """
     processes, device = distributed.start(torch.device("cpu"))
-    with pytest.MonkeyPatch.context() as patch:
-        found = _pair(patch, processes, device, folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many processes as cores are at work
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            found = _pair(patch, processes, device, folder)
+    finally:
+        torch.set_num_threads(threads)
     found = {name: value.contiguous() for name, value in found.items()}
     if out is not None:
         save_file(found, f"{out}{processes.rank}")

@@ -139,3 +139,20 @@ def test_every_step_of_every_stage_has_its_own_randomness():
     keys = [(seed, stage, step) for seed in (0, 1) for stage in ("vae", "unet") for step in range(50)]
     assert len({draw(*key) for key in keys}) == len(keys)
     assert draw(0, "vae", 7) == draw(0, "vae", 7)
+
+
+def test_no_two_steps_of_the_small_worlds_training_draw_the_same():
+    """32 bits are few for so many keys, so this looks at them: each stage's seed, and more steps than it has."""
+    stages = {
+        0: [
+            *("vae", "unet", "unet_polish", "clip", "tokenizer", "scale", "threshold", "check"),
+            *("pool first", "pool second"),
+        ],
+        2: ["classifier_finetune"],
+        3: ["classifier_evaluate"],
+        4: ["detector_pnet", "detector_rnet", "detector_onet"],
+        5: ["embedder", "faces"],
+        6: ["dino"],
+    }
+    keys = [(seed, name, step) for seed, names in stages.items() for name in names for step in range(5000)]
+    assert len({generator_for(*key).initial_seed() for key in keys}) == len(keys)
