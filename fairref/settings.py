@@ -122,7 +122,7 @@ class Recipe:
     )
     rank: int = setting(50, "rank of the LoRA matrices", low=1, high=MAX_COUNT)
     tokens: int = setting(5, "soft tokens of the prefix", low=1, high=MAX_COUNT)
-    lr: float = setting(5e-5, "AdamW's learning rate")
+    lr: float = setting(5e-5, "AdamW's learning rate", high=1e6)
     lr_end: float = setting(
         1.0,
         "share of the learning rate that is left at the last iteration. It falls along a cosine. 1: constant",
@@ -143,7 +143,7 @@ class Recipe:
     guidance: Range = setting(
         Range(7.5, 7.5), "s: guidance scale, or a range that each iteration draws from, as 1:12"
     )
-    end: str = setting("zero", "end of the solver", choices=("zero", "sigma_min"))
+    end: str = setting("zero", "end of the solver: zero or sigma_min", choices=("zero", "sigma_min"))
     gradient: str = setting(
         "paper",
         "gradient of the sampling process. exact: backpropagation through all steps. paper, solver, none: adjusted"

@@ -103,8 +103,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     "an own loss has no weight": (LOSS, "batch, own.weight", "batch, 1.0", OWN_GRADIENT),
     "an own loss gets the image for its original": (
         LOSS,
-        "own(view.x, view.pair.o,",
-        "own(view.x, view.x,",
+        "own(view.x, view.pair.o.clone(),",
+        "own(view.x, view.x.clone(),",
         OWN_GRADIENT,
     ),
     "the adapter of the largest loss is kept": (

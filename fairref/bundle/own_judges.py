@@ -89,6 +89,8 @@ def load_own(
     sees_whole_images = part.key == "dino" or (part.group == "classifiers" and "detector" not in manifest)
     try:
         judge = loader(torch.device(device), dtype)
+        if not callable(judge):
+            raise TypeError(f"the loader gives {describe(judge)}, expected a judge")
         side = int(getattr(judge, "input_size", ALIGNED if part.key == "embedder" else CROP))
         seen = resolution if sees_whole_images else side
         answer = judge(torch.full((1, 3, seen, seen), -1.0, device=device))

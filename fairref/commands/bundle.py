@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fairref.bundle import inspection
 from fairref.bundle.loading import DEFAULT, bundle_path, load_bundle
+from fairref.bundle.recipe import resolve
 from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.prompts import read_own
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     good = inspection.uses(statuses)
     try:
         if good:
-            load_bundle(path)  # parts that load may yet not fit together
+            bundle = load_bundle(path)  # parts that load may yet not fit together
+            resolve((), bundle.recipe, {}, path, bundle.attributes)
         print(f"good to {'; '.join(good)}" if good else "not good for anything yet")
     except UserError as error:
         print(f"not good for anything until this is mended: {error}")

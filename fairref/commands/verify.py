@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default=DEFAULT, help="bundle that the figures are about")
     options = parser.parse_args(argv)
     bundle = _ready_for_figures(options) if options.figures else None
+    if options.json and options.json.is_dir():
+        raise UserError(f"--json is {options.json}, which is a folder; give a file.")
     if options.json and not options.json.parent.is_dir():
         raise UserError(
             f"--json is {options.json}, but there is no folder {options.json.parent}; make it first."

@@ -16,6 +16,7 @@ from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names
 from fairref.fairness.attributes import wanted_target
 from fairref.generation.adapters import load_adapter
 from fairref.generation.drawing import Drawing
+from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS, Prompts, read_prompts, warn_of_cut
 
 EXPLICIT_IMAGES = 4  # of each occupation and class that the prompt names
@@ -109,6 +110,8 @@ def evaluate(
     `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the bundle's recipe says. Of
     several concepts the reports stand under the concepts' names. Raises UserError.
     """
+    if part not in PARTS:
+        raise UserError(f"The part is {part!r}; expected one of {', '.join(PARTS)}.")
     wanted = wanted_target(attr, target, bundle.attributes, str(bundle.path))
     given = {"eval_steps": steps, "eval_guidance": guidance, "eval_images": images}
     given = {key: value for key, value in given.items() if value is not None}

@@ -55,7 +55,7 @@ class OwnLoss:
                 values = self(x, o, prompt, bundle)
         except UserError:
             raise
-        except Exception as error:  # whatever a user's code does
+        except (Exception, SystemExit) as error:  # whatever a user's code does
             raise UserError(f"--loss {self.name} ends with {first_line(error)}; correct the file.") from error
         if not values.requires_grad:
             raise UserError(
@@ -80,7 +80,7 @@ def parse_losses(texts: Sequence[str], taken: Sequence[str]) -> tuple[OwnLoss, .
         function = load_function("--loss", place)
         if function.name in (*taken, *(loss.name for loss in losses)):
             raise UserError(
-                f"--loss names {function.name!r}, which another metric is called; rename the function."
+                f"--loss names {function.name!r}, which another loss or metric is called; rename the function."
             )
         losses.append(OwnLoss(function, number))
     return tuple(losses)

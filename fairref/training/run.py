@@ -151,7 +151,7 @@ def _plan(bundle, options, given, stored, weights, processes):
         recipe.evaluate != "none" or validates_or_draws
     ):  # what it lacks is better said before the run
         EvaluationSettings(bundle, target, drawing_of(recipe))
-    settings = stored or settings_of(setup, weights, wanted, template)
+    settings = stored or settings_of(setup, _lasting(weights), wanted, template)
     return Plan(setup, concepts, settings, bool(stored))
 
 
@@ -162,6 +162,12 @@ def _target(options, given, bundle):
             raise UserError("--target is for a run with --attr; leave it out.")
         return None
     return wanted_target(options.attr, options.target, bundle.attributes, str(bundle.path))
+
+
+def _lasting(weights):
+    """The bundle's place as settings.json keeps it: a path that is there becomes one from everywhere."""
+    path = expanded(weights)
+    return str(path.absolute()) if weights != DEFAULT and path.exists() else weights
 
 
 def _taken_names():

@@ -155,7 +155,8 @@ def own_term(own: OwnLoss) -> Callable[[View], Values]:
     """A user's own loss as a term; images outside its mask count as 0."""
 
     def values(view: View) -> Values:
-        of_images = own(view.x, view.pair.o, view.task.prompt, view.setup.bundle)  # (m,)
+        # a copy of o: other terms need it as it is
+        of_images = own(view.x, view.pair.o.clone(), view.task.prompt, view.setup.bundle)  # (m,)
         return of_images / view.setup.recipe.batch, own.weight
 
     return values

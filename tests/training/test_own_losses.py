@@ -131,7 +131,7 @@ def test_texts_are_parsed(file):
         ("{}:bright=-1", "whose weight is '-1'; expected a number"),
         ("{}:bright=inf", "whose weight is 'inf'; expected a number"),
         ("{}:bright=nan", "whose weight is 'nan'; expected a number"),
-        ("{}:moved", "--loss names 'moved', which another metric is called"),
+        ("{}:moved", "--loss names 'moved', which another loss or metric is called"),
     ],
 )
 def test_a_text_that_names_no_loss_is_refused(file, text, said):
@@ -141,7 +141,7 @@ def test_a_text_that_names_no_loss_is_refused(file, text, said):
 
 
 def test_two_losses_of_one_name_and_a_file_that_fails_are_refused(file, tmp_path):
-    with pytest.raises(UserError, match="--loss names 'bright', which another metric is called"):
+    with pytest.raises(UserError, match="--loss names 'bright', which another loss or metric is called"):
         parse_losses([f"{file}:bright", f"{file}:bright=2"], ())
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(UserError, match=r"broken.py can't be run \(ZeroDivisionError: division by zero\)"):
@@ -335,5 +335,5 @@ def test_prompts_are_explicit_with_an_attribute_only_and_no_metrics_name_is_free
         "".join(f"def {name}(x, o, prompt, bundle):\n    return x.mean((1, 2, 3))\n" for name in taken)
     )
     for name in taken:
-        with pytest.raises(UserError, match=f"--loss names '{name}', which another metric is called"):
+        with pytest.raises(UserError, match=f"--loss names '{name}', which another loss or metric is called"):
             train(bundle, "gender", loss=[f"{tmp_path / 'taken.py'}:{name}"], **recipe)
