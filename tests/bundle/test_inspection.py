@@ -104,3 +104,11 @@ def test_the_command(folder, capsys):
     assert checked.returncode == 0 and "8 of 8" in checked.stdout and "Traceback" not in checked.stderr
     assert console(["bundle", "check", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("nowhere: no such weights")
+
+
+def test_a_recipe_that_no_run_can_take_is_told(folder, capsys):
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["recipe"]["iteratons"] = 2
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    assert main(["check", str(folder)]) == 1
+    assert "unknown key 'iteratons'" in capsys.readouterr().out

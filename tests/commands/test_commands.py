@@ -785,3 +785,12 @@ def test_who_overrides_whom():
 def test_a_recipe_that_does_not_fit_is_refused(attribute, bundle, words):
     with pytest.raises(UserError, match=words):
         resolve((attribute,), bundle, {}, known_attributes=("gender", "race"))
+
+
+def test_a_resumed_run_finds_its_bundle_from_another_folder(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    out = str(tmp_path / "run")
+    options = ["--attr", "gender", "--weights", tiny_folder.name, "--out", out, "--evaluate", "none"]
+    assert cli.run(train.main, options) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(train.main, ["--resume", out]) == 0

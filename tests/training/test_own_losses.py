@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from fairref.training.loop import finetune
 from fairref.training.own_losses import parse_losses
 from fairref.training.run import run, train
 from fairref.training.step import iteration_gradient
-from fairref.training.terms import STATISTICS, TERMS
+from fairref.training.terms import STATISTICS, TERMS, own_term
 from fairref.training.validation import SEED, LossValidation, start_validation
 
 LOSSES = '''
@@ -337,3 +338,23 @@ def test_prompts_are_explicit_with_an_attribute_only_and_no_metrics_name_is_free
     for name in taken:
         with pytest.raises(UserError, match=f"--loss names '{name}', which another loss or metric is called"):
             train(bundle, "gender", loss=[f"{tmp_path / 'taken.py'}:{name}"], **recipe)
+
+
+def test_a_loss_that_overwrites_the_original_leaves_it_to_the_other_terms():
+    o = torch.ones(2, 3, 4, 4)
+    recipe = SimpleNamespace(batch=2)
+    view = SimpleNamespace(
+        x=o,
+        pair=SimpleNamespace(o=o),
+        task=SimpleNamespace(prompt=""),
+        setup=SimpleNamespace(bundle=None, recipe=recipe),
+    )
+
+    class Zeroes:
+        weight = 1.0
+
+        def __call__(self, x, o, prompt, bundle):
+            return o.zero_().mean((1, 2, 3))
+
+    own_term(Zeroes())(view)
+    assert (o == 1).all()
