@@ -63,9 +63,8 @@ def read_stored(options: RunOptions, recipe: Mapping[str, object]) -> Settings:
     file = f"{options.resume}/{checkpoints.SETTINGS}"
     try:
         whole = check_settings(settings) and of_settings(settings)
-        own = _own_files(settings) if whole else []
-        if whole:
-            loss_texts(settings), judge_places(settings)
+        # a row of a user's own that lacks a key shows here
+        own, *_ = (_own_files(settings), loss_texts(settings), judge_places(settings)) if whole else ([],)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
