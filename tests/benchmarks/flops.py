@@ -82,14 +82,17 @@ class Kept:
     def __init__(self, network: nn.Module):
         self.weights = {storage(p) for p in (*network.parameters(), *network.buffers())}
         self.saved, self.inputs, self.block, self.largest = {}, {}, {}, 0
+        self.alive = []  # else another tensor could get the memory, and the name, of one that is counted
         self.blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
 
     def keep(self, x):
         if storage(x) not in self.weights:
+            self.alive.append(x)
             self.saved[storage(x)] = self.block[storage(x)] = x.untyped_storage().nbytes()
         return x
 
     def enter(self, module, arguments):
+        self.alive += arguments
         self.inputs.update({storage(x): x.untyped_storage().nbytes() for x in arguments})
         self.block = {}
 
