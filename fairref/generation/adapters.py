@@ -10,6 +10,7 @@ its adapter_raw.safetensors the last value ("raw").
 """
 
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -134,12 +135,17 @@ def adapter_file(path: str | Path) -> Path:
     return file
 
 
-def load_adapter(bundle: Bundle, path: str | Path) -> Bundle:
-    """The bundle with the adapter of a file or a run's folder, frozen. Raises UserError."""
+def load_adapter(bundle: Bundle, path: str | Path, any_base: bool = False) -> Bundle:
+    """The bundle with the adapter of a file or a run's folder, frozen. Raises UserError.
+
+    With `any_base` the adapter may be of another base, which is then said.
+    """
     file = adapter_file(path)
-    tensors, found = read(file), read_info(file).get("format", "another format")
+    tensors, info = read(file), read_info(file)
+    found = info.get("format", "another format")
     if found != FORMAT:
         raise UserError(f"{file}: found {found}, expected an adapter that train.py wrote ({FORMAT}).")
+    _check_base(file, info.get("base"), bundle, any_base)
     component, size = _shape(file, tensors)
     try:
         adapted, adapter = adapt(bundle, component, size, size)
@@ -148,6 +154,26 @@ def load_adapter(bundle: Bundle, path: str | Path) -> Bundle:
         raise UserError(f"{file}: {error} An adapter fits only the weights it was made from.") from None
     adapter.requires_grad_(False)
     return adapted
+
+
+def _check_base(file, base, bundle, any_base):
+    """Refuses an adapter of another base, or says so where `any_base`; a VAE of its own is said only."""
+    if not isinstance(base, dict):
+        print(
+            f"{file}: its base is unknown, for an older version wrote it; {bundle.path} is taken.",
+            file=sys.stderr,
+        )
+        return
+    others = [name for name, found in bundle.fingerprints.items() if base.get(name) != found]
+    if set(others) - {"vae"} and not any_base:
+        raise UserError(
+            f"{file}: made from another {' and '.join(others)} than those of {bundle.path} (a bfloat16 copy counts as"
+            " another one); give its own --weights, or --any-base to go on."
+        )
+    if others:
+        print(
+            f"{file}: made from another {' and '.join(others)} than those of {bundle.path}", file=sys.stderr
+        )
 
 
 def _shape(file, tensors):

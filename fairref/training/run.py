@@ -101,7 +101,8 @@ def _run(bundle, options, recipe, stored, weights, processes):
             if not plan.resumed:
                 write_json(folder / checkpoints.SETTINGS, plan.settings)
         info = {
-            "weights": bundle.manifest.get("name", str(weights)),
+            "weights": bundle.manifest.get("name", bundle.path.name),
+            "base": bundle.fingerprints,
             "component": setup.recipe.component,
             "classes": setup.target.classes if setup.target else {},
             "target": setup.target.table.tolist() if setup.target else None,

@@ -1,9 +1,11 @@
 """Weights are read from safetensors only, renamed by explicit tables, and loaded strictly both ways."""
 
 import errno
+import hashlib
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -332,3 +334,30 @@ def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(weights_io, "_check_header", forbidden)
     with pytest.raises(UserError, match=r"model.safetensors: can't be read \(Permission denied\)"):
         read(path)
+
+
+def test_a_fingerprint_is_of_the_values_in_float16_under_their_names():
+    torch.manual_seed(0)
+    x, bias = torch.randn(3, 4, 2, 2), torch.tensor([1.0, -2.5])
+    made = weights_io.fingerprint({"conv.weight": x, "conv.bias": bias})
+    by_hand = hashlib.sha256(b"conv.bias [2] torch.float16\n" + np.array([1, -2.5], "<f2").tobytes())
+    by_hand.update(b"conv.weight [3, 4, 2, 2] torch.float16\n" + x.numpy().astype("<f2").tobytes())
+    assert made == by_hand.hexdigest()
+    same = {"conv.bias": bias.half(), "conv.weight": x.half().to(memory_format=torch.channels_last)}
+    assert weights_io.fingerprint(same) == made
+    other = x.clone()
+    other.view(-1)[7] *= 1 + 2**-9
+    for changed in (
+        {"conv.weight": x},
+        {"c": x, "conv.bias": bias},
+        {"conv.weight": other, "conv.bias": bias},
+    ):
+        assert weights_io.fingerprint(changed) != made
+    assert weights_io.fingerprint({"conv.weight": x.bfloat16(), "conv.bias": bias}) != made
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_a_network_s_fingerprint_is_its_file_s_whatever_it_computes_in(dtype):
+    network = nn.Linear(3, 2)
+    made = weights_io.fingerprint(network.state_dict())
+    assert weights_io.fingerprint_of(weights_io.ready(network, "cpu", dtype)) == made
