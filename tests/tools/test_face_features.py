@@ -85,7 +85,7 @@ def test_large_photographs_are_reduced_and_small_ones_left(tmp_path):
         ({"images": "nowhere"}, "nowhere: no such folder"),
         ({"images": "empty"}, "found no image in it or below"),
         ({"images": "faceless"}, "found no face in 1 images"),
-        ({"images": "broken", "strict": True}, "z.jpg: can't be read; mend it or leave --strict out"),
+        ({"images": "broken", "strict": True}, "GIF file, or leave --strict out"),
         ({"out": "there.safetensors"}, "is there already"),
         ({"out": "faces.npz"}, "expected a .safetensors file"),
         ({"out": "nowhere/faces.safetensors"}, "in a folder that is there"),
