@@ -1,8 +1,10 @@
 """CelebA and FairFace in miniature, in their exact formats, and the classifier that is trained on them."""
 
+import errno
 import json
 import shutil
 import struct
+import tempfile
 import zlib
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fairref.bundle.judges import load_classifier
+from fairref.commands import classifier as classifier_command
 from fairref.commands.classifier import main
 from fairref.commands.cli import run
 from fairref.errors import UserError
@@ -159,6 +162,129 @@ def test_fairface_classes_are_those_of_the_method(fairface):
     assert len(FAIRFACE["race"]) == 7 and len(FAIRFACE["age"]) == 9
 
 
+def as_kaggle(root):
+    """Its archive: tables of commas, and a folder in a folder of the same name."""
+    for name, names in (("list_attr_celeba", CELEBA_COLUMNS), ("list_eval_partition", ["partition"])):
+        lines = (root / f"{name}.txt").read_text().splitlines()[2 if len(names) > 1 else 0 :]
+        table = [",".join(["image_id", *names]), *(",".join(line.split()) for line in lines)]
+        (root / f"{name}.csv").write_text("\r\n".join(table) + "\r\n")
+        (root / f"{name}.txt").unlink()
+    (root / "img_align_celeba").rename(root / "images")
+    (root / "img_align_celeba").mkdir()
+    (root / "images").rename(root / "img_align_celeba" / "img_align_celeba")
+
+
+def as_distributed(root):
+    """The distributor's folders, with a table's other file beside."""
+    for folder, name in (
+        ("Anno", "list_attr_celeba.txt"),
+        ("Eval", "list_eval_partition.txt"),
+        ("Img", "img_align_celeba"),
+    ):
+        (root / folder).mkdir()
+        (root / name).rename(root / folder / name)
+    (root / "Anno" / "list_bbox_celeba.txt").write_text("24\nx_1 y_1\n")
+
+
+def as_torchvision(root):
+    """Its root holds the folder celeba."""
+    for path in list(root.iterdir()):
+        (root / "celeba").mkdir(exist_ok=True)
+        path.rename(root / "celeba" / path.name)
+
+
+def with_zeros(root):
+    path = root / "list_attr_celeba.txt"
+    path.write_text(path.read_text().replace("-1", "0"))
+
+
+def with_marks(root):
+    """As some editors save: a byte order mark first."""
+    for path in (*root.glob("*.txt"), *root.glob("*.csv")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (as_kaggle,),
+        (as_distributed,),
+        (as_torchvision,),
+        (with_zeros,),
+        (with_zeros, as_kaggle, with_marks),
+        (with_marks,),
+        (as_distributed, as_torchvision),
+    ],
+)
+def test_celeba_is_read_as_people_have_it(celeba, changes):
+    def content():
+        photographs = read_photographs("celeba", celeba, ["gender", "age"])
+        assert photographs.bad == []
+        return {p: [(r.file.name, r.labels) for r in rows] for p, rows in photographs.parts.items()}
+
+    before = content()
+    assert sum(map(len, before.values())) == 24
+    for change in changes:
+        change(celeba)
+    assert content() == before
+
+
+def all_women(root):
+    lines = (root / "list_attr_celeba.txt").read_text().splitlines()
+    cells = [line.split() for line in lines[2:]]
+    for cell in cells:
+        cell[1 + MALE] = "-1"
+    (root / "list_attr_celeba.txt").write_text("\n".join([*lines[:2], *(" ".join(c) for c in cells)]))
+
+
+def one_zero(root):
+    lines = (root / "list_attr_celeba.txt").read_text().splitlines()
+    cells = lines[2].split()
+    assert cells[1 + MALE] == "-1"
+    cells[1 + MALE] = "0"
+    (root / "list_attr_celeba.txt").write_text("\n".join([*lines[:2], " ".join(cells), *lines[3:]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (one_zero, "column Male has 0 as well as -1; expected -1 and 1, or 0 and 1"),
+        (all_women, "the train part has no usable image of gender 'man'; check the labels"),
+        (
+            lambda root: shutil.copytree(root, root / "celeba"),
+            r"list_attr_celeba\.txt and .*celeba.list_attr_celeba\.txt are both there; keep one",
+        ),
+        (
+            lambda root: (root / "list_eval_partition.csv").write_text("image_id,partition\n"),
+            r"list_eval_partition\.csv are both there",
+        ),
+    ],
+)
+def test_labels_that_say_two_things_are_refused(celeba, change, sentence):
+    change(celeba)
+    with pytest.raises(UserError, match=sentence):
+        read_photographs("celeba", celeba, ["gender"])
+
+
+def test_lines_of_kaggles_tables_are_named(celeba):
+    as_kaggle(celeba)
+    for name, line, bad in (("attr_celeba", 4, "000003.jpg,1"), ("eval_partition", 6, "000005.jpg,7")):
+        lines = (celeba / f"list_{name}.csv").read_text().splitlines()
+        lines[line - 1] = bad
+        (celeba / f"list_{name}.csv").write_text("\n".join(lines))
+    assert read_photographs("celeba", celeba, ["gender"]).bad == [
+        "list_eval_partition.csv, line 6: no part that is known",
+        "list_attr_celeba.csv, line 4: another number of values than columns",
+        "list_attr_celeba.csv, line 6: 000005.jpg is in no part",
+    ]
+
+
+def test_fairface_with_a_byte_order_mark(fairface):
+    before = read_photographs("fairface", fairface, ["race", "age"])
+    with_marks(fairface)
+    assert read_photographs("fairface", fairface, ["race", "age"]) == before
+
+
 def test_bad_rows_are_counted_named_and_left_out(celeba, fairface):
     (celeba / "img_align_celeba" / "000002.jpg").unlink()
     labels = (celeba / "list_attr_celeba.txt").read_text().splitlines()
@@ -297,6 +423,35 @@ def test_what_teaches_nothing_is_refused(celeba, tmp_path, capsys):
             assert run(main, train_on(celeba, tmp_path / "c", f"{option}={value}")) == 2
             assert "expected a number above 0" in capsys.readouterr().err
     assert not any(tmp_path.glob("?/*"))
+
+
+def test_a_class_whose_images_are_all_unreadable_is_refused(celeba, tmp_path):
+    for n in range(1, 25, 2):
+        (celeba / "img_align_celeba" / f"{n:06}.jpg").write_bytes(b"not a picture")
+    with pytest.raises(
+        UserError, match=r"No training image of gender 'woman' can be read.*8 images can't be read"
+    ):
+        main(train_on(celeba, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def read_only(**_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(celeba, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_command, "read_photographs", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"out: can't be written \(Read-only"):
+        main(train_on(celeba, tmp_path / "out"))
+
+
+def test_a_turned_photograph_is_learnt_from_upright(tmp_path):
+    image, mark = Image.new("RGB", (32, 32), "white"), Image.Exif()
+    image.paste("black", (0, 0, 32, 16))  # dark above
+    mark[0x0112] = 6  # shown turned by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=mark)
+    assert load(tmp_path / "a.png", 2)[0].mean(1).diff() > 1
 
 
 def test_files_that_are_there_are_left_alone(celeba, tmp_path, capsys, monkeypatch):
