@@ -8,6 +8,7 @@ from fairref import settings
 from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.files.datasets import describe_bad, read_photographs
+from fairref.files.paths import check_writable
 from fairref.judges.mobilenet import MobileNetConfig
 from fairref.processes import choose_device
 from fairref.tools.classifier import (
@@ -57,13 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device(options.device)
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise UserError(f"{options.out}: is there already; give a new or an empty folder as --out.")
+    check_writable(options.out)
     photographs = read_photographs(options.data, options.root, options.attr.split("+"), options.strict)
     if photographs.bad:
         print(f"left out {describe_bad(photographs.bad)}", file=sys.stderr)
     logits = sum(map(len, photographs.attributes.values()))
     config = MobileNetConfig(options.kind, options.width, logits, options.input_size)
     if options.strict and (broken := unreadable(photographs, config.input_size)):
-        raise UserError(f"{options.root}: {describe_unread(broken)}; mend them or leave --strict out.")
+        raise UserError(f"{options.root}: {describe_unread(broken).rstrip('.')}, or leave --strict out.")
     settings = Settings(options.epochs, options.batch, options.lr, options.seed)
     trained = make_classifier(photographs, config, settings, options.out, options.init, device)
     if trained.unread:

@@ -7,6 +7,7 @@ from fairref import settings
 from fairref.bundle.loading import DEFAULT
 from fairref.commands import cli
 from fairref.errors import UserError
+from fairref.files.paths import check_writable
 from fairref.processes import choose_device
 from fairref.tools import faces
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{options.out}: is there already; give another --out.")
     if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
         raise UserError(f"--out is {options.out}; expected a .safetensors file in a folder that is there.")
+    check_writable(options.out)
     files = faces.select(faces.photographs(options.images), options.limit)
     judges = faces.judges_of(options.weights, choose_device(options.device))
     made, left_out = faces.make_face_features(files, *judges, options.out, options.largest, options.strict)

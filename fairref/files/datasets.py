@@ -1,14 +1,18 @@
 """Read CelebA and FairFace, the face photographs that classifiers are trained on, as they are distributed.
 
-CelebA: list_attr_celeba.txt, list_eval_partition.txt, and the images in img_align_celeba/.
+CelebA: list_attr_celeba and list_eval_partition, each .txt (the distributor's) or .csv (Kaggle's), and the images in
+img_align_celeba/ or img_align_celeba/img_align_celeba/. They stand in the folder itself or in Anno/, Eval/ and Img/, or
+so in its folder celeba/ (torchvision's). Labels are -1 and 1, or 0 and 1.
 FairFace: fairface_label_train.csv, fairface_label_val.csv, whose first column names the images.
 
 Rows that can't be used are left out and listed, or they are an error (`strict`).
 """
 
 import csv
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from fairref.errors import UserError
@@ -36,9 +40,11 @@ FAIRFACE = {
         **dict.fromkeys(("40-49", "50-59", "60-69", "more than 70"), "old"),
     },
 }
-CELEBA = {"gender": ("Male", "man", "woman"), "age": ("Young", "young", "old")}  # column, class of 1, of -1
+# column, class of 1, class of -1 or 0
+CELEBA = {"gender": ("Male", "man", "woman"), "age": ("Young", "young", "old")}
 PARTITION = {"0": "train", "1": "validation", "2": "test"}
-CELEBA_FILES = ("list_attr_celeba.txt", "list_eval_partition.txt")
+LABELS, PARTS, IMAGES = "list_attr_celeba", "list_eval_partition", "img_align_celeba"
+CELEBA_FOLDERS = [Path(home, room) for home in ("", "celeba") for room in ("", "Anno", "Eval", "Img")]
 FAIRFACE_FILES = {"train": "fairface_label_train.csv", "validation": "fairface_label_val.csv"}
 SHOWN = 3  # bad rows that a message names
 
@@ -64,8 +70,8 @@ class Photographs:
         unknown = [name for name in self.attributes if labels.get(name) is None]
         if unknown:
             self.bad.append(f"{where}: no {unknown[0]} that is known")
-        elif not file.is_file():
-            self.bad.append(f"{where}: {file.name} is missing")
+        elif not os.path.isfile(file):  # False also for a name that is none
+            self.bad.append(f"{where}: {file.parent.name}/{file.name} is missing")
         else:
             indices = (self.attributes[name].index(labels[name]) for name in self.attributes)
             self.parts.setdefault(part, []).append(Row(file, tuple(indices)))
@@ -89,9 +95,16 @@ def read_photographs(data: str, root: str | Path, attributes: list[str], strict:
     readers[data](root, photographs)
     if photographs.bad and strict:
         raise UserError(f"{root}: {describe_bad(photographs.bad)}; mend them or leave --strict out.")
+    bad = f" ({describe_bad(photographs.bad)})" if photographs.bad else ""
     if not photographs.parts.get("train"):
-        bad = f" ({describe_bad(photographs.bad)})" if photographs.bad else ""
         raise UserError(f"{root}: no usable training image{bad}; check the folder.")
+    for part, rows in photographs.parts.items():
+        for a, (name, classes) in enumerate(photographs.attributes.items()):
+            without = [c for k, c in enumerate(classes) if all(row.labels[a] != k for row in rows)]
+            if without:
+                raise UserError(
+                    f"{root}: the {part} part has no usable image of {name} {without[0]!r}{bad}; check the labels."
+                )
     return photographs
 
 
@@ -105,39 +118,68 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; put it there as the data set distributes it.")
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not text; get it again.") from None
 
 
+def _find_celeba(root: Path, names: list[str], is_there: Callable[[Path], bool]) -> Path:
+    """Return the one file or folder of CelebA that has one of the names. Raises UserError for none and for two."""
+    found = [p for folder in CELEBA_FOLDERS for name in names if is_there(p := root / folder / name)]
+    if not found:
+        raise UserError(
+            f"{root}: there is no {' or '.join(names)} in it, in its Anno, Eval or Img, or in its celeba;"
+            " give the folder that CelebA was unpacked to."
+        )
+    if len(found) > 1:
+        raise UserError(f"{found[0]} and {found[1]} are both there; keep one, or give a --root that has one.")
+    return found[0]
+
+
+def _celeba_rows(path: Path, columns: set[str]) -> Iterator[tuple[int, dict[str | None, str | None]]]:
+    """Yield number and values of each line, as csv.DictReader does, of either kind of table. Raises UserError."""
+    if path.suffix == ".csv":
+        yield from _rows(path, {"image_id", *columns})
+        return
+    lines, names, first = _lines(path), ["partition"], 0
+    if path.stem == LABELS:  # the first line is a number, the second names the columns
+        names, first = (lines[1].split() if len(lines) > 1 else []), 2
+    if missing := columns - set(names):
+        raise UserError(f"{path}: has no column {min(missing)!r}; get the file again.")
+    for n, line in enumerate(lines[first:], first + 1):
+        if line.strip():
+            yield n, dict(zip_longest(["image_id", *names], line.split()))
+
+
 def _read_celeba(root: Path, photographs: Photographs) -> None:
-    labels_path, parts_path = (root / name for name in CELEBA_FILES)
+    labels_path, parts_path = (
+        _find_celeba(root, [f"{name}.txt", f"{name}.csv"], Path.is_file) for name in (LABELS, PARTS)
+    )
+    images = _find_celeba(root, [IMAGES], Path.is_dir)
+    images = images / IMAGES if (images / IMAGES).is_dir() else images  # as Kaggle's archive is unpacked
     part_of = {}
-    for n, line in enumerate(_lines(parts_path), 1):
-        name, *part = line.split() or [""]
-        if len(part) == 1 and part[0] in PARTITION:
-            part_of[name] = PARTITION[part[0]]
-        elif line.strip():
-            photographs.bad.append(f"{parts_path.name}, line {n}: no part that is known")
-    lines = _lines(labels_path)
-    columns = lines[1].split() if len(lines) > 1 else []
-    wanted = {name: CELEBA[name] for name in photographs.attributes}
-    for column, *_ in wanted.values():
-        if column not in columns:
-            raise UserError(f"{labels_path}: line 2 names no column {column}; get the file again.")
-    for n, line in enumerate(lines[2:], 3):
-        name, *values = line.split() or [""]
-        where = f"{labels_path.name}, line {n}"
-        if not name:
-            continue
-        if len(values) != len(columns):
-            photographs.bad.append(f"{where}: {len(values)} values for {len(columns)} columns")
-        elif name not in part_of:
-            photographs.bad.append(f"{where}: {name} is in no part")
+    for n, row in _celeba_rows(parts_path, {"partition"}):
+        if None not in row and row["partition"] in PARTITION:
+            part_of[row["image_id"]] = PARTITION[row["partition"]]
         else:
-            row = dict(zip(columns, values, strict=True))
-            labels = {key: {"1": yes, "-1": no}.get(row[column]) for key, (column, yes, no) in wanted.items()}
-            photographs.add(part_of[name], root / "img_align_celeba" / name, labels, where)
+            photographs.bad.append(f"{parts_path.name}, line {n}: no part that is known")
+    wanted, rows = {name: CELEBA[name] for name in photographs.attributes}, []
+    for n, row in _celeba_rows(labels_path, {column for column, *_ in wanted.values()}):
+        where, image = f"{labels_path.name}, line {n}", row["image_id"]
+        if None in row or None in row.values():
+            photographs.bad.append(f"{where}: another number of values than columns")
+        elif image not in part_of:
+            photographs.bad.append(f"{where}: {image} is in no part")
+        else:
+            rows.append((where, image, {key: row[column].strip() for key, (column, *_) in wanted.items()}))
+    for key, (column, *_) in wanted.items():
+        if {"-1", "0"} <= {values[key] for *_, values in rows}:  # 0 might be "no" or "unknown"
+            raise UserError(
+                f"{labels_path}: column {column} has 0 as well as -1; expected -1 and 1, or 0 and 1; take one pair."
+            )
+    for where, image, values in rows:
+        labels = {k: {"1": yes, "-1": no, "0": no}.get(values[k]) for k, (_, yes, no) in wanted.items()}
+        photographs.add(part_of[image], images / image, labels, where)
 
 
 def _rows(path: Path, columns: set[str]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -1,4 +1,4 @@
-"""Tensors as images, grids of images, and PNG files with texts in them."""
+"""Image files of any kind as 8-bit RGB, tensors as images, grids of images, and PNG files with texts in them."""
 
 import math
 import struct
@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from fairref.errors import UserError
+
 GAP = 2  # pixels between the images of a grid
+# Pillow's decoders that may look at a foreign file, whatever its name is; that of PostScript would start a program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 # the errors that Pillow raises on damaged files
 UNREADABLE = (
     OSError,
@@ -42,10 +47,53 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
 
 
-def read_rgba(path: Path) -> Tensor:
-    """Return an image file as (H, W, 4) in [0, 1]: red, green, blue, coverage."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGBA")).copy()).float() / 255
+def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Return an image file as 8-bit "RGB" or "RGBA", upright as its camera's mark says. Raises UserError.
+
+    In RGB, what is transparent lies on white. Of several images in a file, the first counts.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise ValueError("it is no regular file" if path.exists() else "there is no such file")
+        with Image.open(path, formats=FORMATS) as file:
+            image = _with_8_bits(ImageOps.exif_transpose(file), file)
+        if mode == "RGB" and image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert(mode)
+    except UNREADABLE as error:
+        unknown = "its content is of another kind" if isinstance(error, UnidentifiedImageError) else None
+        reason = unknown or getattr(error, "strerror", None) or str(error) or type(error).__name__
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise UserError(
+            f"{path}: can't be read as an image ({reason.rstrip('.')}); give a whole {kinds} file."
+        ) from None
+
+
+def _with_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Return an image with grey values of 16 bits, or floats in [0, 1], as one of 8 bits. `file` knows its tags."""
+    tags = getattr(file, "tag_v2", {})
+    if image.mode == "F":
+        top = 1
+    elif image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):  # Pillow < 11: I
+        top = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1  # 12 bits are I;16 too
+    elif image.mode == "I":
+        raise ValueError("its pixels are whole numbers of unknown range; save it with 8 or 16 bits")
+    else:
+        return image
+    grey = np.asarray(image, dtype=np.float32) / top
+    low, high = grey.min(), grey.max()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"its pixels go from {low * top:g} to {high * top:g}, expected 0 to {top}")
+    if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow minds it with at most 8 bits alone
+        grey = 1 - grey
+    return Image.fromarray((grey * 255).round().astype(np.uint8))
+
+
+def read_rgba(path: str | Path) -> Tensor:
+    """Return an image file as (H, W, 4) in [0, 1]: red, green, blue, coverage. Raises UserError."""
+    return torch.from_numpy(np.asarray(read_image(path, "RGBA")).copy()).float() / 255
 
 
 def save_png(image: Image.Image, path: Path, texts: dict[str, str]) -> None:

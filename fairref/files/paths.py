@@ -1,8 +1,10 @@
 """Paths as users write them, and JSON files."""
 
+import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,3 +48,26 @@ def only_numbers(value: object) -> object:
     if isinstance(value, dict):
         return {key: only_numbers(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise UserError unless a file or folder can be written at this path, also in folders that are yet to be made.
+
+    Nothing is left behind, and what is there stays as it is.
+    """
+    place = Path(path)
+    try:
+        while True:
+            try:
+                place.stat()
+                break
+            except FileNotFoundError:
+                place = place.parent
+        if place.is_dir():
+            tempfile.TemporaryFile(dir=place).close()
+        elif not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"{path}: can't be written ({error.strerror}); change the permissions or choose another place."
+        ) from None

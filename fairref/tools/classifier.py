@@ -22,7 +22,7 @@ from torch import Tensor
 from fairref.bundle.judges import save_classifier
 from fairref.errors import UserError
 from fairref.files.datasets import Photographs, Row
-from fairref.files.images import UNREADABLE
+from fairref.files.images import read_image
 from fairref.files.paths import write_json
 from fairref.files.weights import load_strict, read
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
@@ -46,24 +46,27 @@ class Settings:
     seed: int = 0  # of order, changes and weights
 
 
-def load(file: Path, side: int) -> Tensor | None:
-    """Return the image (3, side, side) in [-1, 1]; None if it can't be read."""
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
-    except UNREADABLE:
-        return None
+def load(file: Path, side: int) -> Tensor:
+    """Return the image (3, side, side) in [-1, 1]. Raises UserError."""
+    pixels = np.asarray(read_image(file).resize((side, side), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
 
 
+def try_load(file: Path, side: int) -> Tensor | str:
+    """Return the image as `load` does, or why it can't be read."""
+    try:
+        return load(file, side)
+    except UserError as error:
+        return str(error)
+
+
 def load_batch(rows: list[Row], side: int, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor, list[str]]:
-    """Return images (B, 3, side, side), labels (B, attributes), and the names of files that can't be read."""
-    images = list(pool.map(lambda row: load(row.file, side), rows))
-    read = [i for i, x in enumerate(images) if x is not None]
-    unread = [short_name(row.file) for row, x in zip(rows, images, strict=True) if x is None]
+    """Return images (B, 3, side, side), labels (B, attributes), and why the others can't be read."""
+    images = list(pool.map(lambda row: try_load(row.file, side), rows))
+    read = [i for i, x in enumerate(images) if isinstance(x, Tensor)]
     x = torch.stack([images[i] for i in read]) if read else torch.zeros(0, 3, side, side)
     y = torch.tensor([rows[i].labels for i in read], dtype=torch.long).view(len(read), len(rows[0].labels))
-    return x, y, unread
+    return x, y, [reason for reason in images if isinstance(reason, str)]
 
 
 def changed(x: Tensor, jitter: bool, rng: np.random.Generator) -> Tensor:
@@ -105,10 +108,22 @@ def new_classifier(
     return Classifier(network, photographs.attributes)
 
 
+def check_readable(
+    readable: dict[str, set[int]], attributes: dict[str, tuple[str, ...]], unread: list[str]
+) -> None:
+    """Raise UserError if of some attribute's class no image was read. `unread`: why others could not be."""
+    for name, classes in attributes.items():
+        for k in sorted(set(range(len(classes))) - readable[name]):
+            raise UserError(
+                f"No training image of {name} {classes[k]!r} can be read, so nothing was learnt of it;"
+                f" {describe_unread(unread)}"
+            )
+
+
 def train(
     classifier: Classifier, photographs: Photographs, settings: Settings, device: torch.device
 ) -> list[str]:
-    """Train with AdamW on the sum of the attributes' cross-entropies; return the files that can't be read.
+    """Train with AdamW on the sum of the attributes' cross-entropies; return why files can't be read.
 
     The learning rate falls along a cosine. Raises UserError if nothing can be learnt.
     """
@@ -116,6 +131,7 @@ def train(
     side, jitter = classifier.network.config.input_size, not NO_JITTER & set(names)
     per_epoch = math.ceil(len(rows) / settings.batch)
     total, unread, updates = settings.epochs * per_epoch, set(), 0
+    readable = {name: set() for name in names}  # classes of which an image was read
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=settings.lr)
     classifier.to(device).train()
     with Progress(total, "training") as progress, ThreadPoolExecutor(THREADS) as pool:
@@ -125,6 +141,10 @@ def train(
             chosen = order[place * settings.batch : (place + 1) * settings.batch]
             x, y, failed = load_batch([rows[i] for i in chosen], side, pool)
             unread.update(failed)
+            for a, name in enumerate(names):
+                readable[name].update(y[:, a].tolist())
+            if step + 1 == per_epoch:
+                check_readable(readable, classifier.classes, sorted(unread))
             if len(x) < 2:  # BatchNorm needs two
                 progress.step("too few readable images")
                 continue
@@ -171,7 +191,7 @@ def settle(classifier: Classifier, rows: list[Row], batch: int, device: torch.de
 def answers(
     classifier: Classifier, rows: list[Row], batch: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return labels and predictions (n, attributes) of the n images that can be read, and the other files."""
+    """Return labels and predictions (n, attributes) of the n images that can be read, and why the others can't."""
     classifier.to(device).eval()
     side, labels, predicted, unread = classifier.network.config.input_size, [], [], []
     with Progress(math.ceil(len(rows) / batch), "testing") as progress, ThreadPoolExecutor(THREADS) as pool:
@@ -249,25 +269,16 @@ def confusion_figure(counts: dict[str, np.ndarray], attributes: dict[str, tuple[
     return figure
 
 
-def short_name(file: Path) -> str:
-    """Return an image's name with its folder, because FairFace's parts have the same file names."""
-    return f"{file.parent.name}/{file.name}"
-
-
 def unreadable(photographs: Photographs, side: int) -> list[str]:
-    """Return the names of all images that can't be read."""
-    rows = [row for part in photographs.parts.values() for row in part]
+    """Return for each image that can't be read why."""
+    files = [row.file for part in photographs.parts.values() for row in part]
     with ThreadPoolExecutor(THREADS) as pool:
-        return [
-            short_name(row.file)
-            for row, x in zip(rows, pool.map(lambda r: load(r.file, side), rows), strict=True)
-            if x is None
-        ]
+        return [x for x in pool.map(lambda file: try_load(file, side), files) if isinstance(x, str)]
 
 
-def describe_unread(names: list[str]) -> str:
-    """Return how many images can't be read, and one of them."""
-    return f"{len(names)} image{'s' * (len(names) > 1)} can't be read, such as {names[0]}"
+def describe_unread(reasons: list[str]) -> str:
+    """Return how many images can't be read, and why the first can't."""
+    return f"{len(reasons)} image{'s' * (len(reasons) > 1)} can't be read; the first is {reasons[0]}"
 
 
 @dataclass(frozen=True)
@@ -276,7 +287,7 @@ class Trained:
 
     part: str  # that was measured: "test", else "validation", else "train"
     measured: dict[str, dict[str, object]]  # attribute -> its numbers
-    unread: list[str]  # images that can't be read
+    unread: list[str]  # why images can't be read
 
 
 def make_classifier(
@@ -289,7 +300,6 @@ def make_classifier(
 ) -> Trained:
     """Train and measure a classifier, and write the folder `out`. `init`: file of first weights. Raises UserError."""
     classifier = new_classifier(photographs, config, init, settings.seed)
-    out.mkdir(parents=True, exist_ok=True)  # better refused now than after the training
     unread = train(classifier, photographs, settings, device)
     part = next((p for p in ("test", "validation") if photographs.parts.get(p)), "train")
     labels, predicted, more = answers(classifier, photographs.parts[part], settings.batch, device)

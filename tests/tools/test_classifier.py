@@ -1,8 +1,10 @@
 """CelebA and FairFace in miniature, in their exact formats, and the classifier that is trained on them."""
 
+import errno
 import json
 import shutil
 import struct
+import tempfile
 import zlib
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fairref.bundle.judges import load_classifier
+from fairref.commands import classifier as classifier_command
 from fairref.commands.classifier import main
 from fairref.commands.cli import run
 from fairref.errors import UserError
@@ -159,11 +162,134 @@ def test_fairface_classes_are_those_of_the_method(fairface):
     assert len(FAIRFACE["race"]) == 7 and len(FAIRFACE["age"]) == 9
 
 
+def as_kaggle(root):
+    """Its archive: tables of commas, and a folder in a folder of the same name."""
+    for name, names in (("list_attr_celeba", CELEBA_COLUMNS), ("list_eval_partition", ["partition"])):
+        lines = (root / f"{name}.txt").read_text().splitlines()[2 if len(names) > 1 else 0 :]
+        table = [",".join(["image_id", *names]), *(",".join(line.split()) for line in lines)]
+        (root / f"{name}.csv").write_text("\r\n".join(table) + "\r\n")
+        (root / f"{name}.txt").unlink()
+    (root / "img_align_celeba").rename(root / "images")
+    (root / "img_align_celeba").mkdir()
+    (root / "images").rename(root / "img_align_celeba" / "img_align_celeba")
+
+
+def as_distributed(root):
+    """The distributor's folders, with a table's other file beside."""
+    for folder, name in (
+        ("Anno", "list_attr_celeba.txt"),
+        ("Eval", "list_eval_partition.txt"),
+        ("Img", "img_align_celeba"),
+    ):
+        (root / folder).mkdir()
+        (root / name).rename(root / folder / name)
+    (root / "Anno" / "list_bbox_celeba.txt").write_text("24\nx_1 y_1\n")
+
+
+def as_torchvision(root):
+    """Its root holds the folder celeba."""
+    for path in list(root.iterdir()):
+        (root / "celeba").mkdir(exist_ok=True)
+        path.rename(root / "celeba" / path.name)
+
+
+def with_zeros(root):
+    path = root / "list_attr_celeba.txt"
+    path.write_text(path.read_text().replace("-1", "0"))
+
+
+def with_marks(root):
+    """As some editors save: a byte order mark first."""
+    for path in (*root.glob("*.txt"), *root.glob("*.csv")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (as_kaggle,),
+        (as_distributed,),
+        (as_torchvision,),
+        (with_zeros,),
+        (with_zeros, as_kaggle, with_marks),
+        (with_marks,),
+        (as_distributed, as_torchvision),
+    ],
+)
+def test_celeba_is_read_as_people_have_it(celeba, changes):
+    def content():
+        photographs = read_photographs("celeba", celeba, ["gender", "age"])
+        assert photographs.bad == []
+        return {p: [(r.file.name, r.labels) for r in rows] for p, rows in photographs.parts.items()}
+
+    before = content()
+    assert sum(map(len, before.values())) == 24
+    for change in changes:
+        change(celeba)
+    assert content() == before
+
+
+def all_women(root):
+    lines = (root / "list_attr_celeba.txt").read_text().splitlines()
+    cells = [line.split() for line in lines[2:]]
+    for cell in cells:
+        cell[1 + MALE] = "-1"
+    (root / "list_attr_celeba.txt").write_text("\n".join([*lines[:2], *(" ".join(c) for c in cells)]))
+
+
+def one_zero(root):
+    lines = (root / "list_attr_celeba.txt").read_text().splitlines()
+    cells = lines[2].split()
+    assert cells[1 + MALE] == "-1"
+    cells[1 + MALE] = "0"
+    (root / "list_attr_celeba.txt").write_text("\n".join([*lines[:2], " ".join(cells), *lines[3:]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (one_zero, "column Male has 0 as well as -1; expected -1 and 1, or 0 and 1"),
+        (all_women, "the train part has no usable image of gender 'man'; check the labels"),
+        (
+            lambda root: shutil.copytree(root, root / "celeba"),
+            r"list_attr_celeba\.txt and .*celeba.list_attr_celeba\.txt are both there; keep one",
+        ),
+        (
+            lambda root: (root / "list_eval_partition.csv").write_text("image_id,partition\n"),
+            r"list_eval_partition\.csv are both there",
+        ),
+    ],
+)
+def test_labels_that_say_two_things_are_refused(celeba, change, sentence):
+    change(celeba)
+    with pytest.raises(UserError, match=sentence):
+        read_photographs("celeba", celeba, ["gender"])
+
+
+def test_lines_of_kaggles_tables_are_named(celeba):
+    as_kaggle(celeba)
+    for name, line, bad in (("attr_celeba", 4, "000003.jpg,1"), ("eval_partition", 6, "000005.jpg,7")):
+        lines = (celeba / f"list_{name}.csv").read_text().splitlines()
+        lines[line - 1] = bad
+        (celeba / f"list_{name}.csv").write_text("\n".join(lines))
+    assert read_photographs("celeba", celeba, ["gender"]).bad == [
+        "list_eval_partition.csv, line 6: no part that is known",
+        "list_attr_celeba.csv, line 4: another number of values than columns",
+        "list_attr_celeba.csv, line 6: 000005.jpg is in no part",
+    ]
+
+
+def test_fairface_with_a_byte_order_mark(fairface):
+    before = read_photographs("fairface", fairface, ["race", "age"])
+    with_marks(fairface)
+    assert read_photographs("fairface", fairface, ["race", "age"]) == before
+
+
 def test_bad_rows_are_counted_named_and_left_out(celeba, fairface):
     (celeba / "img_align_celeba" / "000002.jpg").unlink()
     labels = (celeba / "list_attr_celeba.txt").read_text().splitlines()
     labels[2 + 4] = "000005.jpg 1 -1"
-    labels[2 + 6] = labels[2 + 6].replace("-1", " 0")
+    labels[2 + 6] = labels[2 + 6].replace("-1", " 2")
     labels.append("000099.jpg " + " ".join(["-1"] * 40))
     (celeba / "list_attr_celeba.txt").write_text("\n".join(labels))
     found = read_photographs("celeba", celeba, ["gender"])
@@ -175,19 +301,20 @@ def test_bad_rows_are_counted_named_and_left_out(celeba, fairface):
         read_photographs("celeba", celeba, ["gender"], strict=True)
 
     table = fairface / "fairface_label_train.csv"
-    table.write_text(table.read_text().replace("Indian", "Martian") + "train/9.jpg,3-9,Male\n")
+    table.write_text(table.read_text().replace("Southeast Asian", "Martian") + "train/9.jpg,3-9,Male\n")
     found = read_photographs("fairface", fairface, ["race"])
-    assert len(found.parts["train"]) == 7 and len(found.bad) == 2 and "line 7" in found.bad[0]
+    assert len(found.parts["train"]) == 7 and len(found.bad) == 2 and "line 5" in found.bad[0]
 
 
 @pytest.mark.parametrize(
     "change, sentence",
     [
         (lambda root: shutil.rmtree(root), "no such folder"),
-        (lambda root: (root / "list_attr_celeba.txt").unlink(), "no such file"),
-        (lambda root: (root / "list_attr_celeba.txt").write_text("3\nFoo Bar\n"), "no column Male"),
+        (lambda root: (root / "list_attr_celeba.txt").unlink(), r"no list_attr_celeba\.txt or list_attr"),
+        (lambda root: (root / "list_attr_celeba.txt").write_text("3\nFoo Bar\n"), "no column 'Male'"),
         (lambda root: (root / "list_attr_celeba.txt").write_bytes(b"\xff\xfe\x00"), "not text"),
-        (lambda root: shutil.rmtree(root / "img_align_celeba"), "no usable training image"),
+        (lambda root: shutil.rmtree(root / "img_align_celeba"), "no img_align_celeba in it"),
+        (lambda root: (root / "img_align_celeba" / "img_align_celeba").mkdir(), "no usable training image"),
     ],
 )
 def test_a_wrong_folder_is_one_sentence(celeba, change, sentence):
@@ -268,7 +395,8 @@ def test_unreadable_images_are_skipped_and_counted_or_refused(celeba, tmp_path, 
     main(train_on(celeba, tmp_path / "out", "--epochs", "1"))
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["unreadable"] == 2 and found["gender"]["images"] == 3
-    assert "2 images can't be read, such as img_align_celeba/000003.jpg" in capsys.readouterr().err
+    assert "2 images can't be read; the first is" in (said := capsys.readouterr().err)
+    assert "img_align_celeba/000003.jpg: can't be read as an image (its content is of another kind)" in said
     assert run(main, train_on(celeba, tmp_path / "strict", "--strict")) == 2
     assert "2 images can't be read" in capsys.readouterr().err and not (tmp_path / "strict").exists()
 
@@ -295,6 +423,35 @@ def test_what_teaches_nothing_is_refused(celeba, tmp_path, capsys):
             assert run(main, train_on(celeba, tmp_path / "c", f"{option}={value}")) == 2
             assert "expected a number above 0" in capsys.readouterr().err
     assert not any(tmp_path.glob("?/*"))
+
+
+def test_a_class_whose_images_are_all_unreadable_is_refused(celeba, tmp_path):
+    for n in range(1, 25, 2):
+        (celeba / "img_align_celeba" / f"{n:06}.jpg").write_bytes(b"not a picture")
+    with pytest.raises(
+        UserError, match=r"No training image of gender 'woman' can be read.*8 images can't be read"
+    ):
+        main(train_on(celeba, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def read_only(**_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(celeba, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_command, "read_photographs", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"out: can't be written \(Read-only"):
+        main(train_on(celeba, tmp_path / "out"))
+
+
+def test_a_turned_photograph_is_learnt_from_upright(tmp_path):
+    image, mark = Image.new("RGB", (32, 32), "white"), Image.Exif()
+    image.paste("black", (0, 0, 32, 16))  # dark above
+    mark[0x0112] = 6  # shown turned by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=mark)
+    assert load(tmp_path / "a.png", 2)[0].mean(1).diff() > 1
 
 
 def test_files_that_are_there_are_left_alone(celeba, tmp_path, capsys, monkeypatch):
@@ -326,7 +483,8 @@ def test_a_photograph_with_broken_notes_of_its_camera_is_unreadable(tmp_path, ki
     image.save(tmp_path / "whole.jpg", exif=notes)
     image.save(tmp_path / "broken.jpg", exif=notes.replace(b"\x01\x28\0\3", b"\x01\x28" + kind))
     assert face_features.load(tmp_path / "whole.jpg").shape == (1, 3, 32, 32)
-    assert face_features.load(tmp_path / "broken.jpg") is None
+    with pytest.raises(UserError, match=r"broken\.jpg: can't be read as an image"):
+        face_features.load(tmp_path / "broken.jpg")
 
 
 def test_a_cell_of_a_table_that_is_too_long_is_named(fairface, tmp_path, capsys):
@@ -349,8 +507,10 @@ def test_a_png_that_breaks_off_between_its_chunks_is_unreadable(tmp_path):
     half = whole[at + 4 : at + 4 + size // 2]
     chunk = struct.pack(">I", len(half)) + b"IDAT" + half + struct.pack(">I", zlib.crc32(b"IDAT" + half))
     (tmp_path / "b.png").write_bytes(whole[: at - 4] + chunk + b"\0\0\0\4\1\2\3\4" + bytes(8))
-    assert load(tmp_path / "a.png", 16) is not None and load(tmp_path / "b.png", 16) is None
-    assert face_features.load(tmp_path / "b.png") is None
+    load(tmp_path / "a.png", 16)
+    for read in (load, face_features.load):
+        with pytest.raises(UserError, match=r"b\.png: can't be read as an image"):
+            read(tmp_path / "b.png", 16)
 
 
 def test_pictures_of_the_same_name_in_both_parts_are_two(fairface, tmp_path, capsys):
@@ -358,7 +518,7 @@ def test_pictures_of_the_same_name_in_both_parts_are_two(fairface, tmp_path, cap
         (fairface / part / "1.jpg").write_bytes(b"not a picture")
     main(train_on(fairface, tmp_path / "out", "--epochs", "1", data="fairface"))
     assert json.loads((tmp_path / "out" / "report.json").read_text())["unreadable"] == 2
-    assert "2 images can't be read, such as train/1.jpg" in capsys.readouterr().err
+    assert "2 images can't be read; the first is" in capsys.readouterr().err
 
 
 def test_the_head_is_new_and_the_rest_as_given(celeba, tmp_path):

@@ -1,6 +1,9 @@
 """D_F from a folder of photographs: whose face, what is left out, what users get wrong."""
 
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,8 @@ from fairref.commands.faces import main
 from fairref.errors import UserError
 from fairref.fairness.faces import align_crops, find
 from fairref.judges.sfnet import SFNet, SFNetConfig
-from fairref.tools.faces import load
+from fairref.tools import faces as faces_tool
+from fairref.tools.faces import load, photographs
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +89,7 @@ def test_large_photographs_are_reduced_and_small_ones_left(tmp_path):
         ({"images": "nowhere"}, "nowhere: no such folder"),
         ({"images": "empty"}, "found no image in it or below"),
         ({"images": "faceless"}, "found no face in 1 images"),
-        ({"images": "broken", "strict": True}, "z.jpg: can't be read; mend it or leave --strict out"),
+        ({"images": "broken", "strict": True}, "GIF file, or leave --strict out"),
         ({"out": "there.safetensors"}, "is there already"),
         ({"out": "faces.npz"}, "expected a .safetensors file"),
         ({"out": "nowhere/faces.safetensors"}, "in a folder that is there"),
@@ -116,3 +120,46 @@ def test_a_limit_spreads_over_the_folder(weights, images, tmp_path, capsys):
     assert "1 faces of 2 photographs" in capsys.readouterr().out  # a.png and plain.jpg
     with pytest.raises(UserError, match="whole number from 1"):
         main(["--images", str(images), "--weights", str(weights), "--out", str(out), "--limit", "0"])
+
+
+def test_linked_folders_are_followed_once_and_pipes_left_out(tmp_path):
+    for name in ("a/one.jpg", "a/b/two.PNG", "elsewhere/three.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")  # round and round
+    (tmp_path / "a" / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "a" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "d").symlink_to(tmp_path / "elsewhere")  # the second way there
+    (tmp_path / "a" / "null.jpg").symlink_to("/dev/null")
+    (tmp_path / "a" / "gone.jpg").symlink_to("nowhere")  # will be reported, for somebody wanted it
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    (tmp_path / "a" / "folder.jpg").mkdir()
+    found = [str(p.relative_to(tmp_path / "a")) for p in photographs(tmp_path / "a")]
+    assert found == ["b/two.PNG", "c/three.gif", "gone.jpg", "one.jpg", "self.jpg"]
+
+
+def test_a_folder_that_can_not_be_listed_is_named(tmp_path, monkeypatch):
+    """As the system says it, since root may list anything."""
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="closed"):
+        photographs(tmp_path)
+
+
+def read_only(**_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(weights, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(faces_tool, "photographs", lambda folder: pytest.fail("the work has begun"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"out\.safetensors: can't be written \(Read-only"):
+        main(["--images", str(images), "--weights", str(weights), "--out", str(tmp_path / "out.safetensors")])
