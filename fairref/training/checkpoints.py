@@ -2,7 +2,7 @@
 
 checkpoint-000200.safetensors, of iteration 200 and so on: adapter, moving average, AdamW's two averages, each tensor
 under `adapter.`, `ema.`, `exp_avg.` or `exp_avg_sq.` and its name in the adapter; metadata: State's other fields.
-settings.json: the resolved settings. metrics.jsonl: one line an iteration.
+settings.json: the resolved settings, and what the run was made from. metrics.jsonl: one line an iteration.
 """
 
 import itertools
