@@ -103,7 +103,7 @@ def _run(bundle, options, recipe, stored, weights, processes):
             if plan.settings != stored:
                 write_json(folder / checkpoints.SETTINGS, plan.settings)
         info = {
-            "weights": bundle.manifest.get("name", bundle.path.name),
+            "weights": bundle.path.name,
             "base": bundle.fingerprints,
             "component": setup.recipe.component,
             "classes": setup.target.classes if setup.target else {},

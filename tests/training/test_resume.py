@@ -39,7 +39,7 @@ PARTS = {  # key -> its file in the tiny bundle with all judges
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_faces_folder, tmp_path_factory):
-    """A run of one iteration of three, as if it had been stopped there."""
+    """A run of one iteration, with all judges."""
     out = tmp_path_factory.mktemp("runs") / "first"
     options = ["--attr", "gender", "--weights", str(tiny_faces_folder), "--evaluate", "none"]
     assert cli.run(train.main, [*options, "--iterations", "1", "--out", str(out)]) == 0
@@ -66,7 +66,7 @@ def test_settings_have_each_part_s_fingerprint_and_the_absolute_path(
     assert set(adapter["base"]) == {"unet", "vae", "text_encoder"}
 
 
-def test_the_emoji_s_templates_are_a_part_and_the_default_s_path_is_absolute(loaded_emoji, tmp_path):
+def test_templates_and_a_prefix_are_parts(loaded_emoji):
     assert {"templates", "detector", "dino"} < set(loaded_emoji.all_fingerprints)
     prefixed = replace(loaded_emoji, prefix=torch.zeros(1, 4))
     assert set(prefixed.all_fingerprints) - set(loaded_emoji.all_fingerprints) == {"prefix"}
@@ -82,7 +82,8 @@ def test_what_is_shown_has_no_absolute_path(tiny_folder, tmp_path, capsys):
     assert cli.run(evaluate.main, ["-n", "1", "--explicit-images", "0", *options]) == 0
     report = json.loads(capsys.readouterr().out)
     text = Image.open(tmp_path / "drawn" / "seed0-000.png").text["settings"]
-    assert report["weights"] == json.loads(text)["weights"] == tiny_folder.name
+    adapter = read_info(out / "adapter.safetensors")
+    assert report["weights"] == json.loads(text)["weights"] == adapter["weights"] == tiny_folder.name
     shown = [json.dumps(report), text, (out / "evaluation.json").read_text()]
     shown += [path.read_bytes().decode("latin1") for path in out.glob("*.safetensors")]
     assert not any(str(tiny_folder) in one or str(tmp_path) in one for one in shown)
@@ -118,11 +119,15 @@ def test_neither_with_one_part_less_nor_with_one_more(loaded_tiny_faces):
             refuse_another({"fingerprints": {**less.all_fingerprints, "unet": damaged}}, less)
 
 
-def test_a_tokenizer_s_fingerprint_is_of_its_merges_too(tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "other")
-    path = tmp_path / "other" / "tokenizer" / "merges.txt"
-    *lines, a, b = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join([*lines, b, a]) + "\n", encoding="utf-8")
+def test_a_tokenizer_s_fingerprint_is_of_its_ids(tiny_folder, tmp_path):
+    """The last two merges change places, and so do their tokens' ids."""
+    tokenizer = shutil.copytree(tiny_folder, tmp_path / "other") / "tokenizer"
+    *lines, a, b = (tokenizer / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (tokenizer / "merges.txt").write_text("\n".join([*lines, b, a]) + "\n", encoding="utf-8")
+    ids = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    a, b = (merge.replace(" ", "") for merge in (a, b))
+    ids[a], ids[b] = ids[b], ids[a]
+    (tokenizer / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
     one, other = (load_bundle(folder).all_fingerprints for folder in (tiny_folder, tmp_path / "other"))
     assert {key for key in one if one[key] != other[key]} == {"tokenizer"}
 
@@ -163,7 +168,7 @@ def test_moved_weights_are_taken_and_remembered(run_folder, tiny_faces_folder, t
     assert resume(out) == 0  # with those that moved
 
 
-def test_settings_of_an_older_version_do_not_know_their_weights(run_folder, tmp_path, loaded_tiny, capsys):
+def test_settings_of_an_older_version_do_not_know_their_weights(run_folder, tmp_path, capsys):
     out = shutil.copytree(run_folder, tmp_path / "run")
     settings = checkpoints.read_settings(out)
     del settings["fingerprints"]
