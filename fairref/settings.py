@@ -158,7 +158,11 @@ class Recipe:
         high=MAX_COUNT,
     )
     checkpoint_every: int = setting(200, "iterations between checkpoints", low=1)
-    keep: int = setting(1, "how many of the newest checkpoints are kept", low=1)
+    keep: int = setting(
+        2,
+        "how many of the newest checkpoints are kept; where one is damaged, the one before it is taken",
+        low=1,
+    )
     validate_every: int = setting(
         200, "iterations between validations, which choose the best adapter (of the moving average); 0: never"
     )
@@ -249,7 +253,10 @@ class RunOptions:
         "go on with the run in this folder, with its settings", with_resume=True, metavar="FOLDER"
     )
     weights: str | None = option(
-        "bundle, diffusers-layout folder or single file (None: weights/emoji)", kept=str
+        "bundle, diffusers-layout folder or single file (None: weights/emoji, or those of the run that --resume goes on"
+        " with)",
+        kept=str,
+        with_resume=True,
     )
     device: str | None = option(
         "cpu, cuda, cuda:1, ... (None: cuda where there is one)", kept=str, with_resume=True
@@ -273,6 +280,8 @@ def check_settings(settings: Mapping[str, object]) -> bool:
     if not all(
         name in settings and isinstance(settings[name], kind) for name, kind in {**kept, **FACTS}.items()
     ):
+        return False
+    if not isinstance(settings.get("fingerprints", {}), dict):  # older runs have none
         return False
     lines = settings["prompts"] if isinstance(settings["prompts"], list) else []
     known = settings["dtype"] in DTYPES and set(settings["recipe"]) == {f.name for f in fields(Recipe)}

@@ -18,6 +18,7 @@ STREAMS = "tests/training/test_streams.py"
 LOOP = "tests/training/test_loop.py"
 TERMS = "tests/training/test_terms.py"
 OWN_LOSSES = "tests/training/test_own_losses.py"
+RESUME = "tests/training/test_resume.py"
 TRANSPORT = "tests/fairness/test_transport.py"
 STAGES = "tests/judges/test_mtcnn.py"
 # and what is faulty
@@ -25,6 +26,7 @@ GROUP = "fairref/processes.py"
 STEP = "fairref/training/step.py"
 UPDATE = "fairref/training/loop.py"
 CHECKPOINTS = "fairref/training/checkpoints.py"
+FILES = "fairref/files/weights.py"
 LOSS = "fairref/training/terms.py"
 OWN_LOSS = "fairref/training/own_losses.py"
 VALIDATION = "fairref/training/validation.py"
@@ -159,6 +161,36 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "state.unusable = 0 if finite else state.unusable + 1",
         "state.unusable += not finite",
         UNUSABLE,
+    ),
+    "a file's data may be others than were written": (
+        FILES,
+        "digest is not None and digest != _digest(tensors, info)",
+        "False",
+        f"{RESUME}::test_no_flipped_bit_of_300_goes_unnoticed[checkpoint]",
+    ),
+    "a file's metadata may be written in another way": (
+        FILES,
+        " or text != _canonical(content)",
+        "",
+        f"{RESUME}::test_no_flipped_bit_of_300_goes_unnoticed[adapter]",
+    ),
+    "a run goes on with other weights": (
+        "fairref/training/run.py",
+        "refuse_another(stored, bundle)",
+        "pass",
+        f"{RESUME}::test_moved_weights_are_taken_and_remembered",
+    ),
+    "what is broken stays the newest": (
+        CHECKPOINTS,
+        "files[: max(n - keep, 0)] + files[n:]",
+        "files[: max(n - keep, 0)]",
+        f"{RESUME}::test_what_is_broken_and_newer_goes_with_the_next_checkpoint",
+    ),
+    "metrics are known by their place": (
+        CHECKPOINTS,
+        """lines[json.loads(line.decode())["iteration"]] = line""",
+        "lines[len(lines)] = line",
+        f"{RESUME}::test_a_run_goes_on_without_lost_lines_and_says_so",
     ),
     # random numbers
     "noise is keyed by a sum": (

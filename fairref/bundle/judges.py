@@ -15,7 +15,7 @@ from torch import Tensor
 from fairref import judges
 from fairref.bundle.configs import read_config
 from fairref.errors import UserError
-from fairref.fairness.faces import Detector, with_mtcnn
+from fairref.fairness.faces import Detector, MTCNNDetector
 from fairref.files.images import read_rgba
 from fairref.files.names import open_clip_names
 from fairref.files.paths import read_json
@@ -193,7 +193,7 @@ def load_detector(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Detector:
     """`load_mtcnn` as what `fairness.faces.find` calls, in at least float32."""
-    return with_mtcnn(load_mtcnn(folder, device, torch.promote_types(dtype, torch.float32)))
+    return MTCNNDetector(load_mtcnn(folder, device, torch.promote_types(dtype, torch.float32)))
 
 
 def load_embedder(

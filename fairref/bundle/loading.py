@@ -21,7 +21,7 @@ paths are relative to its folder:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from fairref.bundle.stable_diffusion import NETWORKS
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
 from fairref.fairness.faces import Detector
-from fairref.files.own_code import OwnFunction
+from fairref.files.own_code import OwnFunction, sha256_of
 from fairref.files.paths import expanded
 from fairref.files.tokenizer import Tokenizer
 from fairref.files.weights import fingerprint_of
@@ -101,6 +101,18 @@ class Bundle:
     def fingerprints(self) -> dict[str, str]:
         """Of each network of Stable Diffusion: what tells two of one shape apart; takes seconds at SD-1.5's size."""
         return {name: fingerprint_of(getattr(self, name)) for name in NETWORKS}
+
+    @cached_property
+    def all_fingerprints(self) -> dict[str, str]:
+        """Of each part by its key, of the prefix too; not of a user's own judges, whose files have their own hashes."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts |= {f"classifiers.{role}": judges for role, judges in parts.pop("classifiers").items()}
+        parts |= parts.pop("others")
+        own = {key for key in parts if key.rpartition(".")[2] in self.own_judges}
+        found = {key: fingerprint_of(part) for key, part in parts.items() if key not in own}
+        if "templates" in self.manifest:  # the file says it all, and the judge takes seconds to make
+            found["templates"] = sha256_of(self.path / self.manifest["templates"])
+        return {key: made for key, made in found.items() if made}
 
     @cached_property
     def templates(self) -> Templates | None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fairref import settings
-from fairref.bundle.loading import DEFAULT, load_bundle
+from fairref.bundle.loading import load_bundle
 from fairref.bundle.own_judges import parse_judges
 from fairref.commands import cli
 from fairref.errors import UserError
@@ -87,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     reports = [report] if "judges" in report else list(report.values())
     text = "\n".join(line for one in reports for line in lines(one))
-    own = [{"role": role, **source.to_dict()} for role, source in bundle.own_judges.items()]
-    made_by = {"weights": options.weights or DEFAULT, "adapter": options.adapter}
+    own = [
+        {"role": role, **source.to_dict(), "path": source.path.name}
+        for role, source in bundle.own_judges.items()
+    ]
+    made_by = {"weights": bundle.path.name, "adapter": options.adapter}
     report = {**made_by, **({"judge": own} if own else {}), **report}
     if options.out:
         print(text)

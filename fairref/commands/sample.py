@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fairref.bundle.loading import DEFAULT, load_bundle
+from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.files.images import grid, save_png, to_image
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = SampleSettings(**options)
     bundle = load_bundle(weights, choose_device(device), DTYPES[dtype or "float32"])
     made_by = {**asdict(settings), **drawing_of(bundle, settings)._asdict()}
-    made_by |= {"weights": weights or DEFAULT, "adapter": adapter, "dtype": bundle.dtype}
+    made_by |= {"weights": bundle.path.name, "adapter": adapter, "dtype": bundle.dtype}
     model = bundle if adapter is None else load_adapter(bundle, adapter)
     folder = _folder(settings.prompt, adapter, out)
     x = sample_tensor(model, settings)

@@ -37,14 +37,17 @@ class DetectedFaces:
 Detector = Callable[[Tensor], list[DetectedFaces]]  # (B, 3, H, W) uint8, RGB -> the faces of each image
 
 
-def with_mtcnn(network: Callable[[Tensor], list[DetectedFaces]]) -> Detector:
+@dataclass(frozen=True)
+class MTCNNDetector:
     """MTCNN as a detector: its boxes name their first and last pixel from one on, its landmarks pixels from zero."""
 
-    def detect(x: Tensor) -> list[DetectedFaces]:
-        shift = torch.tensor([1.0, 1.0, 0.0, 0.0], device=x.device)
-        return [DetectedFaces(seen.boxes - shift.to(seen.boxes), seen.landmarks + 0.5) for seen in network(x)]
+    network: Callable[[Tensor], list[DetectedFaces]]
 
-    return detect
+    def __call__(self, x: Tensor) -> list[DetectedFaces]:
+        """x (B, 3, H, W) uint8 -> the faces of each image."""
+        shift = torch.tensor([1.0, 1.0, 0.0, 0.0], device=x.device)
+        faces = self.network(x)
+        return [DetectedFaces(seen.boxes - shift.to(seen.boxes), seen.landmarks + 0.5) for seen in faces]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ below cuts it into words and drops the white space between them. Each UTF-8 byte
 symbol, and the last symbol of a word carries `</w>`. Merges join neighbours in the order of `merges.txt`.
 """
 
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -75,6 +77,15 @@ class Tokenizer:
             start += [rest.offsets[1][0] for rest in encoding.overflowing[:1]]
             lost.append(text[start[0] :].strip() if start else "")
         return lost
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of all that makes a text's ids: vocabulary, merges, special tokens, length."""
+        merges = json.loads(self._backend.to_str())["model"]["merges"]  # pairs, in older libraries texts
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        ids = sorted(self._backend.get_vocab().items())
+        content = [ids, merges, self.bos, self.eos, self.pad, self.length]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _checked(texts):

@@ -5,12 +5,13 @@ import json
 import os
 import pickle
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fairref.errors import UserError
@@ -19,7 +20,8 @@ from fairref.files.paths import read_json
 
 Network = TypeVar("Network", bound=nn.Module)
 PICKLES = (".pth", ".pt", ".bin")
-# the one key of our files' metadata; the order of several would differ between runs
+# the one key of our files' metadata; the order of several would differ between runs. Its JSON: {"info", "sha256"}, in
+# older files info alone
 INFO = "fairref"
 
 
@@ -47,24 +49,32 @@ def read(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file{beside}; put the safetensors file there or correct the path.")
     try:
         _check_header(path)
-        return load_file(path, device="cpu")
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            info, digest = _metadata(path, file)
     except PermissionError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); change its permissions.") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); get it again.") from error
+    if digest is not None and digest != _digest(tensors, info):
+        raise UserError(
+            f"{path}: damaged: its SHA-256 is not the one that was written with it; get it again."
+        )
+    return tensors
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], info: Mapping[str, object]) -> None:
-    """Write a safetensors file with `info` as its metadata, under a temporary name first. Raises UserError.
+    """Write a safetensors file with `info` in its metadata, under a temporary name first. Raises UserError.
 
-    Equal contents make equal bytes.
+    Equal contents make equal bytes. `read` refuses a file that has changed since.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = _canonical({"info": info, "sha256": _digest(tensors, info)})
     try:
         with temporary.open("wb") as file:  # not save_file, whose files no other user may read
-            file.write(save(tensors, metadata={INFO: json.dumps(info, sort_keys=True)}))
+            file.write(save(tensors, metadata={INFO: metadata}))
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
         os.replace(temporary, path)
@@ -76,14 +86,41 @@ def write(path: str | Path, tensors: dict[str, Tensor], info: Mapping[str, objec
 
 
 def read_info(path: str | Path) -> dict[str, object]:
-    """Return the `info` that `write` put into the file; {} for a file that it did not write."""
+    """Return the `info` that `write` put into the file; {} for a file that it did not write. Raises UserError."""
     with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(INFO, "{}")
+        return _metadata(path, file)[0]
+
+
+def _metadata(path, file):
+    """The `info` of a file that `write` wrote, and its digest, which older files and others' lack."""
+    text = (file.metadata() or {}).get(INFO, "{}")
     try:
-        info = json.loads(text)
-    except ValueError:
-        return {}
-    return info if isinstance(info, dict) else {}
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    keys = set(content) if isinstance(content, dict) else {"info"}
+    if not keys & {"info", "sha256"}:
+        return content, None
+    if keys != {"info", "sha256"} or not isinstance(content["info"], dict) or text != _canonical(content):
+        raise UserError(f"{path}: damaged: its metadata are not what was written; get it again.")
+    return content["info"], content["sha256"]
+
+
+def _canonical(content):
+    return json.dumps(content, sort_keys=True)
+
+
+def _digest(tensors, info):
+    """The SHA-256 of all that a file holds: `info`, and each tensor's name, shape, kind and bytes."""
+    digest = hashlib.sha256(_canonical(info).encode())
+    for name in sorted(tensors):
+        _add(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def _add(digest, name, tensor):
+    digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_judge(folder: str | Path, name: str = "model") -> tuple[dict[str, Tensor], str]:
@@ -231,17 +268,28 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
-        rounded = tensor.half() if tensor.is_floating_point() else tensor
-        digest.update(f"{name} {list(tensor.shape)} {rounded.dtype}\n".encode())
-        digest.update(rounded.contiguous().numpy().data)
+        _add(digest, name, tensor.half() if tensor.is_floating_point() else tensor)
     return digest.hexdigest()
 
 
-def fingerprint_of(network: nn.Module) -> str:
-    """Return the fingerprint of a frozen network's tensors as they were loaded; computed once."""
-    if not hasattr(network, "fingerprint"):
-        network.fingerprint = fingerprint(network.state_dict())
-    return network.fingerprint
+def fingerprint_of(part: object) -> str:
+    """Return the fingerprint of a part of a bundle, "" for one without tensors.
+
+    That of a frozen network is of its tensors as they were loaded, computed once. Several networks or tensors, in a
+    tuple, a dict or a dataclass, have one of their own fingerprints.
+    """
+    if hasattr(part, "fingerprint"):
+        return part.fingerprint
+    if isinstance(part, nn.Module):
+        part.fingerprint = fingerprint(part.state_dict())
+        return part.fingerprint
+    if isinstance(part, Tensor):
+        return fingerprint({"": part})
+    held = part.values() if isinstance(part, Mapping) else part if isinstance(part, tuple | list) else ()
+    if is_dataclass(part) and not isinstance(part, type):
+        held = [getattr(part, f.name) for f in fields(part)]
+    found = [made for made in map(fingerprint_of, held) if made]
+    return hashlib.sha256(" ".join(found).encode()).hexdigest() if len(found) > 1 else "".join(found)
 
 
 def ready(network: Network, device: torch.device | str, dtype: torch.dtype) -> Network:

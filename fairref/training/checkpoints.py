@@ -2,7 +2,7 @@
 
 checkpoint-000200.safetensors, of iteration 200 and so on: adapter, moving average, AdamW's two averages, each tensor
 under `adapter.`, `ema.`, `exp_avg.` or `exp_avg_sq.` and its name in the adapter; metadata: State's other fields.
-settings.json: the resolved settings. metrics.jsonl: one line an iteration.
+settings.json: the resolved settings, and what the run was made from. metrics.jsonl: one line an iteration.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fairref.errors import UserError
 from fairref.files.paths import expanded, only_numbers, read_json
 from fairref.files.weights import finite, read, read_info, write
+from fairref.settings import Recipe
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
 # of a run
@@ -52,8 +53,8 @@ def saved(folder: Path) -> list[Path]:
     return sorted((path for path, found in numbers.items() if found), key=lambda path: int(numbers[path][1]))
 
 
-def save(folder: Path, state: State, keep: int = 1) -> None:
-    """Writes a checkpoint, and removes those before the newest `keep`. Raises UserError."""
+def save(folder: Path, state: State, keep: int = Recipe.keep) -> None:
+    """Writes a checkpoint. Removes those before the newest `keep`, and broken ones after it. Raises UserError."""
     tensors = {}
     for name, parameter in state.parameters().items():
         tensors[f"adapter.{name}"], tensors[f"ema.{name}"] = parameter.detach(), state.ema[name]
@@ -63,37 +64,59 @@ def save(folder: Path, state: State, keep: int = 1) -> None:
             )
     path = folder / f"checkpoint-{state.iteration:06d}.safetensors"
     write(path, tensors, {name: getattr(state, name) for name in NUMBERS})
-    for old in saved(folder)[:-keep]:
+    files = saved(folder)
+    n = files.index(path) + 1  # up to the new one
+    for old in files[: max(n - keep, 0)] + files[n:]:
         old.unlink()
 
 
 @torch.no_grad()
-def restore(folder: Path, state: State) -> None:
-    """Fills `state` from the folder's newest checkpoint; without one it stays as it is. Raises UserError."""
-    if not saved(folder):
-        return
-    path = saved(folder)[-1]
+def restore(folder: Path, state: State) -> str:
+    """Fills `state` from the folder's newest whole checkpoint -> what is to be said of broken ones after it.
+
+    Without any checkpoint the state stays as it is. Raises UserError where all are broken.
+    """
+    broken: dict[Path, UserError] = {}
+    for path in reversed(saved(folder)):
+        try:
+            tensors, info = _whole(path, state)
+        except UserError as error:
+            broken[path] = error
+            continue
+        for name in NUMBERS:
+            setattr(state, name, info[name])
+        for name, parameter in state.parameters().items():
+            parameter.copy_(tensors[f"adapter.{name}"])
+            state.ema[name] = tensors[f"ema.{name}"].to(parameter)
+            state.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.updates)),
+                **{key: tensors[f"{key}.{name}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")},
+            }
+        if not broken:
+            return ""
+        done = int(CHECKPOINT.fullmatch(next(iter(broken)).name)[1])
+        repeated = _spans(range(state.iteration + 1, done + 1))
+        taken = f"{path}: is taken instead; iterations that are repeated: {repeated}"
+        return "\n".join([*map(str, broken.values()), taken])
+    if broken:
+        raise UserError(f"{next(iter(broken.values()))} No checkpoint before it is whole: start a new run.")
+    return ""
+
+
+def _whole(path, state):
+    """The tensors and the metadata of a checkpoint that fits the state. Raises UserError."""
     tensors, info = read(path), read_info(path)
-    parameters = state.parameters()
     wanted = {
         f"{kind}.{name}": p
         for kind in ("adapter", "ema", "exp_avg", "exp_avg_sq")
-        for name, p in parameters.items()
+        for name, p in state.parameters().items()
     }
     if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
-        raise UserError(f"{path}: {broken[0]} holds what is no number; start a new run.")
+        raise UserError(f"{path}: {broken[0]} holds what is no number.")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: p.shape for name, p in wanted.items()} or not _is_state(info):
-        raise UserError(f"{path}: doesn't belong to the settings beside it; start a new run.")
-    for name in NUMBERS:
-        setattr(state, name, info[name])
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[f"adapter.{name}"])
-        state.ema[name] = tensors[f"ema.{name}"].to(parameter)
-        state.optimizer.state[parameter] = {
-            "step": torch.tensor(float(state.updates)),
-            **{key: tensors[f"{key}.{name}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")},
-        }
+        raise UserError(f"{path}: doesn't belong to the settings beside it.")
+    return tensors, info
 
 
 def _is_state(info):
@@ -178,11 +201,27 @@ def append_metrics(folder: Path, metrics: Mapping[str, object]) -> None:
         file.write(json.dumps(only_numbers(metrics), allow_nan=False) + "\n")
 
 
-def cut_metrics(folder: Path, iterations: int) -> None:
-    """Drops the lines after the first `iterations`: what a resumed run does again."""
-    path = folder / METRICS
+def cut_metrics(folder: Path, iterations: int) -> str:
+    """Keeps the metrics of the first `iterations`, which "iteration" tells -> what is to be said of missing ones."""
+    path, lines = folder / METRICS, {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        # half a line, or the zeros of a power cut
+        with suppress(ValueError, LookupError, TypeError, RecursionError):
+            lines[json.loads(line.decode())["iteration"]] = line
+    kept = [i for i in range(iterations) if i in lines]
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:iterations]
         temporary = path.with_name(path.name + ".part")
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_bytes(b"".join(lines[i] + b"\n" for i in kept))
         os.replace(temporary, path)
+    if len(kept) == iterations:
+        return ""
+    lost = _spans(sorted(set(range(iterations)) - set(kept)))
+    return f'{path}: the lines of "iteration" {lost} are lost; the run goes on without them'
+
+
+def _spans(numbers):
+    """Rising numbers as a text: 3, 5 to 7."""
+    known = set(numbers)
+    ends = [n for n in numbers if n + 1 not in known]
+    starts = [n for n in numbers if n - 1 not in known]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))

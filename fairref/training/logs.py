@@ -1,5 +1,6 @@
 """What a run says of itself: the progress bar, metrics.jsonl, TensorBoard."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +41,8 @@ class Log:
         self.progress = Progress(setup.recipe.iterations, "finetuning", self.first, state.iteration)
         self.board = None
         if self.first:
-            checkpoints.cut_metrics(folder, state.iteration)
+            if said := checkpoints.cut_metrics(folder, state.iteration):
+                print(said, file=sys.stderr)
             if setup.recipe.tensorboard:
                 self.board = board(folder / "tensorboard", state.iteration)
 

@@ -1,5 +1,6 @@
 """The loop around an iteration, with the optimizer, the moving average, checkpoints, and the best adapter."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,8 @@ def finetune(setup: Setup, folder: Path, info: dict[str, object]) -> dict[str, P
     """
     recipe, processes = setup.recipe, setup.processes
     model, state = new_state(setup)
-    checkpoints.restore(folder, state)
+    if (said := checkpoints.restore(folder, state)) and processes.first:
+        print(said, file=sys.stderr)
     setup, model = compiled(setup, model)
     validator = Validator(setup, folder, info)
     with Log(setup, folder, state) as log, StopRequest() as stop:

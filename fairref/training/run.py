@@ -38,6 +38,7 @@ from fairref.training.stored import (
     loss_texts,
     of_settings,
     read_stored,
+    refuse_another,
     settings_of,
 )
 from fairref.training.term_report import term_report
@@ -52,7 +53,6 @@ class Plan:
     setup: Setup
     concepts: list[Prompts]
     settings: Settings  # what settings.json says of it
-    resumed: bool
 
 
 def run(options: RunOptions, recipe: Mapping[str, object]) -> Path:
@@ -62,7 +62,7 @@ def run(options: RunOptions, recipe: Mapping[str, object]) -> Path:
     processes, device = start(choose_device(device))
     try:
         judges = parse_judges(options.judge or ()) if stored is None else judge_places(stored)
-        weights = stored["weights"] if stored else options.weights or DEFAULT
+        weights = options.weights or (stored["weights"] if stored else DEFAULT)
         dtype = DTYPES[stored["dtype"] if stored else options.dtype or "float32"]
         bundle = load_bundle(weights, device, dtype, judges)
         return _run(bundle, options, recipe, stored, weights, processes)
@@ -87,7 +87,9 @@ def train(
 
 
 def _run(bundle, options, recipe, stored, weights, processes):
-    plan = _plan(bundle, options, recipe, stored, weights, processes)
+    if stored:
+        refuse_another(stored, bundle)
+    plan = _plan(bundle, options, recipe, stored, processes)
     setup = plan.setup
     if stored and processes.first:
         for line in differences(stored, processes, bundle.device):
@@ -98,10 +100,10 @@ def _run(bundle, options, recipe, stored, weights, processes):
             print(f"the run is in {folder}")
             _say_what_lacks(setup, plan.concepts)
             _say_of_prompts(setup, plan.concepts)
-            if not plan.resumed:
+            if plan.settings != stored:
                 write_json(folder / checkpoints.SETTINGS, plan.settings)
         info = {
-            "weights": bundle.manifest.get("name", bundle.path.name),
+            "weights": bundle.path.name,
             "base": bundle.fingerprints,
             "component": setup.recipe.component,
             "classes": setup.target.classes if setup.target else {},
@@ -117,7 +119,7 @@ def _run(bundle, options, recipe, stored, weights, processes):
     return folder
 
 
-def _plan(bundle, options, given, stored, weights, processes):
+def _plan(bundle, options, given, stored, processes):
     if stored:
         target, recipe = of_settings(stored)
     else:
@@ -152,8 +154,9 @@ def _plan(bundle, options, given, stored, weights, processes):
         recipe.evaluate != "none" or validates_or_draws
     ):  # what it lacks is better said before the run
         EvaluationSettings(bundle, target, drawing_of(recipe))
-    settings = stored or settings_of(setup, _lasting(weights), wanted, template)
-    return Plan(setup, concepts, settings, bool(stored))
+    moved = {"weights": str(bundle.path)} if options.weights else {}
+    settings = {**stored, **moved} if stored else settings_of(setup, wanted, template)
+    return Plan(setup, concepts, settings)
 
 
 def _target(options, given, bundle):
@@ -163,12 +166,6 @@ def _target(options, given, bundle):
             raise UserError("--target is for a run with --attr; leave it out.")
         return None
     return wanted_target(options.attr, options.target, bundle.attributes, str(bundle.path))
-
-
-def _lasting(weights):
-    """The bundle's place as settings.json keeps it: a path that is there becomes one from everywhere."""
-    path = expanded(weights)
-    return str(path.absolute()) if weights != DEFAULT and path.exists() else weights
 
 
 def _taken_names():

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fairref import __version__
+from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.files.own_code import sha256_of
@@ -19,11 +20,12 @@ from fairref.training.setup import Setup
 Settings = dict[str, object]
 
 
-def settings_of(setup: Setup, weights: str, wanted: str | Sequence[str], template: str | None) -> Settings:
+def settings_of(setup: Setup, wanted: str | Sequence[str], template: str | None) -> Settings:
     """What settings.json says of a new run; `wanted` and `template` are its --prompts and --prompt-template."""
     target, bundle = setup.target, setup.bundle
     return {
-        "weights": weights,
+        "weights": str(bundle.path),
+        "fingerprints": bundle.all_fingerprints,
         "dtype": bundle.dtype,
         "target": {"classes": target.classes, "table": target.table.tolist()} if target else None,
         "loss": [own.to_dict() for own in setup.own_losses],
@@ -98,11 +100,23 @@ def _refuse_changed(own):
             raise UserError(f"{path}: {what} since the run began; put the old file back, or start a new run.")
 
 
+def refuse_another(settings: Settings, bundle: Bundle) -> None:
+    """Refuses weights that are not those that a run was made from, where it knows them. Raises UserError."""
+    found = bundle.all_fingerprints
+    known = settings.get("fingerprints", found)
+    if parts := sorted(key for key in known | found if known.get(key) != found.get(key)):
+        raise UserError(
+            f"{bundle.path}: {', '.join(parts)} {'is' if len(parts) == 1 else 'are'} not what the run was made from (a"
+            " bfloat16 copy counts as another one); give the same weights with --weights, or start a new run."
+        )
+
+
 def differences(settings: Settings, processes: Processes, device: torch.device) -> list[str]:
-    """What a resumed run's last digits depend on and is no longer as it was."""
+    """What a resumed run's last digits depend on and is no longer as it was, or is unknown."""
     here = {"processes": processes.world, "device": device.type, "torch": torch.__version__}
     before = {key: settings.get(key, settings.get("versions", {}).get(key)) for key in here}
-    return [
+    older = ["an older version began the run: whether the weights are the same is unknown"]
+    return ([] if "fingerprints" in settings else older) + [
         f"{key} was {before[key]} and is {here[key]}: the run goes on, but not to the same last digits"
         for key in here
         if here[key] != before[key]

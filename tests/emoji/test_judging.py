@@ -5,7 +5,7 @@ import torch
 
 from fairref.emoji import build, check, judging, stages
 from fairref.emoji.pictures import STYLES, VIEWS, draw, face_points
-from fairref.fairness.faces import area, square_around, with_mtcnn
+from fairref.fairness.faces import MTCNNDetector, area, square_around
 from fairref.files.weights import read
 from fairref.judges import mtcnn
 from fairref.judges.sprites import RESOLUTION
@@ -97,7 +97,7 @@ def test_what_the_detector_is_asked_for_is_what_it_reads_back():
         assert loss.item() < 1e-4
         detector.onet = perfect
         found = mtcnn.Detections(*detector.settle(x, seen, image)[0])
-        (one,) = with_mtcnn(lambda x, found=found: [found])(x)
+        (one,) = MTCNNDetector(lambda x, found=found: [found])(x)
         torch.testing.assert_close(one.boxes[0], boxes[b], rtol=0, atol=1e-3)
         torch.testing.assert_close(one.landmarks[0], landmarks[b], rtol=0, atol=1e-3)
 

@@ -14,6 +14,7 @@ from fairref.fairness.faces import (
     TEMPLATE,
     DetectedFaces,
     Faces,
+    MTCNNDetector,
     align_crops,
     area,
     crops,
@@ -24,7 +25,6 @@ from fairref.fairness.faces import (
     similarity,
     square_around,
     to_bytes,
-    with_mtcnn,
 )
 from fairref.files.weights import load_strict, read
 from fairref.judges.mtcnn import MTCNN
@@ -240,7 +240,7 @@ def test_mtcnn_finds_the_photographs_face_where_it_is():
     load_strict(network, read(WEIGHTS), str(WEIGHTS))
     image = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None]
     x = image / 127.5 - 1
-    found = find(with_mtcnn(network), torch.cat([x, torch.zeros_like(x)]))
+    found = find(MTCNNDetector(network), torch.cat([x, torch.zeros_like(x)]))
     assert found.has_face.tolist() == [True, False]
     (box,) = found.boxes.tolist()
     assert box == pytest.approx([142, 34.5, 307, 199.5], abs=2)  # 110 high, and half of it more

@@ -196,7 +196,7 @@ def test_file_and_back(bundle, tmp_path, component):
         assert loaded.prefix is None or not loaded.prefix.requires_grad
     with safe_open(tmp_path / FILE, "pt") as file:
         assert list(file.metadata()) == ["fairref"]
-        assert json.loads(file.metadata()["fairref"]) == {**info, "format": FORMAT}
+        assert json.loads(file.metadata()["fairref"])["info"] == {**info, "format": FORMAT}
         assert set(file.keys()) == set(tensors)
     first = (tmp_path / FILE).read_bytes()
     save_adapter(tmp_path / FILE, dict(reversed(tensors.items())), dict(reversed(info.items())))
