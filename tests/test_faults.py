@@ -218,7 +218,7 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "tests/fairness/test_faces.py::test_the_sides_of_a_crop_go_to_the_nearest_pixels",
     ),
     "a soft token may start as BOS": (
-        "fairref/generation/adapters.py",
+        "fairref/generation/lora.py",
         "if i not in (tokenizer.bos, tokenizer.eos)",
         "if i not in (tokenizer.eos,)",
         "tests/generation/test_adapters.py::test_a_soft_token_starts_as_any_token_but_bos_and_eos",
