@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
+from fairref.errors import UserError
 from fairref.generation.rollout import embed
 from fairref.nets import attention
 
@@ -19,7 +20,12 @@ PADDING_HELP = "padding of the texts; " + "; ".join(f"{name}: {what}" for name, 
 
 
 def embed_padded(bundle: Bundle, prompt: str, negative: str, padding: str) -> Tensor:
-    """[c, c_empty] (2, T, d) as `embed` has them; with "own" padding T is the longer text's number of tokens."""
+    """[c, c_empty] (2, T, d) as `embed` has them; with "own" padding T is the longer text's number of tokens.
+
+    Raises UserError for another padding.
+    """
+    if padding not in PADDINGS:
+        raise UserError(f"The padding is {padding!r}; expected {' or '.join(PADDINGS)}.")
     padded = embed(bundle, prompt, negative)
     if padding == "full":
         return padded
