@@ -111,8 +111,8 @@ def evaluate(
 ) -> Report:
     """How fair the bundle is, with adapters (a run's folder or a file each) or without: the report, ready for JSON.
 
-    `strength` of each adapter, or of all LoRAs (None: 1); `any_base` as in `load_adapter`, for how much fairness is left
-    on a derived model. `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the
+    `strength` of each adapter, or of all LoRAs (None: 1); `any_base` as in `load_adapter`, to learn how fair a
+    derived model is. `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the
     bundle's recipe says. Of several concepts the reports stand under the concepts' names. Raises UserError.
     """
     if part not in PARTS:
