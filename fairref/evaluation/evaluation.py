@@ -14,8 +14,9 @@ from fairref.errors import UserError
 from fairref.evaluation.judging import SEED, EvaluationSettings, judge_prompts
 from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names
 from fairref.fairness.attributes import wanted_target
-from fairref.generation.adapters import choose_adapters, describe_adapters, load_adapters
+from fairref.generation.adapters import load_adapters
 from fairref.generation.drawing import Drawing
+from fairref.generation.strengths import choose_adapters, describe_adapters
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS, Prompts, read_prompts, warn_of_cut
 

@@ -118,6 +118,23 @@ def test_kohya(loaded_tiny, peers, tmp_path, alpha, names):
         assert_equal(ours, theirs({"unet": peers.unet, "text_encoder": peers.text_encoder}))
 
 
+def test_an_imported_adapter_of_all_layers_draws_as_merged_weights_do(tiny_folder, loaded_tiny, tmp_path):
+    """Convolutions with a stride, of 1x1 and 3x3, and linear layers, all at once."""
+    tensors, merged = {}, load_bundle(tiny_folder)
+    for layer, (down, up) in random_pairs(loaded_tiny).items():
+        part, _, name = layer.partition(".")
+        getattr(merged, part).get_submodule(name).weight.data += product(down, up).float()
+        tensors |= {f"{kohya_name(layer)}.lora_{end}.weight": t for end, t in (("down", down), ("up", up))}
+    save_file(tensors, tmp_path / "k.safetensors")
+    target, _ = import_adapter(tmp_path / "k.safetensors", tmp_path, loaded_tiny)
+    model = load_adapter(loaded_tiny, target)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected, base = (b.unet(z, 5, embed(b, PROMPT)) for b in (model, merged, loaded_tiny))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - base).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("metadata", [False, True])
 def test_diffusers_as_diffusers_writes_it(tiny_folder, loaded_tiny, peers, tmp_path, metadata):
     """Without metadata alpha is the rank; with it alpha / rank is .5, or alpha_pattern's."""
@@ -262,10 +279,12 @@ GOOD = {f"{LAYER}.lora_down.weight": torch.ones(2, 1280), f"{LAYER}.lora_up.weig
         ({}, {"ss_base_model_version": "sdxl_base_v1-0"}, "says sdxl_base_v1-0"),
         ({}, {"modelspec.architecture": "flux-1-dev/lora"}, "says flux-1-dev/lora"),
         ({f"{LAYER}.dora_scale": torch.ones(1)}, {}, "makes more of a layer than up and down"),
-        ({f"{LAYER}.lora_down.weight": torch.ones(2, 1024)}, {}, r"is \[2, 1024\], expected \[2, 1280\]"),
+        ({f"{LAYER}.lora_down.weight": torch.ones(2, 1024)}, {}, r"is float32 \[2, 1024\], expected float \[2, 1280\]"),
+        ({f"{LAYER}.lora_down.weight": torch.ones(2, 1280, dtype=torch.int8)}, {}, "is int8"),
+        ({f"{LAYER}.lora_down.weight": torch.ones(())}, {}, r"expected float \[0, 1280\]"),
         ({f"{LAYER}.lora_up.weight": None}, {}, "has lora_down.weight; expected lora_down and lora_up"),
         ({f"{LAYER}.lora_up.weight": torch.full((1280, 2), torch.nan)}, {}, "holds what is no number"),
-        ({f"{LAYER}.alpha": torch.ones(3)}, {}, r"alpha is \[3\], expected \[\]"),
+        ({f"{LAYER}.alpha": torch.ones(3)}, {}, r"alpha is float32 \[3\], expected float \[\]"),
         ({"lora_unet_stranger.hada_w1_a": torch.ones(2, 2)}, {}, "1 tensors belong to no .*stranger.hada_w1_a"),
         ({"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 1280)}, {},
          "two tensors for unet.mid_block"),
