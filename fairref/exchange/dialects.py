@@ -110,10 +110,7 @@ def spelled_layers(layers: Iterable[str]) -> dict[str, str]:
     for layer in layers:
         part, _, name = layer.partition(".")
         for start, joint in SPELLINGS[part]:
-            for text in {
-                name,
-                name.removeprefix("text_model."),
-            }:  # transformers 5.6 and later write no text_model
+            for text in (name, name.removeprefix("text_model.")):  # transformers 5.6 and later write none
                 names[start + text.replace(".", joint)] = layer
     return names
 
@@ -147,7 +144,19 @@ def read_settings(
             raise UserError(
                 f"{source}: PEFT's {start} changed the base, too; export the change as plain LoRA."
             )
+        _check_alphas(source, config)
     return settings
+
+
+def _check_alphas(source, config):
+    """Refuses settings whose alphas are no numbers, or whose patterns are none."""
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        _ = [*map(re.compile, patterns), *map(float, [*patterns.values(), config.get("lora_alpha", 1)])]
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: PEFT's settings of alpha can't be read ({error}); correct them."
+        ) from None
 
 
 def _json(source, text):

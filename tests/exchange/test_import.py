@@ -307,12 +307,21 @@ def test_drop_leaves_out_what_belongs_to_no_layer_and_says_so(tmp_path, capsys):
     assert "left out 1 tensors, no layer's: lora_unet_stranger.hada_w1_a" in capsys.readouterr().out
 
 
-def test_pefts_starts_that_move_the_base_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "PEFT's pissa_niter_4 changed the base"),
+        ({"alpha_pattern": {"(": 1}}, "settings of alpha can't be read"),
+        ({"alpha_pattern": [1]}, "settings of alpha can't be read"),
+        ({"lora_alpha": "much"}, "settings of alpha can't be read"),
+    ],
+)
+def test_pefts_settings_that_are_refused(tmp_path, settings, expected):
     name = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     pair = {f"{name}.lora_A.weight": torch.ones(2, 1280), f"{name}.lora_B.weight": torch.ones(1280, 2)}
     save_file(pair, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "init_lora_weights": "pissa_niter_4"}))
-    with pytest.raises(UserError, match="PEFT's pissa_niter_4 changed the base"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, **settings}))
+    with pytest.raises(UserError, match=expected):
         read_foreign(tmp_path / "adapter_model.safetensors")
 
 
