@@ -239,8 +239,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "PEFT's patterns of alpha are not read": (
         "fairref/exchange/dialects.py",
-        'patterns = config.get("alpha_pattern") or {}',
-        "patterns = {}",
+        "alpha = patterns.get(own, config",
+        "alpha = {}.get(own, config",
         f"{IMPORTS}::test_diffusers_as_diffusers_writes_it[True]",
     ),
     "kohya's alpha is not divided by the rank": (
