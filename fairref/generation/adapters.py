@@ -1,18 +1,20 @@
-"""What finetuning trains, and its file: LoRA on the text encoder or the U-Net, or soft tokens before the prompt.
+"""An adapter's file, and the bundle that draws with one adapter or several.
 
-LoRA: W x becomes W x + up down x, with up (out, r) = 0 and down (r, in) ~ N(0, 1/r^2) at the start, scale 1, no
-alpha, so the adapted network starts as the frozen one bit for bit. Prefix: P token embeddings after BOS, each at
-first the embedding of a random token (`rollout.embed` puts them in).
+A file holds, in float32, what an adapter changes, and `info`, what it was made from:
 
-A file holds, in float32, `<network>.<layer>.lora_down.weight` and `.lora_up.weight` of each adapted layer, or
-`prefix` (P, D), and what it was made from. A run's adapter.safetensors is the moving average (`average`: "ema"),
-its adapter_raw.safetensors the last value ("raw").
+    prefix (P, D)                                         soft tokens before the prompt
+    <network>.<layer>.lora_down.weight, .lora_up.weight   of each layer with LoRA, linear or a convolution
+    <network>.<layer>.weight                              a whole matrix in the place of the layer's own
+
+Training writes the first two, of all the layers that it adapts (FORMAT); what else came from elsewhere
+(IMPORTED). A run's adapter.safetensors is the moving average (`average`: "ema"), its adapter_raw.safetensors the last
+value ("raw").
 """
 
 import copy
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,108 +22,67 @@ from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
+from fairref.files.names import some
 from fairref.files.paths import expanded
-from fairref.files.weights import load_strict, read, read_info, write
+from fairref.files.weights import fingerprint_of, load_strict, read, read_info, write
+from fairref.generation.lora import (
+    COMPONENTS,
+    LAYERS,
+    Adapter,
+    LoRALayer,
+    check_length,
+    is_layer,
+    put_layer,
+    put_lora,
+    shared_copy,
+    trained_layers,
+)
 
-COMPONENTS = {  # name -> what of the bundle is adapted
-    "prefix": ("prefix",),
-    "text_encoder": ("text_encoder",),
-    "unet": ("unet",),
-    "both": ("text_encoder", "unet"),
-}
-LAYERS = {  # network -> the ends of its adapted layers' names: attention, and in the text encoder the MLP
-    "text_encoder": (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2"),
-    "unet": (".to_q", ".to_k", ".to_v", ".to_out.0"),
-}
-FORMAT = "fairref-adapter-1"
+FORMAT, IMPORTED = "fairref-adapter-1", "fairref-adapter-2"
 FILE = "adapter.safetensors"
+DOWN, UP, WHOLE = ".lora_down.weight", ".lora_up.weight", ".weight"
+STRONGEST = 1.5  # the largest strength
+NOT_OURS = (
+    f"found other tensors than a prefix, or lora_down.weight and lora_up.weight, of {', '.join(LAYERS)} alone;"
+    " use a file that train.py or `fairref import` wrote."
+)
 
 
-class LoRALinear(nn.Module):
-    """x (..., in) -> base(x) + up(down(x)) (..., out), the second term in at least float32."""
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter's file holds; a layer's name is `<network>.<layer>`."""
 
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__()
-        kind = {"dtype": torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
-        self.base = base
-        self.lora_down = nn.Linear(base.in_features, rank, bias=False, **kind)
-        self.lora_up = nn.Linear(rank, base.out_features, bias=False, **kind)
-        nn.init.zeros_(self.lora_up.weight)
+    file: Path
+    info: dict[str, object]  # what it was made from
+    component: str  # of COMPONENTS
+    prefix: Tensor | None  # (P, D)
+    pairs: dict[
+        str, tuple[Tensor, Tensor]
+    ]  # layer -> down, up; of a convolution (r, in, k, k), (out, r, 1, 1)
+    matrices: dict[str, Tensor]  # layer -> its new weight, whole
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.lora_up(self.lora_down(x.to(self.lora_down.weight.dtype)))
-        return self.base(x) + y.to(x.dtype)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them under the file's names."""
+        prefix = {} if self.prefix is None else {"prefix": self.prefix}
+        downs = {name + DOWN: down for name, (down, _) in self.pairs.items()}
+        ups = {name + UP: up for name, (_, up) in self.pairs.items()}
+        return prefix | downs | ups | {name + WHOLE: tensor for name, tensor in self.matrices.items()}
 
-
-class Adapter(nn.Module):
-    """All that is trained: the parameters that the adapted bundle uses, named as in the file."""
-
-    def put(self, name: str, layer: LoRALinear) -> None:
-        """Takes in the two matrices of the layer with this name."""
-        place = self
-        for part in name.split("."):
-            if part not in place._modules:
-                place.add_module(part, nn.Module())
-            place = place.get_submodule(part)
-        place.lora_down, place.lora_up = layer.lora_down, layer.lora_up
-
-
-def adapt(
-    bundle: Bundle,
-    component: str,
-    rank: int = 50,
-    tokens: int = 5,
-    generator: torch.Generator | None = None,
-) -> tuple[Bundle, Adapter]:
-    """An adapted bundle, which shares its frozen weights with the one given, and the adapter that is to be trained.
-
-    The bundle given stays as it is. `rank` of LoRA, `tokens` of the prefix; `generator` (on the CPU) draws the start.
-    """
-    adapter, changed = Adapter(), {}
-    for part in COMPONENTS[component]:
-        if part == "prefix":
-            adapter.prefix = nn.Parameter(first_tokens(bundle, tokens, generator))
-            changed[part] = adapter.prefix
-            continue
-        changed[part], layers = with_lora(getattr(bundle, part), LAYERS[part], rank, generator)
-        for name, layer in layers.items():
-            adapter.put(f"{part}.{name}", layer)
-    return replace(bundle, **changed), adapter
+    def other_parts(self, bundle: Bundle) -> list[str] | None:
+        """The networks that are not those it was made from; None where that is unknown."""
+        base = self.info.get("base")
+        if not isinstance(base, dict):
+            return None
+        return [name for name, found in bundle.fingerprints.items() if base.get(name) != found]
 
 
-def with_lora(
-    network: nn.Module, ends: tuple[str, ...], rank: int, generator: torch.Generator | None
-) -> tuple[nn.Module, dict[str, LoRALinear]]:
-    """The network with LoRA on the layers whose names have these ends, and those layers by name."""
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    adapted, layers = copy.deepcopy(network, shared), {}
-    for name, layer in list(adapted.named_modules()):
-        if name.endswith(ends) and isinstance(layer, nn.Linear):
-            layers[name] = LoRALinear(layer, rank)
-            down = layers[name].lora_down.weight
-            down.data.copy_(torch.randn(down.shape, generator=generator) / rank)
-            parent, _, last = name.rpartition(".")
-            setattr(adapted.get_submodule(parent), last, layers[name])
-    return adapted.eval(), layers
-
-
-def first_tokens(bundle: Bundle, tokens: int, generator: torch.Generator | None) -> Tensor:
-    """The embeddings (tokens, D) of random tokens that are neither BOS nor EOS, in at least float32."""
-    tokenizer, encoder = bundle.tokenizer, bundle.text_encoder
-    if not 1 <= tokens <= tokenizer.length - 3:
-        raise UserError(
-            f"The prefix has {tokens} tokens; expected 1 to {tokenizer.length - 3}, which leave room."
-        )
-    ids = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in (tokenizer.bos, tokenizer.eos)])
-    ids = ids[torch.randint(len(ids), (tokens,), generator=generator)]
-    rows = encoder.embed(ids.to(next(encoder.parameters()).device)).detach()
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> None:
+def save_adapter(
+    path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, object], kind: str = FORMAT
+) -> None:
     """Writes an adapter's tensors under their names; `info` says what they were made from. Raises UserError."""
     tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
-    write(path, tensors, {**info, "format": FORMAT})
+    write(path, tensors, {**info, "format": kind})
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -135,61 +96,175 @@ def adapter_file(path: str | Path) -> Path:
     return file
 
 
-def load_adapter(bundle: Bundle, path: str | Path, any_base: bool = False) -> Bundle:
-    """The bundle with the adapter of a file or a run's folder, frozen. Raises UserError.
-
-    With `any_base` the adapter may be of another base, which is then said.
-    """
+def read_adapter(path: str | Path) -> AdapterFile:
+    """What the adapter of a file or a run's folder holds. Raises UserError."""
     file = adapter_file(path)
     tensors, info = read(file), read_info(file)
     found = info.get("format", "another format")
-    if found != FORMAT:
-        raise UserError(f"{file}: found {found}, expected an adapter that train.py wrote ({FORMAT}).")
-    _check_base(file, info.get("base"), bundle, any_base)
-    component, size = _shape(file, tensors)
-    try:
-        adapted, adapter = adapt(bundle, component, size, size)
-        load_strict(adapter, tensors, "the adapter")
-    except UserError as error:
-        raise UserError(f"{file}: {error} An adapter fits only the weights it was made from.") from None
-    adapter.requires_grad_(False)
-    return adapted
+    if found not in (FORMAT, IMPORTED):
+        raise UserError(
+            f"{file}: found {found}, expected an adapter that train.py wrote ({FORMAT}) or that `fairref import` made"
+            f" of another tool's ({IMPORTED}); import it first."
+        )
+    parts = {name.split(".")[0] for name in tensors}
+    component = next((name for name, of in COMPONENTS.items() if set(of) == parts), None)
+    held: dict[str, dict[str, Tensor]] = {DOWN: {}, UP: {}, WHOLE: {}}  # end of the name -> layer -> tensor
+    strangers = []
+    for name in sorted(tensors):
+        end = next((end for end in held if name.endswith(end)), None)
+        if end:
+            held[end][name.removesuffix(end)] = tensors[name]
+        elif name != "prefix":
+            strangers.append(name)
+    downs, ups, matrices = held.values()
+    _check_names(file, component, strangers, downs, ups)
+    if any(t.dim() < 2 for t in tensors.values()) or (matrices and found == FORMAT):
+        raise UserError(f"{file}: {NOT_OURS}")
+    if any(0 in t.shape for t in tensors.values()):
+        raise UserError(f"{file}: its matrices have rank 0; use a file that was trained.")
+    pairs = {name: (down, ups[name]) for name, down in downs.items()}
+    return AdapterFile(file, info, component, tensors.get("prefix"), pairs, matrices)
 
 
-def _check_base(file, base, bundle, any_base):
+def _check_names(file, component, strangers, downs, ups):
+    """Refuses names that no adapter has, and one half of a pair."""
+    if component is None:
+        raise UserError(f"{file}: {NOT_OURS}")
+    missing = [name + UP for name in downs if name not in ups]
+    missing += [name + DOWN for name in ups if name not in downs]
+    for names, what in ((missing, "tensors missing"), (strangers, "unknown tensors")):
+        if names:
+            raise UserError(f"{file}: {len(names)} {what} ({some(names)}); use the file as it was written.")
+
+
+def load_adapter(bundle: Bundle, path: str | Path, strength: float = 1.0, any_base: bool = False) -> Bundle:
+    """The bundle with the adapter of a file or a run's folder, frozen. Raises UserError.
+
+    The change that LoRA and whole matrices make is multiplied by `strength` (0 to 1.5); a prefix is there (1) or not
+    (0). With `any_base` the adapter may be of another base, which is then said.
+    """
+    return load_adapters(bundle, [(path, strength)], any_base)
+
+
+def load_adapters(
+    bundle: Bundle, adapters: Sequence[tuple[str | Path | AdapterFile, float]], any_base: bool = False
+) -> Bundle:
+    """The bundle with several adapters, whose changes add up; each as in `load_adapter`. Raises UserError.
+
+    All must be of this bundle's base; at most one is a prefix, and a layer has at most one whole matrix.
+    """
+    opened = [(a if isinstance(a, AdapterFile) else read_adapter(a), strength) for a, strength in adapters]
+    _check_together(bundle, opened)
+    for adapter, strength in opened:
+        _check_strength(adapter, strength)
+        _check_base(adapter, bundle, any_base)
+    for adapter, strength in sorted(opened, key=lambda pair: not pair[0].matrices):  # LoRA goes around them
+        bundle = _with_adapter(bundle, adapter, strength)
+    return bundle
+
+
+def _check_together(bundle, adapters):
+    """Refuses two soft prompts, and two whole matrices for one layer."""
+    prefixes = [adapter.file for adapter, _ in adapters if adapter.prefix is not None]
+    if len(prefixes) + (bundle.prefix is not None) > 1:
+        raise UserError(f"{prefixes[-1]}: a second prefix, but a prompt has room for one; leave one out.")
+    owner = {}
+    for adapter, _ in adapters:
+        for name in adapter.matrices:
+            if name in owner:
+                raise UserError(
+                    f"{adapter.file}: replaces {name}, as {owner[name]} does; leave one of them out."
+                )
+            owner[name] = adapter.file
+
+
+def _check_strength(adapter, strength):
+    if not 0 <= strength <= STRONGEST:
+        raise UserError(f"{adapter.file}: its strength is {strength}; expected 0 to {STRONGEST}.")
+    if adapter.prefix is not None and strength not in (0, 1):
+        raise UserError(
+            f"{adapter.file}: its strength is {strength}, but a prefix is there or not; expected 1 or 0."
+        )
+
+
+def _check_base(adapter, bundle, any_base):
     """Refuses an adapter of another base, or says so where `any_base`; a VAE of its own is said only."""
-    if not isinstance(base, dict):
+    others = adapter.other_parts(bundle)
+    if others is None:
         print(
-            f"{file}: its base is unknown, for an older version wrote it; {bundle.path} is taken.",
+            f"{adapter.file}: its base is unknown (an older version or an import wrote it); {bundle.path} is taken.",
             file=sys.stderr,
         )
         return
-    others = [name for name, found in bundle.fingerprints.items() if base.get(name) != found]
     if set(others) - {"vae"} and not any_base:
         raise UserError(
-            f"{file}: made from another {' and '.join(others)} than those of {bundle.path} (a bfloat16 copy counts as"
-            " another one); give its own --weights, or --any-base to go on."
+            f"{adapter.file}: made from another {' and '.join(others)} than those of {bundle.path} (a bfloat16 copy"
+            " counts as another one); give its own --weights, or --any-base to go on."
         )
     if others:
         print(
-            f"{file}: made from another {' and '.join(others)} than those of {bundle.path}", file=sys.stderr
+            f"{adapter.file}: made from another {' and '.join(others)} than those of {bundle.path}",
+            file=sys.stderr,
         )
 
 
-def _shape(file, tensors):
-    """Component, and the rank or the number of tokens, of an adapter."""
-    parts = {name.split(".")[0] for name in tensors}
-    component = next((name for name, of in COMPONENTS.items() if set(of) == parts), None)
-    sizes = [
-        t.shape[0]
-        for name, t in tensors.items()
-        if name.endswith(("prefix", "lora_down.weight")) and t.dim() == 2
-    ]
-    if component is None or not sizes:
-        known = ", ".join(LAYERS)
+@torch.no_grad()
+def _with_adapter(bundle, adapter, strength):
+    """The bundle with one adapter, whose tensors must fit its layers."""
+    held, changed, put = Adapter(), {}, []
+    try:
+        if adapter.prefix is not None:
+            check_length(bundle, len(adapter.prefix))
+            width = bundle.text_encoder.text_model.embeddings.token_embedding.weight[0]
+            changed["prefix"] = held.prefix = _empty(width, len(adapter.prefix), *width.shape)
+        for part in COMPONENTS[adapter.component]:
+            if part != "prefix":
+                changed[part] = shared_copy(getattr(bundle, part)).eval()
+                changed[part].fingerprint = fingerprint_of(getattr(bundle, part))  # its base's
+                put += _put_layers(changed[part], part, adapter, held)
+        load_strict(held, adapter.tensors, "the adapter")
+    except UserError as error:
         raise UserError(
-            f"{file}: found no prefix or lora_down.weight of {known} alone; use a file that train.py wrote."
-        )
-    if 0 in sizes:
-        raise UserError(f"{file}: its matrices have rank 0; use a file that train.py wrote.")
-    return component, sizes[0]
+            f"{adapter.file}: {error} An adapter fits only the weights it was made from."
+        ) from None
+    for layer, base in put:
+        if isinstance(layer, LoRALayer):
+            layer.lora_up.weight.mul_(strength)
+        else:
+            whole = torch.lerp(base.weight.to(layer.weight.dtype), layer.weight, strength)  # exact at 0 and 1
+            layer.weight = nn.Parameter(whole.to(base.weight.dtype))
+    for module in (held, *(layer for layer, _ in put)):
+        module.requires_grad_(False)
+    return bundle if adapter.prefix is not None and strength == 0 else replace(bundle, **changed)
+
+
+def _put_layers(network, part, adapter, held):
+    """Puts the adapter's layers into the network and, named as in the file, into `held`: (layer, what it replaced).
+
+    What names no layer is left to the check of `held`.
+    """
+    replaced, modules = [], dict(network.named_modules())
+    layers = {name for name, module in modules.items() if is_layer(module)}
+    for name in layers & {key.removeprefix(f"{part}.") for key in adapter.matrices}:
+        base, path = modules[name], name
+        while isinstance(base, LoRALayer):
+            base, path = base.base, f"{path}.base"
+        layer = copy.deepcopy(base, {id(tensor): tensor for tensor in base.parameters()})
+        layer.weight = _empty(base.weight, *base.weight.shape)
+        put_layer(network, path, layer)
+        held.put(f"{part}.{name}", {"weight": layer.weight})
+        replaced.append((layer, base))
+    of_part = {key.removeprefix(f"{part}."): len(down) for key, (down, _) in adapter.pairs.items()}
+    ranks = {name: rank for name, rank in of_part.items() if name in layers}
+    if adapter.info.get("format") == FORMAT:  # which has all of them
+        ranks = dict.fromkeys(trained_layers(part, network), next(iter(of_part.values()), 1)) | ranks
+    for name, layer in put_lora(network, ranks).items():
+        held.put(f"{part}.{name}", {"lora_down": layer.lora_down, "lora_up": layer.lora_up})
+        replaced.append((layer, layer.base))
+    return replaced
+
+
+def _empty(like, *shape):
+    """A parameter of this shape, in at least float32, where `like` is."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=like.device))

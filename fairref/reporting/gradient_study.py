@@ -19,7 +19,7 @@ from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import ancestral_table, solver_table
 from fairref.fairness.losses import image_loss
-from fairref.generation.adapters import adapt
+from fairref.generation.lora import adapt
 from fairref.generation.rollout import (
     decode,
     embed,

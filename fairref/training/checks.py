@@ -3,7 +3,7 @@
 from fairref.diffusion.gradient import gradient_mode
 from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
-from fairref.generation.adapters import first_tokens
+from fairref.generation.lora import first_tokens
 from fairref.training.logs import need_tensorboard
 from fairref.training.setup import Setup
 from fairref.training.terms import TERMS, terms_of

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
-from fairref.generation.adapters import FILE, adapt, save_adapter
+from fairref.generation.adapters import FILE, save_adapter
+from fairref.generation.lora import adapt
 from fairref.nets.unet import recomputed
 from fairref.settings import Recipe
 from fairref.training import checkpoints

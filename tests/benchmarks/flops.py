@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from measure import table, write
 
 from fairref.bundle.stable_diffusion import NETWORKS
-from fairref.generation.adapters import LAYERS, with_lora
+from fairref.generation.lora import put_lora, shared_copy, trained_layers
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import MobileNetConfig, MobileNetV3
 from fairref.judges.sfnet import SFNet, SFNetConfig
@@ -156,7 +156,8 @@ def networks() -> dict[str, Cost]:
     # what is counted is a GPU's, on which convolutions have one way only
     with FakeTensorMode(), patch.object(Conv3x3, "forward", nn.Conv2d.forward):
         built = {name: frozen(part.network, part.sd15) for name, part in NETWORKS.items()}
-        lora, _ = with_lora(built["text_encoder"], LAYERS["text_encoder"], Recipe().rank, None)
+        lora = shared_copy(built["text_encoder"])
+        put_lora(lora, dict.fromkeys(trained_layers("text_encoder", lora), Recipe().rank))
         z, c = torch.empty(1, *LATENT, **half), torch.empty(1, *TEXT, **half)
         x, face = torch.empty(1, *PICTURE, **half), torch.empty(1, 3, 112, 112, **half)
         crop = torch.empty(1, 3, 224, 224, **half)

@@ -193,10 +193,36 @@ def test_sample_writes_pictures_that_say_how_they_were_made(weights, run_folder,
     assert picture.size == (32, 32)
     assert picture.text["prompt"] == PROMPT and picture.text["seed"] == "7" and picture.text["image"] == "1"
     settings = json.loads(picture.text["settings"])
-    assert (settings["steps"], settings["guidance"], settings["adapter"]) == (3, 1.5, None)
-    assert picture.tobytes() != adapted.tobytes() and json.loads(adapted.text["settings"])["adapter"] == str(
-        run_folder
-    )
+    assert (settings["steps"], settings["guidance"], settings["adapters"]) == (3, 1.5, [])
+    assert picture.tobytes() != adapted.tobytes()
+    used = {"file": str(run_folder / "adapter.safetensors"), "strength": 1.0, "base": "this one"}
+    assert json.loads(adapted.text["settings"])["adapters"] == [used]
+
+
+def test_strengths_and_a_derived_model_from_the_command_line(weights, run_folder, tmp_path, capsys):
+    """Strength 0 draws the base's pictures; a model with another U-Net is taken with --any-base, and reports say so."""
+    options = ["--weights", weights, "-n", "1", "--adapter", str(run_folder), "--strength"]
+    for strength, padding in (("0", "full"), ("1.5", "own")):
+        folder = str(tmp_path / strength)
+        argv = [PROMPT, *options, strength, "--padding", padding, "--out", folder]
+        assert cli.run(sample.main, argv) == 0
+    plain = [PROMPT, "--weights", weights, "-n", "1", "--out", str(tmp_path / "plain")]
+    assert cli.run(sample.main, plain) == 0
+    zero, strong, base = (Image.open(tmp_path / name / "seed0-000.png") for name in ("0", "1.5", "plain"))
+    assert zero.tobytes() == base.tobytes() != strong.tobytes()
+    settings = json.loads(strong.text["settings"])
+    assert settings["adapters"][0]["strength"] == 1.5 and settings["padding"] == "own"
+    derived = shutil.copytree(weights, tmp_path / "derived")
+    file = derived / "unet" / "diffusion_pytorch_model.safetensors"
+    write(file, {name: 1.01 * tensor for name, tensor in read(file).items()}, {})
+    argv = ["--weights", str(derived), "--adapter", str(run_folder), "--strength", "0.5", "-n", "2"]
+    assert cli.run(evaluate.main, argv) == 2
+    assert "made from another unet" in capsys.readouterr().err
+    assert cli.run(evaluate.main, [*argv, "--any-base"]) == 0
+    (used,) = json.loads(capsys.readouterr().out)["adapters"]
+    assert (used["strength"], used["base"]) == (0.5, "another unet")
+    assert cli.run(sample.main, [PROMPT, *options[:4], "--strength", "1"]) == 2
+    assert "1 strengths for 0 adapters" in capsys.readouterr().err
 
 
 def test_an_image_is_the_same_alone_and_among_others(weights, tmp_path):

@@ -13,7 +13,7 @@ from fairref.commands import verify as command
 from fairref.diffusion.gradient import C_i
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import ancestral_table, solver_table, step
-from fairref.generation.adapters import adapt
+from fairref.generation.lora import adapt
 from fairref.generation.rollout import embed
 from fairref.reporting import gradient_study as study
 from fairref.verification import sampling, verify

@@ -1,0 +1,1 @@
+"""Adapters from other tools, and for them."""
