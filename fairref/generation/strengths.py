@@ -40,5 +40,6 @@ def describe_adapters(
     for adapter, strength in adapters:
         others = adapter.other_parts(bundle)
         base = "unknown" if others is None else f"another {' and '.join(others)}" if others else "this one"
-        described.append({"file": str(adapter.file), "strength": float(strength), "base": base})
+        file = f"{adapter.file.absolute().parent.name}/{adapter.file.name}"
+        described.append({"file": file, "strength": float(strength), "base": base})
     return described

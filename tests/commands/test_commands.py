@@ -195,7 +195,7 @@ def test_sample_writes_pictures_that_say_how_they_were_made(weights, run_folder,
     settings = json.loads(picture.text["settings"])
     assert (settings["steps"], settings["guidance"], settings["adapters"]) == (3, 1.5, [])
     assert picture.tobytes() != adapted.tobytes()
-    used = {"file": str(run_folder / "adapter.safetensors"), "strength": 1.0, "base": "this one"}
+    used = {"file": f"{run_folder.name}/adapter.safetensors", "strength": 1.0, "base": "this one"}
     assert json.loads(adapted.text["settings"])["adapters"] == [used]
 
 

@@ -16,7 +16,8 @@ from fairref.bundle.loading import Bundle, load_bundle
 from fairref.commands import cli, evaluate, sample, train
 from fairref.errors import UserError
 from fairref.files.weights import read_info, write
-from fairref.generation.adapters import FORMAT, adapt, load_adapter, save_adapter
+from fairref.generation.adapters import FORMAT, load_adapter, save_adapter
+from fairref.generation.lora import adapt
 from fairref.settings import Recipe
 from fairref.training import checkpoints
 from fairref.training.loop import finetune, new_state, update
