@@ -92,6 +92,25 @@ def add_common(parser: Parser) -> None:
     settings.add_run_options(parser, ("weights", "device", "dtype"))
 
 
+def add_adapters(parser: Parser) -> None:
+    """--adapter, --strength and --any-base."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        help="a run's folder or an adapter file; several add up, one a prefix at most",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        action="append",
+        help="how much an adapter changes, 0 to 1.5; one for each --adapter, in their order, or one for all LoRAs"
+        " (None: 1)",
+    )
+    parser.add_argument(
+        "--any-base", action="store_true", help="take adapters that were made from other weights, too"
+    )
+
+
 def path(text: str) -> Path:
     """An argparse type: a path, as `expanded` has it."""
     try:

@@ -14,6 +14,7 @@ from fairref.evaluation.evaluation import EXPLICIT_IMAGES, evaluate
 from fairref.evaluation.judging import SEED
 from fairref.evaluation.statistics import lines
 from fairref.files.paths import write_json
+from fairref.generation.padding import PADDING_HELP, PADDINGS
 from fairref.processes import DTYPES, choose_device
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS
@@ -27,9 +28,7 @@ def parser() -> cli.Parser:
         example="fairref evaluate --adapter runs/gender",
     )
     cli.add_common(parser)
-    parser.add_argument(
-        "--adapter", help="a run's folder or an adapter file; without it the bundle itself is measured"
-    )
+    cli.add_adapters(parser)
     parser.add_argument(
         "--attr", help="attributes, as in train.py (None: gender, where --target is not given)"
     )
@@ -53,6 +52,7 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
+    parser.add_argument("--padding", default="full", choices=PADDINGS, help=PADDING_HELP)
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="seed of the noise")
     settings.add_run_options(parser, ("judge",))
     parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
@@ -77,18 +77,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.adapter,
         options.attr or (None if options.target else "gender"),
         options.num_images,
+        strength=options.strength,
+        any_base=options.any_base,
         target=options.target,
         prompts=options.prompts,
         part=options.part,
         steps=options.steps,
         guidance=options.guidance,
+        padding=options.padding,
         explicit_images=options.explicit_images,
         seed=options.seed,
     )
     reports = [report] if "judges" in report else list(report.values())
     text = "\n".join(line for one in reports for line in lines(one))
     own = [{"role": role, **source.to_dict()} for role, source in bundle.own_judges.items()]
-    made_by = {"weights": options.weights or DEFAULT, "adapter": options.adapter}
+    made_by = {"weights": options.weights or DEFAULT}
     report = {**made_by, **({"judge": own} if own else {}), **report}
     if options.out:
         print(text)

@@ -12,7 +12,8 @@ from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.files.images import grid, save_png, to_image
 from fairref.files.paths import expanded
-from fairref.generation.adapters import load_adapter
+from fairref.generation.adapters import FILE, choose_adapters, describe_adapters, load_adapters
+from fairref.generation.padding import PADDING_HELP, PADDINGS
 from fairref.generation.sampling import SampleSettings, drawing_of, sample_tensor
 from fairref.processes import DTYPES, choose_device
 
@@ -35,9 +36,10 @@ def parser() -> cli.Parser:
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
     parser.add_argument("--negative-prompt", default="", help="what not to draw")
     cli.add_common(parser)
-    parser.add_argument("--adapter", help="a run's folder, or an adapter file")
+    cli.add_adapters(parser)
+    parser.add_argument("--padding", default="full", choices=PADDINGS, help=PADDING_HELP)
     parser.add_argument(
-        "--out", help="folder for the images (None: samples/<prompt>, and the adapter's name)"
+        "--out", help="folder for the images (None: samples/<prompt>, and the adapters' names)"
     )
     return parser
 
@@ -45,14 +47,16 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: one PNG an image, and a grid of all."""
     options = vars(parser().parse_args(argv))
-    weights, adapter, out = (options.pop(key) for key in ("weights", "adapter", "out"))
+    weights, out, any_base = (options.pop(key) for key in ("weights", "out", "any_base"))
+    adapters = choose_adapters(options.pop("adapter"), options.pop("strength"))
     device, dtype = options.pop("device"), options.pop("dtype")
     settings = SampleSettings(**options)
     bundle = load_bundle(weights, choose_device(device), DTYPES[dtype or "float32"])
     made_by = {**asdict(settings), **drawing_of(bundle, settings)._asdict()}
-    made_by |= {"weights": weights or DEFAULT, "adapter": adapter, "dtype": bundle.dtype}
-    model = bundle if adapter is None else load_adapter(bundle, adapter)
-    folder = _folder(settings.prompt, adapter, out)
+    made_by |= {"weights": weights or DEFAULT, "dtype": bundle.dtype}
+    made_by["adapters"] = describe_adapters(bundle, adapters)
+    model = load_adapters(bundle, adapters, any_base)
+    folder = _folder(settings.prompt, adapters, out)
     x = sample_tensor(model, settings)
     common = {"prompt": settings.prompt, "seed": str(settings.seed), "settings": json.dumps(made_by)}
     for i, image in enumerate(x):
@@ -62,15 +66,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(x)} images in {folder}, all of them in {sheet}")
 
 
-def _folder(prompt, adapter, out):
+def _folder(prompt, adapters, out):
     """The folder for a prompt's images. Raises UserError."""
     words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-").encode()
     slug = words[:LONGEST].decode(errors="ignore") or "empty-prompt"
     if len(words) > LONGEST or re.search(r"[^\w\s,.-]", prompt):  # others would have the same
         slug += f"-{zlib.crc32(prompt.encode()):08x}"
-    if adapter is not None:  # its images lie beside those without it, not in their place
-        path = expanded(adapter).resolve()
-        slug += f"-{path.name}" if path.is_dir() else f"-{path.parent.name}-{path.stem}"
+    for adapter, strength in adapters:  # its images lie beside those without it, not in their place
+        file = adapter.file.resolve()
+        slug += f"-{file.parent.name}" + (f"-{file.stem}" if file.name != FILE else "")
+        slug += f"-{strength:g}" if strength != 1 else ""
     folder = Path("samples") / slug if out is None else expanded(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from fairref.errors import UserError
 from fairref.evaluation.judging import SEED, EvaluationSettings, judge_prompts
 from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names
 from fairref.fairness.attributes import wanted_target
-from fairref.generation.adapters import load_adapter
+from fairref.generation.adapters import choose_adapters, describe_adapters, load_adapters
 from fairref.generation.drawing import Drawing
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS, Prompts, read_prompts, warn_of_cut
@@ -80,6 +80,7 @@ def evaluate_part(
         "part": part,
         "steps": settings.drawing.steps,
         "guidance": settings.drawing.guidance,
+        "padding": settings.drawing.padding,
         "seed": settings.seed,
         **bias_report(judged, list(map(prompts.short, texts)), target.classes, n, target.table),
         "clip_t": clip_t(settings, judged, texts),
@@ -93,22 +94,26 @@ def evaluate_part(
 
 def evaluate(
     bundle: Bundle,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     attr: str | None = "gender",
     images: int | None = 60,
     *,
+    strength: float | Sequence[float] | None = None,
+    any_base: bool = False,
     target: Sequence[str] | None = None,
     prompts: str = OCCUPATIONS,
     part: str = "test",
     steps: int | None = None,
     guidance: float | None = None,
+    padding: str = "full",
     explicit_images: int = EXPLICIT_IMAGES,
     seed: int = SEED,
 ) -> Report:
-    """How fair the bundle is, with an adapter (a run's folder or a file) or without: the report, ready for JSON.
+    """How fair the bundle is, with adapters (a run's folder or a file each) or without: the report, ready for JSON.
 
-    `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the bundle's recipe says. Of
-    several concepts the reports stand under the concepts' names. Raises UserError.
+    `strength` of each adapter, or of all LoRAs (None: 1); `any_base` as in `load_adapter`, for how much fairness is left
+    on a derived model. `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the
+    bundle's recipe says. Of several concepts the reports stand under the concepts' names. Raises UserError.
     """
     if part not in PARTS:
         raise UserError(f"The part is {part!r}; expected one of {', '.join(PARTS)}.")
@@ -120,15 +125,17 @@ def evaluate(
     for concept in concepts:
         if not getattr(concept, part):
             raise UserError(f"--part is {part}, of which {concept.name} has no prompt; give another part.")
-    model = bundle if adapter is None else load_adapter(bundle, adapter)
+    adapters = choose_adapters(adapter, strength)
+    model = load_adapters(bundle, adapters, any_base)
     texts = [text for concept in concepts for text in getattr(concept, part)]
     warn_of_cut(bundle.tokenizer, texts, 0 if model.prefix is None else len(model.prefix))
-    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
+    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end, padding)
     settings = EvaluationSettings(bundle, wanted, drawing, seed)
-    reports = {
-        concept.name: evaluate_part(
+    used = describe_adapters(bundle, adapters)
+    reports = {}
+    for concept in concepts:
+        report, _ = evaluate_part(
             settings, model, concept, part, recipe.eval_images, explicit_images=explicit_images
-        )[0]
-        for concept in concepts
-    }
+        )
+        reports[concept.name] = {"adapters": used, **report}
     return reports if len(reports) > 1 else next(iter(reports.values()))

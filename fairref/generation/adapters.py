@@ -142,7 +142,7 @@ def pair_strengths(
     adapters: Sequence[AdapterFile], strengths: Sequence[float]
 ) -> list[tuple[AdapterFile, float]]:
     """Each adapter with its strength: one for each, in their order, or one for all LoRAs; none: 1. Raises UserError."""
-    if len(strengths) == 1 != len(adapters):
+    if len(strengths) == 1 and len(adapters) > 1:
         strengths = [1.0 if adapter.prefix is not None else strengths[0] for adapter in adapters]
     strengths = strengths or [1.0] * len(adapters)
     if len(strengths) != len(adapters):
@@ -160,6 +160,18 @@ def choose_adapters(
     paths = [adapter] if isinstance(adapter, str | Path) else adapter or []
     strengths = [strength] if isinstance(strength, int | float) else strength or []
     return pair_strengths([read_adapter(path) for path in paths], strengths)
+
+
+def describe_adapters(
+    bundle: Bundle, adapters: Sequence[tuple[AdapterFile, float]]
+) -> list[dict[str, object]]:
+    """What reports and images say of the adapters that a bundle drew with, ready for JSON."""
+    described = []
+    for adapter, strength in adapters:
+        others = adapter.other_parts(bundle)
+        base = "unknown" if others is None else f"another {' and '.join(others)}" if others else "this one"
+        described.append({"file": str(adapter.file), "strength": float(strength), "base": base})
+    return described
 
 
 def load_adapter(bundle: Bundle, path: str | Path, strength: float = 1.0, any_base: bool = False) -> Bundle:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fairref.bundle.loading import Bundle
 from fairref.diffusion.sampler import sample
 from fairref.diffusion.solver import solver_table
-from fairref.generation.rollout import decode, embed, first_noise, guided
+from fairref.generation.padding import embed_padded
+from fairref.generation.rollout import decode, first_noise, guided
 
 # at most so many images are drawn at once, and so many pixels: 8 images of 512²
 GROUP, PIXELS = 64, 2**21
@@ -27,6 +28,7 @@ class Drawing(NamedTuple):
     steps: int  # S
     guidance: float  # s
     end: str = "zero"  # of the solver
+    padding: str = "full"  # of the texts, one of PADDINGS
 
 
 def draw(
@@ -41,7 +43,8 @@ def draw(
     no_grad is the caller's. `on_step` is called after each U-Net evaluation.
     """
     table = solver_table(bundle.schedule, how.steps, how.end)
-    for step in sample(guided(bundle, embed(bundle, *texts), how.guidance), table, z_T):
+    text_embeddings = embed_padded(bundle, *texts, how.padding)
+    for step in sample(guided(bundle, text_embeddings, how.guidance), table, z_T):
         if on_step and step.eps is not None:
             on_step()
     return decode(bundle, step.z)

@@ -1,6 +1,7 @@
 """Images of a prompt, by a bundle with or without an adapter."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fairref.bundle.recipe import resolve
 from fairref.errors import UserError
 from fairref.files.images import to_image
 from fairref.files.weights import finite
-from fairref.generation.adapters import load_adapter
+from fairref.generation.adapters import choose_adapters, load_adapters
 from fairref.generation.drawing import Drawing, draw, group_size
 from fairref.generation.rollout import first_noise
 from fairref.progress import Progress
@@ -30,6 +31,7 @@ class SampleSettings:
     steps: int | None = None  # S
     guidance: float | None = None  # s
     negative_prompt: str = ""  # takes the place of the empty prompt
+    padding: str = "full"  # one of PADDINGS
 
 
 def drawing_of(bundle: Bundle, settings: SampleSettings) -> Drawing:
@@ -39,7 +41,7 @@ def drawing_of(bundle: Bundle, settings: SampleSettings) -> Drawing:
     guidance = recipe.eval_guidance if settings.guidance is None else settings.guidance
     if not math.isfinite(guidance):
         raise UserError(f"--guidance is {guidance}; expected a number.")
-    return Drawing(steps, guidance, recipe.end)
+    return Drawing(steps, guidance, recipe.end, settings.padding)
 
 
 @torch.no_grad()
@@ -71,13 +73,19 @@ def sample(
     prompt: str,
     n: int = 8,
     seed: int = 0,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     *,
+    strength: float | Sequence[float] | None = None,
+    any_base: bool = False,
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str = "",
+    padding: str = "full",
 ) -> list[Image.Image]:
-    """n images of a prompt, with an adapter (a run's folder or a file) or without. Raises UserError."""
-    model = bundle if adapter is None else load_adapter(bundle, adapter)
-    settings = SampleSettings(prompt, n, seed, steps, guidance, negative_prompt)
+    """n images of a prompt, without an adapter, with one (a run's folder or a file) or with several.
+
+    `strength`: of each adapter, or one of all LoRAs (None: 1); `any_base`: as in `load_adapter`. Raises UserError.
+    """
+    model = load_adapters(bundle, choose_adapters(adapter, strength), any_base)
+    settings = SampleSettings(prompt, n, seed, steps, guidance, negative_prompt, padding)
     return [to_image(x) for x in sample_tensor(model, settings)]

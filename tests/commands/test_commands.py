@@ -192,10 +192,10 @@ def test_sample_writes_pictures_that_say_how_they_were_made(weights, run_folder,
     assert picture.size == (32, 32)
     assert picture.text["prompt"] == PROMPT and picture.text["seed"] == "7" and picture.text["image"] == "1"
     settings = json.loads(picture.text["settings"])
-    assert (settings["steps"], settings["guidance"], settings["adapter"]) == (3, 1.5, None)
-    assert picture.tobytes() != adapted.tobytes() and json.loads(adapted.text["settings"])["adapter"] == str(
-        run_folder
-    )
+    assert (settings["steps"], settings["guidance"], settings["adapters"]) == (3, 1.5, [])
+    assert picture.tobytes() != adapted.tobytes()
+    used = {"file": str(run_folder / "adapter.safetensors"), "strength": 1.0, "base": "this one"}
+    assert json.loads(adapted.text["settings"])["adapters"] == [used]
 
 
 def test_an_image_is_the_same_alone_and_among_others(weights, tmp_path):

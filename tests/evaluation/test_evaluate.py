@@ -192,7 +192,7 @@ def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
     )
     report = evaluate(bundle, images=None)
     assert evaluate.__defaults__[-1] == 60  # images of each prompt, where nothing is said
-    assert report == expected and set(report["explicit"]) == {"images", "classifier"}
+    assert report == {"adapters": [], **expected} and set(report["explicit"]) == {"images", "classifier"}
     both = evaluate(bundle, images=1, prompts="occupations,sports", explicit_images=0, steps=1)
     assert {name: (r["images"], r["steps"], r["concept"]) for name, r in both.items()} == {
         "occupations": (1, 1, "occupations"),

@@ -12,10 +12,22 @@ from tiny_bundle import write_tiny_bundle
 
 from fairref.bundle.loading import load_bundle
 from fairref.errors import UserError
+from fairref.files.images import to_image
 from fairref.files.weights import write
-from fairref.generation.adapters import FILE, FORMAT, load_adapter, save_adapter
+from fairref.generation.adapters import (
+    FILE,
+    FORMAT,
+    IMPORTED,
+    choose_adapters,
+    describe_adapters,
+    load_adapter,
+    load_adapters,
+    read_adapter,
+    save_adapter,
+)
 from fairref.generation.lora import COMPONENTS, adapt, first_tokens
 from fairref.generation.rollout import embed
+from fairref.generation.sampling import SampleSettings, sample, sample_tensor
 
 RANK, TOKENS = 3, 4
 PROMPT = "a photo of the face of a pilot, a person"
@@ -236,3 +248,108 @@ def test_a_file_that_does_not_fit_is_refused(bundle, tmp_path):
     with pytest.raises(UserError, match=r"no adapter\.safetensors in it"):
         (tmp_path / "empty").mkdir()
         load_adapter(bundle, tmp_path / "empty")
+
+
+def write_adapter(bundle, folder, component, seed=0, **info):
+    """A LoRA or prefix of this bundle in a file of this folder, another one for each seed."""
+    _, adapter = adapt(bundle, component, RANK, TOKENS, generator(seed))
+    tensors = {name: p.detach() for name, p in adapter.named_parameters()}
+    for n, name in enumerate(tensors):
+        if "lora_up" in name:
+            tensors[name] = 0.3 * torch.randn(tensors[name].shape, generator=generator(seed + n))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(folder / FILE, tensors, {"base": bundle.fingerprints, **info})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(bundle, tmp_path_factory):
+    """One LoRA on the U-Net, one on both networks, a prefix."""
+    folder = tmp_path_factory.mktemp("files")
+    made = {name: write_adapter(bundle, folder / name, name, i) for i, name in enumerate(COMPONENTS)}
+    whole = bundle.unet.state_dict()
+    names = [name for name in whole if name.endswith(("attn2.to_k.weight", "conv_in.weight"))]
+    matrices = {f"unet.{name}": torch.randn(whole[name].shape, generator=generator(7)) for name in names}
+    (folder / "whole").mkdir()
+    save_adapter(folder / "whole" / FILE, matrices, {"base": bundle.fingerprints}, IMPORTED)
+    return {**made, "whole": folder / "whole"}
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(outputs(a), outputs(b), strict=True))
+
+
+@pytest.mark.parametrize("name", [*COMPONENTS, "whole"])
+def test_strength_0_is_the_base_and_1_is_as_if_it_were_not_named_bit_for_bit(bundle, files, name):
+    assert same(load_adapter(bundle, files[name], 0.0), bundle)
+    assert same(load_adapter(bundle, files[name], 1.0), load_adapters(bundle, choose_adapters(files[name])))
+    assert not same(load_adapter(bundle, files[name]), bundle)
+
+
+@pytest.mark.parametrize("s", [0.5, 1.5])
+def test_strengths_of_several_multiply_what_each_adds_to_the_weights(folder, bundle, files, s):
+    """Against a bundle whose weights are W + s up down and W + 2/3 s (new - W), merged by hand in float64."""
+    both, whole = read_adapter(files["both"]), read_adapter(files["whole"])
+    merged = load_bundle(folder)
+    change = {name: s * up.double() @ down.double() for name, (down, up) in both.pairs.items()}
+    for name, matrix in whole.matrices.items():
+        part, _, layer = name.partition(".")
+        base = getattr(bundle, part).get_submodule(layer).weight
+        change[name] = change.get(name, 0) + 2 / 3 * s * (matrix.double() - base)
+    for name, tensor in change.items():
+        part, _, layer = name.partition(".")
+        weight = getattr(merged, part).get_submodule(layer).weight
+        weight.data = (weight.double() + tensor).float()
+    model = load_adapters(bundle, [(files["both"], s), (files["whole"], 2 / 3 * s)])
+    for found, expected in zip(outputs(model), outputs(merged), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+    other = load_adapters(bundle, [(whole, 2 / 3 * s), (both, s)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs(model), outputs(other), strict=True))
+
+
+def test_all_of_several_are_held_against_the_base_itself(bundle, files, tmp_path):
+    once = load_adapter(bundle, files["both"])
+    twice = load_adapter(once, files["unet"])  # one after the other: an adapted bundle is still of its base
+    assert same(twice, load_adapters(bundle, [(files["both"], 1.0), (files["unet"], 1.0)]))
+    foreign = {**bundle.fingerprints, "unet": "0" * 64}
+    write_adapter(bundle, tmp_path, "unet", base=foreign)
+    for adapters in ([(files["both"], 1.0), (tmp_path, 1.0)], [(tmp_path, 1.0), (files["both"], 1.0)]):
+        with pytest.raises(UserError, match="made from another unet"):
+            load_adapters(bundle, adapters)
+        load_adapters(bundle, adapters, any_base=True)
+    said = describe_adapters(bundle, choose_adapters([files["both"], tmp_path], [0.5, 1.5]))
+    assert [(s["strength"], s["base"]) for s in said] == [(0.5, "this one"), (1.5, "another unet")]
+
+
+@pytest.mark.parametrize(
+    "names, strengths, expected",
+    [
+        (["both", "prefix", "unet"], [], [1, 1, 1]),
+        (["both", "prefix", "unet"], [0.5], [0.5, 1, 0.5]),
+        (["both", "prefix"], [0.5, 0], [0.5, 0]),
+        (["whole"], [0.5], [0.5]),
+        (["both", "unet", "prefix"], [0.5, 1], "2 strengths for 3 adapters"),
+        ([], [0.5], "1 strengths for 0 adapters"),
+        (["prefix"], [0.5], "a prefix is there or not"),
+        (["unet"], [1.6], "strength is 1.6; expected 0 to 1.5"),
+        (["unet"], [float("nan")], "strength is nan"),
+        (["prefix", "prefix"], [], "a second prefix"),
+        (["whole", "whole"], [], r"replaces unet\S+, as .*whole.* does"),
+    ],
+)
+def test_which_strength_counts_for_which_adapter(bundle, files, names, strengths, expected):
+    paths = [files[name] for name in names]
+    if not isinstance(expected, str):
+        chosen = choose_adapters(paths, strengths)
+        assert [strength for _, strength in chosen] == expected
+        load_adapters(bundle, chosen)
+        return
+    with pytest.raises(UserError, match=expected):
+        load_adapters(bundle, choose_adapters(paths, strengths))
+
+
+def test_the_library_draws_with_adapters_as_the_command_line_does(bundle, files):
+    chosen = choose_adapters([files["unet"], files["prefix"]], 0.5)
+    expected = sample_tensor(load_adapters(bundle, chosen), SampleSettings(PROMPT, 2))
+    found = sample(bundle, PROMPT, 2, adapter=[files["unet"], files["prefix"]], strength=0.5)
+    assert [image.tobytes() for image in found] == [to_image(x).tobytes() for x in expected]
