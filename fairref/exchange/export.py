@@ -21,7 +21,7 @@ from fairref.exchange.card import write_card
 from fairref.exchange.exported import Export
 from fairref.exchange.folder import write_configs, write_tensors
 from fairref.exchange.inverse import from_kohya, from_peft
-from fairref.exchange.layouts import to_kohya, to_ldm, to_peft
+from fairref.exchange.layouts import Pairs, to_kohya, to_ldm, to_peft
 from fairref.files.names import some
 from fairref.files.paths import expanded
 from fairref.files.weights import finite, read
@@ -39,16 +39,15 @@ KOHYA_HEADER = {
 
 def to_diffusers(export: Export) -> None:
     """Writes LoRA as diffusers and PEFT have it."""
-    path = export.folder / PEFT_FILE
-    write_tensors(path, to_peft(export.adapter.pairs), PYTORCH)
-    _compare(path, _flat(from_peft(read(path))), _flat(export.adapter.pairs))
+    path, pairs = export.folder / PEFT_FILE, of_one_rank(export.adapter.pairs)
+    write_tensors(path, to_peft(pairs), PYTORCH)
+    _compare(path, _flat(from_peft(read(path))), _flat(pairs))
 
 
 def to_web_uis(export: Export) -> None:
     """Writes LoRA as kohya's scripts have it."""
-    path, pairs = export.folder / f"{export.name}.safetensors", export.adapter.pairs
-    ranks = {len(down) for down, _ in pairs.values()}
-    rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    path, pairs = export.folder / f"{export.name}.safetensors", of_one_rank(export.adapter.pairs)
+    rank = str(len(next(iter(pairs.values()))[0]))
     header = {**PYTORCH, **KOHYA_HEADER, "ss_network_dim": rank, "ss_network_alpha": rank}
     write_tensors(path, to_kohya(pairs), header)
     back = from_kohya(read(path), export.bundle.text_encoder, export.bundle.unet)
@@ -183,6 +182,17 @@ def merged(export: Export) -> dict[str, dict[str, Tensor]]:
             f"{export.adapter.file}: with it, {some(broken)} is no number in {dtype}; leave out --half."
         )
     return states
+
+
+def of_one_rank(pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return LoRA with zeros up to its largest rank: of kohya's files diffusers scales layers of other ranks wrongly."""
+    rank = max(len(down) for down, _ in pairs.values())
+    grown = {}
+    for layer, (down, up) in pairs.items():
+        down_, up_ = down.new_zeros(rank, *down.shape[1:]), up.new_zeros(len(up), rank, *up.shape[2:])
+        down_[: len(down)], up_[:, : len(down)] = down, up
+        grown[layer] = down_, up_
+    return grown
 
 
 def _flat(pairs):
