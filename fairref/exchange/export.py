@@ -185,7 +185,7 @@ def merged(export: Export) -> dict[str, dict[str, Tensor]]:
 
 
 def of_one_rank(pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return LoRA with zeros up to its largest rank: of kohya's files diffusers scales layers of other ranks wrongly."""
+    """Return LoRA with zeros up to its largest rank: diffusers scales the layers of other ranks wrongly."""
     rank = max(len(down) for down, _ in pairs.values())
     grown = {}
     for layer, (down, up) in pairs.items():

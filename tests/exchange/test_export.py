@@ -23,7 +23,7 @@ from fairref.errors import UserError
 from fairref.exchange import export as exporting
 from fairref.exchange.export import EMBEDDING_FILE, FORMATS, PEFT_FILE, export_adapter, merged
 from fairref.exchange.exported import Export
-from fairref.exchange.folder import write_tensors
+from fairref.exchange.folder import write_configs, write_tensors
 from fairref.exchange.layouts import to_kohya, to_ldm, to_peft
 from fairref.generation.adapters import FILE, IMPORTED, load_adapter, read_adapter, save_adapter
 from fairref.generation.lora import adapt, trained_layers
@@ -35,6 +35,7 @@ PROMPT, NEGATIVE = "a photo of the face of a pilot, a person", "a man"
 N, STEPS, GUIDANCE = 1, 3, 2.5
 LORA = ("text_encoder", "unet", "both")
 SLOW = [  # (component, format, float16)
+    ("both", "diffusers", False),
     ("text_encoder", "kohya", False),
     ("unet", "diffusers", False),
     ("both", "merged", True),
@@ -43,7 +44,6 @@ SLOW = [  # (component, format, float16)
 WAYS = [
     ("text_encoder", "diffusers", False),
     ("unet", "kohya", False),
-    ("both", "diffusers", False),
     ("both", "kohya", False),
     ("prefix", "embedding", False),
     ("both", "merged", False),
@@ -399,6 +399,30 @@ def test_the_tokenizer_of_a_whole_model_is_the_bases(loaded_emoji, exported, bas
     ids = pipe.tokenizer(texts, **how).input_ids
     assert torch.equal(ids, base_pipeline.tokenizer(texts, **how).input_ids)
     assert torch.equal(ids, loaded_emoji.tokenizer(texts))
+
+
+@pytest.mark.slow
+def test_at_the_size_of_sd15_diffusers_has_200_layers(loaded_emoji, tmp_path, monkeypatch):
+    """Random weights, which float16 holds; check.py counts 72 and 128."""
+    base, networks = tmp_path / "base", {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, part in NETWORKS.items():
+            networks[name] = part.network(part.sd15).half().float().eval().requires_grad_(False)
+            path = base / name / f"{part.file}.safetensors"
+            path.parent.mkdir(parents=True)
+            save_file(
+                {key: t.half() for key, t in networks[name].state_dict().items()}, path, {"format": "pt"}
+            )
+    bundle = replace(loaded_emoji, path=base, manifest={}, resolution=512, **networks)
+    write_configs(bundle, base)
+    save_adapter(tmp_path / FILE, moved(bundle, "both"), {"base": bundle.fingerprints})
+    for to in ("diffusers", "kohya"):
+        folder = export_adapter(bundle, tmp_path / FILE, to, tmp_path / to)
+        assert re.search('"text_encoder": 72,\\s*"unet": 128', (folder / "check.py").read_text())
+        assert "creativeml-openrail-m" in (folder / "README.md").read_text()
+        monkeypatch.setattr(sys, "argv", ["check.py", str(base)])
+        runpy.run_path(str(folder / "check.py"), run_name="__main__")
 
 
 # what is refused
