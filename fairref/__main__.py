@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 COMMANDS = {
     "train": "finetune a bundle for fairness (train.py is the same)",
@@ -13,6 +14,7 @@ COMMANDS = {
     "export": "write an adapter for diffusers, ComfyUI and web UIs",
     "classifier": "train an attribute classifier on CelebA or FairFace",
     "faces": "turn photographs into the external faces of L_face",
+    "import": "take an adapter from the released code, PEFT, diffusers, kohya or UCE",
     "emoji": "make the small world's bundle again, or measure it",
 }
 
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from fairref.commands import cli
 
-    return cli.run(lambda arguments: import_module(f"fairref.commands.{name}").main(arguments), rest)
+    module = f"fairref.commands.{name}{'_' if iskeyword(name) else ''}"
+    return cli.run(lambda arguments: import_module(module).main(arguments), rest)
 
 
 def console() -> None:

@@ -369,7 +369,7 @@ def test_without_a_leaf_room_everything_else_runs(leaf, tmp_path):
     commands = {
         "emoji": ("emoji", "sheet", "--font", "none.ttf"),
         "verification": ("verify",),
-        "exchange": ("export", "runs/gender", "--to", "kohya", "--out", "x"),
+        "exchange": ("import", "x.safetensors", "--out", "y"),
         "reporting": ("verify", "--figures", "figures", "--weights", weights),
         "tools": ("faces", "--images", "x", "--out", "y.safetensors"),
     }

@@ -12,9 +12,10 @@ from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.files.images import grid, save_png, to_image
 from fairref.files.paths import expanded
-from fairref.generation.adapters import FILE, choose_adapters, describe_adapters, load_adapters
+from fairref.generation.adapters import FILE, load_adapters
 from fairref.generation.padding import PADDING_HELP, PADDINGS
 from fairref.generation.sampling import SampleSettings, drawing_of, sample_tensor
+from fairref.generation.strengths import choose_adapters, describe_adapters
 from fairref.processes import DTYPES, choose_device
 
 LONGEST = 100  # bytes of a prompt in a folder's name

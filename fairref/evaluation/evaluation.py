@@ -14,8 +14,9 @@ from fairref.errors import UserError
 from fairref.evaluation.judging import SEED, EvaluationSettings, judge_prompts
 from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names
 from fairref.fairness.attributes import wanted_target
-from fairref.generation.adapters import choose_adapters, describe_adapters, load_adapters
+from fairref.generation.adapters import load_adapters
 from fairref.generation.drawing import Drawing
+from fairref.generation.strengths import choose_adapters, describe_adapters
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS, Prompts, read_prompts, warn_of_cut
 
@@ -111,8 +112,8 @@ def evaluate(
 ) -> Report:
     """How fair the bundle is, with adapters (a run's folder or a file each) or without: the report, ready for JSON.
 
-    `strength` of each adapter, or of all LoRAs (None: 1); `any_base` as in `load_adapter`, for how much fairness is left
-    on a derived model. `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the
+    `strength` of each adapter, or of all LoRAs (None: 1); `any_base` as in `load_adapter`, to learn how fair a
+    derived model is. `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the
     bundle's recipe says. Of several concepts the reports stand under the concepts' names. Raises UserError.
     """
     if part not in PARTS:

@@ -1,1 +1,1 @@
-"""Adapters for other tools and from them, with a card for each that leaves."""
+"""Adapters from other tools, and for them."""

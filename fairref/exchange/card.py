@@ -1,6 +1,7 @@
 """What goes out beside the weights: README.md, the model card, and check.py, which proves that they load right."""
 
 import json
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -57,7 +58,7 @@ def write_card(export: Export, after: Bundle) -> None:
     facts["grid"] = facts["is_first"] and (run / "before_after.png").is_file()
     if facts["grid"]:
         shutil.copyfile(run / "before_after.png", export.folder / "before_after.png")
-    facts["recorded"] = json.dumps(_recorded(export, after), indent=1)
+    facts["recorded"] = _compact(json.dumps(_recorded(export, after), indent=1))
     for name in ("README.md", "check.py"):
         text = environment.get_template(f"{name}.jinja").render(facts)
         (export.folder / name).write_text(text, encoding="utf-8")
@@ -153,9 +154,14 @@ def _recorded(export, after):
         "t": T,
         "layers": {part: 0 if whole else count for part, count in layers.items()},
         "tokens": _length(export.adapter),
-        "base": after.fingerprints if whole else export.bundle.fingerprints,
-        "values": {name: _probes(values["before"][name], values["after"][name]) for name in ("text", "unet")},
+        "weights": after.fingerprints if whole else export.bundle.fingerprints,
+        **{name: _probes(values["before"][name], values["after"][name]) for name in ("text", "unet")},
     }
+
+
+def _compact(text):
+    """JSON with each list in one line."""
+    return re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text)
 
 
 def _probes(before: Tensor, after: Tensor):
@@ -165,7 +171,7 @@ def _probes(before: Tensor, after: Tensor):
     tolerance = max(SHARE * float(change.max()), ROUNDING * float(after.abs().max()))
     return {
         "places": places.tolist(),
-        "before": before[places].tolist(),
-        "after": after[places].tolist(),
-        "tolerance": tolerance,
+        "before": [float(f"{v:.6g}") for v in before[places]],
+        "after": [float(f"{v:.6g}") for v in after[places]],
+        "tolerance": float(f"{tolerance:.2g}"),
     }

@@ -1,14 +1,15 @@
 """An adapter, in a folder, as other tools take it: `fairref export`.
 
 Before anything is written, the adapter must fit the base's own layers, name by name. What was written is read back and
-must be the same bit for bit. The folder appears at the end, whole.
+must be the same bit for bit: LoRA by `fairref import`, whole models by the loader of bundles. The folder appears at the
+end, whole.
 """
 
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from fairref.errors import UserError
 from fairref.exchange.card import write_card
 from fairref.exchange.exported import Export
 from fairref.exchange.folder import write_configs, write_tensors
-from fairref.exchange.inverse import from_kohya, from_peft
+from fairref.exchange.importing import read_foreign
 from fairref.exchange.layouts import Pairs, to_kohya, to_ldm, to_peft
 from fairref.files.names import some
 from fairref.files.paths import expanded
@@ -41,7 +42,7 @@ def to_diffusers(export: Export) -> None:
     """Writes LoRA as diffusers and PEFT have it."""
     path, pairs = export.folder / PEFT_FILE, of_one_rank(export.adapter.pairs)
     write_tensors(path, to_peft(pairs), PYTORCH)
-    _compare(path, _flat(from_peft(read(path))), _flat(pairs))
+    _compare_lora(path, export, pairs)
 
 
 def to_web_uis(export: Export) -> None:
@@ -50,8 +51,7 @@ def to_web_uis(export: Export) -> None:
     rank = str(len(next(iter(pairs.values()))[0]))
     header = {**PYTORCH, **KOHYA_HEADER, "ss_network_dim": rank, "ss_network_alpha": rank}
     write_tensors(path, to_kohya(pairs), header)
-    back = from_kohya(read(path), export.bundle.text_encoder, export.bundle.unet)
-    _compare(path, _flat(back), _flat(pairs))
+    _compare_lora(path, export, pairs)
 
 
 def to_embedding(export: Export) -> None:
@@ -195,9 +195,10 @@ def of_one_rank(pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
     return grown
 
 
-def _flat(pairs):
-    """LoRA as named tensors."""
-    return {f"{layer}.{i}": tensor for layer, pair in pairs.items() for i, tensor in enumerate(pair)}
+def _compare_lora(path, export, pairs):
+    """Reads LoRA as `fairref import` does, and compares."""
+    back = read_foreign(path, export.bundle).tensors
+    _compare(path, back, replace(export.adapter, pairs=pairs).tensors)
 
 
 def _compare_networks(path, states):

@@ -14,9 +14,10 @@ from fairref.bundle.recipe import resolve
 from fairref.errors import UserError
 from fairref.files.images import to_image
 from fairref.files.weights import finite
-from fairref.generation.adapters import choose_adapters, load_adapters
+from fairref.generation.adapters import load_adapters
 from fairref.generation.drawing import Drawing, draw, group_size
 from fairref.generation.rollout import first_noise
+from fairref.generation.strengths import choose_adapters
 from fairref.progress import Progress
 from fairref.prompts.sets import warn_of_cut
 

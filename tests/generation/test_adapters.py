@@ -18,8 +18,6 @@ from fairref.generation.adapters import (
     FILE,
     FORMAT,
     IMPORTED,
-    choose_adapters,
-    describe_adapters,
     load_adapter,
     load_adapters,
     read_adapter,
@@ -28,6 +26,7 @@ from fairref.generation.adapters import (
 from fairref.generation.lora import COMPONENTS, adapt, first_tokens
 from fairref.generation.rollout import embed
 from fairref.generation.sampling import SampleSettings, sample, sample_tensor
+from fairref.generation.strengths import choose_adapters, describe_adapters
 
 RANK, TOKENS = 3, 4
 PROMPT = "a photo of the face of a pilot, a person"
