@@ -24,6 +24,7 @@ PROBES = 8  # values of each network that the check compares
 SHARE = 0.1  # of the largest change: how far a value may be off
 ROUNDING = 1e-4  # of the largest value: what other hardware may differ by
 AVERAGES = {FILE: "ema", "adapter_raw.safetensors": "raw", "adapter_best.safetensors": "best"}
+JUDGES = {"classifier": "a classifier", "templates": "the nearest of all possible pictures"}
 LICENCES = {"emoji": "mit"}  # name of a bundle -> its licence
 EXPLAINED = {  # format -> (what it is, library's tag, how the hub calls what it is to its base)
     "diffusers": ("LoRA", "lora", "adapter"),
@@ -111,8 +112,8 @@ def _measured(file):
         return [], False
     rows = [
         {
-            "part": "finetuning never saw" if before["part"] == "test" else "of finetuning",
-            "concept": before["concept"], "judge": judge, "attribute": before["attribute"],
+            "part": "that finetuning never saw" if before["part"] == "test" else "of finetuning",
+            "concept": before["concept"], "judge": JUDGES[judge], "attribute": before["attribute"],
             "prompts": before["prompts"], "images": before["images"],
             "before": _spread(before["judges"][judge]),
             "after": _spread(after["judges"][judge]), "floor": _spread(before["noise_floor"]),

@@ -560,7 +560,7 @@ def evaluated(runs, tmp_path_factory):
             "judges": {"classifier": {"mean": mean, "std": 0.17}, "templates": {"mean": None, "std": None}},
         }
     }  # fmt: skip
-    results = {"before": judged(0.83), "after (ema)": judged(0.22)}
+    results = {"before": judged(0.83), "after (ema)": judged(0.22), "after (raw)": judged(0.44)}
     (folder / "evaluation.json").write_text(json.dumps(results))
     recipe = {"steps": [6, 7], "guidance": [2.5, 2.5], "eval_steps": 12, "eval_guidance": 2.5}
     (folder / "settings.json").write_text(json.dumps({"weights": str(BASE.resolve()), "recipe": recipe}))
@@ -574,7 +574,10 @@ def test_the_card_says_what_was_measured_and_made(loaded_emoji, evaluated, tmp_p
     data = ModelCard(text).data
     assert (data.base_model, data.library_name, data.license) == ("emoji", "diffusers", "mit")
     assert {"lora", "fairness", "text-to-image"} <= set(data.tags) and data.base_model_relation == "adapter"
-    assert "| 50 occupations finetuning never saw | classifier | .83 ± .17 | .22 ± .17 | .10 ± .08 |" in text
+    assert (
+        "| 50 occupations that finetuning never saw | a classifier | .83 ± .17 | .22 ± .17 | .10 ± .08 |"
+        in text
+    )
     assert "woman and man in equal shares" in text and "6 to 7 steps, guidance 2.5" in text
     assert "about 12 steps, guidance 2.5" in text and "(before_after.png)" in text
     assert (folder / "before_after.png").read_bytes() == b"a grid"
@@ -588,10 +591,19 @@ def test_the_card_says_what_was_measured_and_made(loaded_emoji, evaluated, tmp_p
         assert word in text, word
     for hash_ in loaded_emoji.fingerprints.values():
         assert hash_ in text
-    raw = evaluated / "adapter_raw.safetensors"
-    shutil.copyfile(evaluated / FILE, raw)
+
+
+def test_the_card_of_another_of_the_runs_adapters_has_its_own_numbers(loaded_emoji, evaluated, tmp_path):
+    """The grid shows the first that was evaluated; what lies elsewhere was not."""
+    info = {"base": loaded_emoji.fingerprints, "classes": CLASSES, "target": [0.3, 0.7]}
+    raw, elsewhere = evaluated / "adapter_raw.safetensors", tmp_path / "mine.safetensors"
+    for file in (raw, elsewhere):
+        save_adapter(file, read_adapter(evaluated).tensors, info)
     text = (export_adapter(loaded_emoji, raw, "kohya", tmp_path / "raw") / "README.md").read_text()
-    assert ".83" not in text and "before_after.png" not in text and "was not evaluated" in text
+    assert "| .83 ± .17 | .44 ± .17 |" in text and "before_after.png" not in text
+    assert "woman 0.30, man 0.70." in text
+    text = (export_adapter(loaded_emoji, elsewhere, "kohya", tmp_path / "out") / "README.md").read_text()
+    assert ".83" not in text and "was not evaluated" in text and "steps, guidance" not in text
 
 
 @pytest.mark.parametrize("component, to, half", WAYS)
