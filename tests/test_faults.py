@@ -14,6 +14,8 @@ LINKED = ("weights",)
 
 # what tests stand in
 PROCESSES = "tests/test_processes.py"
+ADAPTERS = "tests/generation/test_adapters.py"
+IMPORTS = "tests/exchange/test_import.py"
 STREAMS = "tests/training/test_streams.py"
 LOOP = "tests/training/test_loop.py"
 TERMS = "tests/training/test_terms.py"
@@ -209,6 +211,43 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "np.where(exact, 0, ",
         "np.where(False, 0, ",
         f"{TRANSPORT}::test_the_rule_of_three_may_ask_for_more_draws_and_leaves_what_is_certain_alone",
+    ),
+    # adapters
+    "a whole matrix has strength 1 always": (
+        "fairref/generation/adapters.py",
+        "layer.weight, strength)",
+        "layer.weight, 1.0)",
+        f"{ADAPTERS}::test_strengths_of_several_multiply_what_each_adds_to_the_weights[0.5]",
+    ),
+    "one strength counts for the first LoRA only": (
+        "fairref/generation/strengths.py",
+        "1.0 if adapter.prefix is not None else strengths[0] for",
+        "1.0 if adapter is not adapters[0] else strengths[0] for",
+        f"{ADAPTERS}::test_which_strength_counts_for_which_adapter[names1-strengths1-expected1]",
+    ),
+    "an adapted network is a base of its own": (
+        "fairref/generation/adapters.py",
+        "fingerprint_of(getattr(bundle, part))",
+        "fingerprint_of(changed[part]) + part",
+        f"{ADAPTERS}::test_all_of_several_are_held_against_the_base_itself",
+    ),
+    "the empty prompt's padding sees itself": (
+        "fairref/generation/padding.py",
+        "seen = layer.self_attn, layer.layer_norm1(text)",
+        "seen = layer.self_attn, layer.layer_norm1(torch.cat([text, rest], 1))",
+        "tests/generation/test_padding.py::test_own_padding_is_that_of_transformers_with_a_mask[]",
+    ),
+    "PEFT's patterns of alpha are not read": (
+        "fairref/exchange/dialects.py",
+        'patterns = config.get("alpha_pattern") or {}',
+        "patterns = {}",
+        f"{IMPORTS}::test_diffusers_as_diffusers_writes_it[True]",
+    ),
+    "kohya's alpha is not divided by the rank": (
+        "fairref/exchange/dialects.py",
+        "return float(alpha) / rank",
+        "return float(alpha) / 2",
+        f"{IMPORTS}::test_kohya[names1-5.0]",
     ),
     # what judges see
     "a crop's box is floored": (

@@ -306,10 +306,11 @@ def test_strengths_of_several_multiply_what_each_adds_to_the_weights(folder, bun
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs(model), outputs(other), strict=True))
 
 
-def test_all_of_several_are_held_against_the_base_itself(bundle, files, tmp_path):
-    once = load_adapter(bundle, files["both"])
+def test_all_of_several_are_held_against_the_base_itself(folder, bundle, files, tmp_path):
+    once = load_adapter(load_bundle(folder), write_adapter(bundle, tmp_path / "old", "both", 3, base=None))
     twice = load_adapter(once, files["unet"])  # one after the other: an adapted bundle is still of its base
     assert same(twice, load_adapters(bundle, [(files["both"], 1.0), (files["unet"], 1.0)]))
+    assert load_adapter(load_bundle(folder), files["both"]).fingerprints == bundle.fingerprints
     foreign = {**bundle.fingerprints, "unet": "0" * 64}
     write_adapter(bundle, tmp_path, "unet", base=foreign)
     for adapters in ([(files["both"], 1.0), (tmp_path, 1.0)], [(tmp_path, 1.0), (files["both"], 1.0)]):
