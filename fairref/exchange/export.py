@@ -223,6 +223,7 @@ def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 def _name(adapter):
     """The file's name, which is a prefix's word too: what the adapter is for."""
-    said = adapter.info.get("classes")
-    words = [*said] if isinstance(said, dict) and said else [adapter.file.parent.name, adapter.file.stem]
+    info, file = adapter.info, adapter.file
+    words = list(info["classes"]) if isinstance(info.get("classes"), dict) else []
+    words = words or [Path(str(info.get("imported_from") or file.parent.name)).stem]
     return re.sub(r"[^a-z0-9]+", "-", f"fairref-{'-'.join(map(str, words))}".lower()).strip("-")

@@ -22,3 +22,8 @@ class Export:
     def token(self) -> str:
         """What stands for a prefix in a prompt for diffusers."""
         return f"<{self.name}>"
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a prefix has."""
+        return 0 if self.adapter.prefix is None else len(self.adapter.prefix)

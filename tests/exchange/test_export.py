@@ -555,8 +555,8 @@ def evaluated(runs, tmp_path_factory):
     folder = shutil.copytree(runs["both"], tmp_path_factory.mktemp("evaluated") / "run")
     judged = lambda mean: {  # noqa: E731
         "test": {
-            "attribute": "gender", "concept": "occupations", "part": "test", "prompts": 50, "images": 60, "steps": 12,
-            "guidance": 2.5, "noise_floor": {"mean": 0.1, "std": 0.08},
+            "attribute": "gender", "classes": ["woman", "man"], "concept": "occupations", "part": "test",
+            "prompts": 50, "images": 60, "steps": 12, "guidance": 2.5, "noise_floor": {"mean": 0.1, "std": 0.08},
             "judges": {"classifier": {"mean": mean, "std": 0.17}, "templates": {"mean": None, "std": None}},
         }
     }  # fmt: skip
