@@ -606,6 +606,25 @@ def test_the_card_of_another_of_the_runs_adapters_has_its_own_numbers(loaded_emo
     assert ".83" not in text and "was not evaluated" in text and "steps, guidance" not in text
 
 
+def test_the_card_of_an_imported_adapter_does_not_say_that_fairref_made_it(loaded_emoji, whole, tmp_path):
+    adapter = read_adapter(whole)
+    info = {"imported_from": "Some UCE.safetensors"}
+    save_adapter(tmp_path / FILE, adapter.tensors, info, IMPORTED)
+    folder = export_adapter(loaded_emoji, tmp_path, "single-file", tmp_path / "out")
+    text = (folder / "README.md").read_text()
+    assert "imported it from `Some UCE.safetensors`" in text and "made with fairref" not in text
+    assert "not known which weights it was made from" in text and loaded_emoji.fingerprints["unet"] in text
+    assert (folder / "fairref-some-uce.safetensors").is_file()
+
+
+def test_an_evaluation_that_is_damaged_is_named(loaded_emoji, evaluated, tmp_path):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    (run / "evaluation.json").write_text('{"before": {"test": {"judges": 3}}, "after (ema)": {"test": {}}}')
+    with pytest.raises(UserError, match=r"evaluation\.json: not what an evaluation"):
+        export_adapter(loaded_emoji, run, "kohya", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize("component, to, half", WAYS)
 def test_no_text_of_an_export_has_a_path_of_this_machine(exported, component, to, half):
     folder = exported(component, to, half)
