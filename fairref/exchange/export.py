@@ -90,22 +90,16 @@ class Format:
 
 
 LORA_ONLY = "holds products of two small matrices (LoRA) only"
+WEIGHTS_ONLY = "holds weights, and tokens before the prompt are none"
 FORMATS = {
     "diffusers": Format(to_diffusers, ("pairs",), LORA_ONLY),
     "kohya": Format(to_web_uis, ("pairs",), LORA_ONLY),
     "embedding": Format(to_embedding, ("prefix",), "holds tokens before the prompt only"),
-    "merged": Format(
-        to_merged, ("pairs", "matrices"), "holds weights, and tokens before the prompt are none"
-    ),
-    "single-file": Format(
-        to_single_file, ("pairs", "matrices"), "holds weights, and tokens before the prompt are none"
-    ),
+    "merged": Format(to_merged, ("pairs", "matrices"), WEIGHTS_ONLY),
+    "single-file": Format(to_single_file, ("pairs", "matrices"), WEIGHTS_ONLY),
 }
-KINDS = {
-    "pairs": "LoRA",
-    "prefix": "a prefix",
-    "matrices": "whole matrices",
-}  # field of AdapterFile -> in words
+# field of AdapterFile -> in words
+KINDS = {"pairs": "LoRA", "prefix": "a prefix", "matrices": "whole matrices"}
 
 
 def export_adapter(
@@ -117,15 +111,14 @@ def export_adapter(
     """
     adapter, out = read_adapter(path), expanded(out)
     check_format(adapter, to, half)
-    after = load_adapters(
-        bundle, [(adapter, 1.0)], any_base
-    )  # names, shapes and numbers fit the base's layers
     check_trained(adapter)
     part = out.with_name(f"{out.name}.part-{os.getpid()}")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out is {out}, which is there and not an empty folder; give a new one.")
         part.mkdir(parents=True)
+        # refuses names, shapes and numbers that don't fit the base's layers
+        after = load_adapters(bundle, [(adapter, 1.0)], any_base)
         export = Export(bundle, adapter, to, part, _name(adapter), half)
         FORMATS[to].write(export)
         write_card(export, after)
@@ -144,7 +137,7 @@ def check_format(adapter: AdapterFile, to: str, half: bool) -> None:
         fitting = [name for name, other in FORMATS.items() if set(has) <= set(other.holds)]
         raise UserError(
             f"{adapter.file}: has {KINDS[strangers[0]]}, but --to {to} {FORMATS[to].otherwise};"
-            f" give --to {' or '.join(fitting) or 'of each kind alone'}."
+            f" give --to {' or '.join(fitting)}."
         )
     if half and "matrices" not in FORMATS[to].holds:
         raise UserError(f"--half is for --to merged and single-file; leave it out with --to {to}.")

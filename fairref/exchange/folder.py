@@ -29,6 +29,7 @@ SOLVER = {  # fairref's own sampling, in the words of diffusers' DPMSolverMultis
     "solver_order": 2,
     "lower_order_final": True,
     "timestep_spacing": "linspace",
+    "steps_offset": 1,  # of no effect here; diffusers warns of any other
 }
 TOKENIZER_FILES = (
     "vocab.json",
