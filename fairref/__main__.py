@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "measure how fair, and how faithful, a model's images are",
     "verify": "check every equation of the method",
     "bundle": "say what a folder of weights has and lacks",
+    "export": "write an adapter for diffusers, ComfyUI and web UIs",
     "classifier": "train an attribute classifier on CelebA or FairFace",
     "faces": "turn photographs into the external faces of L_face",
     "import": "take an adapter from the released code, PEFT, diffusers, kohya or UCE",

@@ -16,6 +16,7 @@ LINKED = ("weights",)
 PROCESSES = "tests/test_processes.py"
 ADAPTERS = "tests/generation/test_adapters.py"
 IMPORTS = "tests/exchange/test_import.py"
+EXPORTS = "tests/exchange/test_export.py"
 STREAMS = "tests/training/test_streams.py"
 LOOP = "tests/training/test_loop.py"
 TERMS = "tests/training/test_terms.py"
@@ -280,6 +281,30 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "return float(alpha) / rank",
         "return float(alpha) / 2",
         f"{IMPORTS}::test_kohya[names1-5.0]",
+    ),
+    "a LoRA for web UIs has alpha 1": (
+        "fairref/exchange/layouts.py",
+        "torch.tensor(float(len(down)))",
+        "torch.tensor(1.0)",
+        f"{EXPORTS}::test_names_and_headers",
+    ),
+    "a merged model has twice the change": (
+        "fairref/exchange/export.py",
+        "weight.double() + product",
+        "weight.double() + 2 * product",
+        f"{EXPORTS}::test_diffusers_draws_what_sample_draws[both-merged-False]",
+    ),
+    "an upsampler of a single file stands where the attention is": (
+        "fairref/exchange/layouts.py",
+        '("2" if attends',
+        '("1" if attends',
+        f"{EXPORTS}::test_names_and_headers",
+    ),
+    "the check takes any value": (
+        "fairref/exchange/canary.py",
+        "SHARE = 0.1",
+        "SHARE = 100",
+        f"{EXPORTS}::test_the_check_notices_other_weights[text_encoder-diffusers-False]",
     ),
     # what judges see
     "a crop's box is floored": (

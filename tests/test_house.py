@@ -19,6 +19,8 @@ LIBRARIES = {"torch", "numpy", "scipy", "PIL", "safetensors", "tokenizers"}
 EXTRAS = (
     "pytest",
     "diffusers",
+    "peft",
+    "jinja2",
     "transformers",
     "open_clip",
     "torchvision",

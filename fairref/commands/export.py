@@ -1,0 +1,46 @@
+"""fairref export: an adapter as diffusers, ComfyUI and web UIs take it."""
+
+from collections.abc import Sequence
+
+from fairref import settings
+from fairref.bundle.loading import load_bundle
+from fairref.commands import cli
+from fairref.exchange.export import FORMATS, export_adapter
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(
+        prog="fairref export",
+        description="Write an adapter as other tools take it, with a model card and a check.",
+        example="fairref export runs/gender --to kohya --out fairer",
+    )
+    parser.add_argument("adapter", help="a run's folder, or an adapter file")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="diffusers, kohya (for ComfyUI and web UIs): LoRA. embedding: a prefix."
+        " merged (a folder), single-file (a checkpoint): the whole changed model",
+    )
+    parser.add_argument("--out", required=True, type=cli.path, help="a new folder for the files")
+    settings.add_run_options(parser, ("weights",))
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="write a whole model in float16: half the size, nearly the same images",
+    )
+    parser.add_argument(
+        "--any-base", action="store_true", help="go on where the adapter was made from other weights"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: the folder, and how to check it."""
+    options = parser().parse_args(argv)
+    bundle = load_bundle(options.weights)
+    folder = export_adapter(bundle, options.adapter, options.to, options.out, options.half, options.any_base)
+    base = "" if options.to in ("merged", "single-file") else " BASE, the folder or id of the base model"
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"README.md says how to load it. Check it: python {folder / 'check.py'}{base}")
