@@ -33,7 +33,7 @@ from fairref.bundle.manifest import MANIFEST, Manifest, places_of, read_manifest
 from fairref.bundle.own_judges import OwnClassifier, OwnFeatures, check_roles, load_own
 from fairref.bundle.registry import PARTS
 from fairref.diffusion.schedule import Schedule
-from fairref.errors import UserError
+from fairref.errors import UserError, typed
 from fairref.fairness.faces import Detector
 from fairref.files.own_code import OwnFunction
 from fairref.files.paths import expanded
@@ -120,6 +120,7 @@ def bundle_path(name_or_path: str | Path) -> Path:
     )
 
 
+@typed
 def load_bundle(
     path: str | Path | None = None,
     device: torch.device | str = "cpu",

@@ -11,7 +11,7 @@ from fairref.bundle.loading import DEFAULT, load_bundle
 from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.files.images import grid, save_png, to_image
-from fairref.files.paths import expanded
+from fairref.files.paths import check_writable, expanded
 from fairref.generation.adapters import load_adapter
 from fairref.generation.sampling import SampleSettings, drawing_of, sample_tensor
 from fairref.processes import DTYPES, choose_device
@@ -31,7 +31,7 @@ def parser() -> cli.Parser:
         "--num-images", "-n", dest="n", type=cli.whole(1), default=SampleSettings.n, help="how many"
     )
     parser.add_argument("--seed", type=cli.whole(0), default=SampleSettings.seed, help="seed of the noise")
-    parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
+    parser.add_argument("--steps", type=cli.whole(1), help="sampling steps (None: the bundle's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
     parser.add_argument("--negative-prompt", default="", help="what not to draw")
     cli.add_common(parser)
@@ -78,4 +78,5 @@ def _folder(prompt, adapter, out):
         raise UserError(
             f"--out is {folder}, which can't be made ({error.strerror}); give a folder."
         ) from None
+    check_writable(folder / "seed0-grid.png")
     return folder

@@ -123,9 +123,14 @@ def step(
 
 def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Tensor:
     """(S,) int64 time steps, descending, each in 0..T-1, by one of diffusers' three rules. steps_offset is
-    added under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
-    if not 1 <= S <= T:
-        raise UserError(f"the number of sampling steps is {S}; expected 1 to {T}")
+    0 or 1, added under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
+    if steps_offset not in (0, 1):
+        raise UserError(f"the steps' offset is {steps_offset}; expected 0 or 1")
+    largest = T if spacing == "trailing" else T - 1 - (steps_offset if spacing == "leading" else 0)
+    if not 1 <= S <= largest:
+        raise UserError(
+            f"the number of sampling steps is {S}; expected 1 to {largest} of {T} spaced '{spacing}'"
+        )
     if spacing == "linspace":
         rising = np.linspace(0, T - 1, S + 1).round()[1:]
     elif spacing == "leading":
@@ -134,12 +139,7 @@ def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Te
         rising = np.arange(T, 0, -T / S)[:S].round()[::-1] - 1
     else:
         raise UserError(f"the step spacing is '{spacing}'; expected 'linspace', 'leading' or 'trailing'")
-    rising = rising.astype(np.int64)
-    if rising[0] < 0 or rising[-1] >= T or (np.diff(rising) < 1).any():
-        raise UserError(
-            f"the number of sampling steps is {S}; too many for {T} diffusion times spaced '{spacing}'"
-        )
-    return torch.from_numpy(rising[::-1].copy())
+    return torch.from_numpy(rising[::-1].astype(np.int64))
 
 
 def _with_totals(timesteps: Tensor, p: Tensor, q: Tensor, r: Tensor, s: Tensor, sigma: Tensor) -> SolverTable:

@@ -1,5 +1,6 @@
 """Tensors as images, grids of images, and PNG files with texts in them."""
 
+import io
 import math
 import struct
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from fairref.files.paths import write_file
 
 GAP = 2  # pixels between the images of a grid
 # the errors that Pillow raises on damaged files
@@ -48,9 +51,11 @@ def read_rgba(path: Path) -> Tensor:
         return torch.from_numpy(np.asarray(image.convert("RGBA")).copy()).float() / 255
 
 
-def save_png(image: Image.Image, path: Path, texts: dict[str, str]) -> None:
-    """Write a PNG file with `texts` in it, by key."""
+def save_png(image: Image.Image, path: Path, texts: dict[str, str], optimize: bool = False) -> None:
+    """Write a PNG file with `texts` in it, by key, as `write_file` does."""
     info = PngInfo()
     for key, value in texts.items():
         info.add_itxt(key, value)
-    image.save(path, pnginfo=info)
+    data = io.BytesIO()
+    image.save(data, "png", pnginfo=info, optimize=optimize)
+    write_file(path, data.getvalue())

@@ -1,7 +1,6 @@
 """Read files of weights as named tensors, and load them into networks: names, shapes and kinds must agree."""
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from fairref.errors import UserError
 from fairref.files.names import ignored, some
-from fairref.files.paths import read_json
+from fairref.files.paths import read_json, write_file
 
 Network = TypeVar("Network", bound=nn.Module)
 PICKLES = (".pth", ".pt", ".bin")
@@ -54,23 +53,17 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], info: Mapping[str, object]) -> None:
-    """Write a safetensors file with `info` as its metadata, under a temporary name first. Raises UserError.
+    """Write a safetensors file with `info` as its metadata, as `write_file` does. Raises UserError.
 
     Equal contents make equal bytes.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with temporary.open("wb") as file:  # not save_file, whose files no other user may read
-            file.write(save(tensors, metadata={INFO: json.dumps(info, sort_keys=True)}))
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
-        os.replace(temporary, path)
+        # not save_file, whose files no other user may read
+        write_file(Path(path), save(tensors, metadata={INFO: json.dumps(info, sort_keys=True)}))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: can't be written ({error}); make room there or choose another folder."
+            f"{path}: can't be written ({error.strerror}); make room there or choose another folder."
         ) from None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from string import Formatter
 
 from fairref.errors import UserError
 from fairref.files.paths import read_json
@@ -135,12 +136,21 @@ def _is_concept(parts: object) -> bool:
 
 
 def _is_explicit(templates: object) -> bool:
-    """Return whether it has a template for each class, with {occupation} and at most {name} to fill in."""
-    try:
-        made = [text.format(occupation="\0", name="") for text in templates.values()]
-    except (AttributeError, KeyError, IndexError, ValueError, TypeError):
+    """Return whether it has a template for each class, with {occupation} and at most {name} to fill in.
+
+    Both stand alone: "{occupation:>200000000}" would make a prompt of that length.
+    """
+    if not isinstance(templates, dict) or not _are_texts(list(templates.values())):
         return False
-    return all("\0" in text for text in made)
+    try:
+        fields = [
+            [part[1:] for part in Formatter().parse(text) if part[1] is not None]
+            for text in templates.values()
+        ]
+    except ValueError:
+        return False
+    plain = {("occupation", "", None), ("name", "", None)}
+    return all(("occupation", "", None) in of_one and set(of_one) <= plain for of_one in fields)
 
 
 EXTRAS = {  # optional keys of prompts.json -> the test of each value under the key, and that test in words
