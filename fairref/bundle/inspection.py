@@ -34,9 +34,10 @@ class PartStatus:
 def inspect_bundle(path: Path) -> list[PartStatus]:
     """Each part of the bundle, loaded on the CPU one after the other.
 
-    Raises UserError for a broken manifest, or a folder that is no bundle. A part of several places has one entry for each; of what no use asks for only what is named is told.
+    A part of several places has one entry for each; of what no use asks for only what is named is told.
+    Raises UserError for a broken manifest, or a folder of other things.
     """
-    if path.is_dir() and not any((path / name).exists() for name in SIGNS):
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in SIGNS):
         raise UserError(
             f"{path}: is no bundle; expected a folder with {MANIFEST}, or one in diffusers' layout."
         )

@@ -1,5 +1,6 @@
 """Paths as users write them; files as texts and JSON, and the one way in which a file is written."""
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,8 @@ def expanded(path: str | Path) -> Path:
     """Return a path with ~ written out. Raises UserError for an empty path and for an unknown user."""
     if not str(path):
         raise UserError("An empty path was given; name a file or folder.")
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: no file has such a name; correct the path.")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -41,6 +44,8 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: can't be read ({error.strerror}); correct the path.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no UTF-8 text ({error.reason}); get or write the file again.") from None
+    except ValueError as error:  # of a path that no file can have
+        raise UserError(f"{str(path)!r}: can't be read ({error}); correct the path.") from None
 
 
 def read_json(path: str | Path) -> dict[str, object]:
@@ -88,7 +93,7 @@ def write_file(path: Path, data: bytes) -> None:
                 printed.flush()
             with open(stream, "wb", closefd=False) as file:
                 file.write(data)
-        elif path.exists() and not path.is_file():
+        elif (mode := _mode(path)) and not stat.S_ISREG(mode):
             with path.open("wb") as file:
                 file.write(data)
         else:
@@ -129,21 +134,36 @@ def check_writable(path: Path) -> None:
     Raises UserError.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.islink(path) or os.path.isdir(path.parent):
+        try:
+            return _try_to_write(path)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written ({error.strerror}); give another file.") from None
+    raise UserError(f"{path}: its folder doesn't exist; make it first.")
+
+
+def _try_to_write(path):
+    """Leaves everything as it is. Raises UserError or OSError."""
+    mode, target = _mode(path), Path(os.path.realpath(path))
+    if stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a folder; give a file.")
-    if path.exists() and not path.is_file():
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{path}: can't be written to; change its permissions or give another file.")
-        return
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise UserError(f"{path}: its folder doesn't exist; make it first.")
+    if mode and not stat.S_ISREG(mode):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return
     temporary = target.with_name(target.name + ".part")
+    temporary.open("ab").close()
+    temporary.unlink()
+
+
+def _mode(path):
+    """What kind of file a path, or the link at it, leads to; 0 where there is none yet. Raises OSError."""
     try:
-        temporary.open("ab").close()
-        temporary.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); give another file.") from None
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return 0
 
 
 def only_numbers(value: object) -> object:
