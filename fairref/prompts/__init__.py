@@ -4,6 +4,7 @@ The lists are the CSV files in this folder, written for this project. Each has d
 """
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,8 +109,8 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
         if not isinstance(d.get(key, {}), dict) or not all(map(is_right, d.get(key, {}).values())):
             raise UserError(f'{path}: "{key}" is not names, each with {expected}; write it like that.')
     everyone = [name for part in PARTS for name in parts[part]]
-    twice = next((name for name in everyone if everyone.count(name) > 1), None)
-    if twice is not None:
+    if len(set(everyone)) < len(everyone):
+        ((twice, _),) = Counter(everyone).most_common(1)
         raise UserError(f"{path}: {twice!r} is in it twice; every occupation belongs into one part, once.")
     extras = {key: d[key] for key in EXTRAS if key in d}
     return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)
