@@ -32,7 +32,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--out", required=True, type=cli.path, help="folder of the classifier, new or empty")
     parser.add_argument("--kind", default="large", choices=("large", "small"), help="of MobileNetV3")
     parser.add_argument(
-        "--width", type=cli.positive, default=1.0, help="multiplies the channels of MobileNetV3"
+        "--width", type=cli.positive(16), default=1.0, help="multiplies the channels of MobileNetV3"
     )
     parser.add_argument("--input-size", type=cli.whole(32, 4096), default=224, help="pixels a side")
     parser.add_argument(
@@ -40,7 +40,9 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--epochs", type=cli.whole(1), default=Settings.epochs, help="times through the data")
     parser.add_argument("--batch", type=cli.whole(2), default=Settings.batch, help="images a step")
-    parser.add_argument("--lr", type=cli.positive, default=Settings.lr, help="AdamW's rate at the start")
+    parser.add_argument(
+        "--lr", type=cli.positive(settings.MAX_NUMBER), default=Settings.lr, help="AdamW's rate at the start"
+    )
     parser.add_argument(
         "--seed", type=cli.whole(0), default=Settings.seed, help="of order, changes and weights"
     )
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = MobileNetConfig(options.kind, options.width, logits, options.input_size)
     if options.strict and (broken := unreadable(photographs, config.input_size)):
         raise UserError(f"{options.root}: {describe_unread(broken)}; mend them or leave --strict out.")
-    settings = Settings(options.epochs, options.batch, options.lr, options.seed)
-    trained = make_classifier(photographs, config, settings, options.out, options.init, device)
+    how = Settings(options.epochs, options.batch, options.lr, options.seed)
+    trained = make_classifier(photographs, config, how, options.out, options.init, device)
     if trained.unread:
         print(describe_unread(trained.unread), file=sys.stderr)
     for name, values in trained.measured.items():

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import io
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +51,8 @@ class Parser(argparse.ArgumentParser):
             is_empty = "" in (value, *(value if isinstance(value, list) else ()))
             if action.option_strings and is_empty and action.default != "":
                 self.error(f"{action.option_strings[0]} is empty")
+            if value == []:  # what some versions of argparse make of --option=--
+                self.error(f"{(action.option_strings or [action.dest])[0]} is '--', expected a value")
         return found
 
 
@@ -129,12 +130,17 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
 
 
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text}, expected a number above 0")
-    return value
+def positive(high: float) -> Callable[[str], float]:
+    """An argparse type: a number above 0, at most `high`."""
+
+    def parse(text):
+        value = float(text)
+        if not 0 < value <= high:
+            raise argparse.ArgumentTypeError(f"is {text}, expected a number above 0, at most {high:g}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
 
 
 def whole(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:

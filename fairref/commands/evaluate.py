@@ -42,11 +42,14 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--part", default="test", choices=PARTS, help="which of a concept's parts")
     parser.add_argument(
-        "--num-images", "-n", type=cli.whole(1), help="images of each prompt (None: the bundle's)"
+        "--num-images",
+        "-n",
+        type=cli.whole(1, settings.MAX_COUNT),
+        help="images of each prompt (None: the bundle's)",
     )
     parser.add_argument(
         "--explicit-images",
-        type=cli.whole(0),
+        type=cli.whole(0, settings.MAX_COUNT),
         default=EXPLICIT_IMAGES,
         help="images of each occupation and class that a prompt names",
     )

@@ -15,6 +15,7 @@ from fairref.files.paths import check_writable, expanded
 from fairref.generation.adapters import load_adapter
 from fairref.generation.sampling import SampleSettings, drawing_of, sample_tensor
 from fairref.processes import DTYPES, choose_device
+from fairref.settings import MAX_COUNT
 
 LONGEST = 100  # bytes of a prompt in a folder's name
 
@@ -28,7 +29,12 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("prompt", help="what to draw")
     parser.add_argument(
-        "--num-images", "-n", dest="n", type=cli.whole(1), default=SampleSettings.n, help="how many"
+        "--num-images",
+        "-n",
+        dest="n",
+        type=cli.whole(1, MAX_COUNT),
+        default=SampleSettings.n,
+        help="how many",
     )
     parser.add_argument("--seed", type=cli.whole(0), default=SampleSettings.seed, help="seed of the noise")
     parser.add_argument("--steps", type=cli.whole(1), help="sampling steps (None: the bundle's)")
