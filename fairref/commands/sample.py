@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _folder(prompt, adapter, out):
     """The folder for a prompt's images. Raises UserError."""
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-").encode()
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-").encode(errors="replace")
     slug = words[:LONGEST].decode(errors="ignore") or "empty-prompt"
     if len(words) > LONGEST or re.search(r"[^\w\s,.-]", prompt):  # others would have the same
-        slug += f"-{zlib.crc32(prompt.encode()):08x}"
+        slug += f"-{zlib.crc32(prompt.encode(errors='replace')):08x}"
     if adapter is not None:  # its images lie beside those without it, not in their place
         path = expanded(adapter).resolve()
         slug += f"-{path.name}" if path.is_dir() else f"-{path.parent.name}-{path.stem}"

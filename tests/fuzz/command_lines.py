@@ -238,7 +238,9 @@ def command_line(of: dict[str, argparse.ArgumentParser], seed: int, i: int) -> l
         value = draw.choice(taken if taken and draw.random() < 0.7 else VALUES)
         option = draw.choice(action.option_strings) if action.option_strings else None
         if option is None:
-            argv.insert(draw.randrange(len(argv) + 1), value)
+            argv[0] = value
+            if draw.random() < 0.2:
+                argv.insert(draw.randrange(len(argv) + 1), draw.choice(VALUES))
         elif action.nargs == 0 or "--no-" in option or type(action) is argparse.BooleanOptionalAction:
             argv.append(option if draw.random() < 0.9 else f"{option}={value}")
         else:
