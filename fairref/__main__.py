@@ -29,7 +29,9 @@ def _command(argv: Sequence[str]) -> int | None:
     if name in ("--help", "-h"):
         rows = [f"  {name:12}{what}" for name, what in COMMANDS.items()]
         print("example: fairref train --attr gender", "", "usage: fairref COMMAND ...", "", *rows, sep="\n")
-        print("", "fairref COMMAND --help says more.", sep="\n")
+        print(
+            "", "fairref COMMAND --help says more. FAIRREF_DEBUG=1 shows the traceback of an error.", sep="\n"
+        )
         return 0
     if name == "--version":
         from fairref import __version__

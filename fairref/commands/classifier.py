@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--epochs", type=cli.whole(1), default=Settings.epochs, help="times through the data")
     parser.add_argument("--batch", type=cli.whole(2), default=Settings.batch, help="images a step")
     parser.add_argument(
-        "--lr", type=cli.positive(settings.MAX_NUMBER), default=Settings.lr, help="AdamW's rate at the start"
+        "--lr", type=cli.positive(1e30), default=Settings.lr, help="AdamW's rate at the start"
     )
     parser.add_argument(
         "--seed", type=cli.whole(0), default=Settings.seed, help="of order, changes and weights"
