@@ -20,12 +20,21 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of a command, which is imported only when it is asked for."""
-    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    """The exit code of a command."""
+    from fairref.commands import cli
+
+    return cli.run(_command, list(sys.argv[1:] if argv is None else argv))
+
+
+def _command(argv: Sequence[str]) -> int | None:
+    """The exit code of a command, which is imported only when it is asked for. Raises UserError."""
+    name, *rest = argv or ["--help"]
     if name in ("--help", "-h"):
         rows = [f"  {name:12}{what}" for name, what in COMMANDS.items()]
         print("example: fairref train --attr gender", "", "usage: fairref COMMAND ...", "", *rows, sep="\n")
-        print("", "fairref COMMAND --help says more.", sep="\n")
+        print(
+            "", "fairref COMMAND --help says more. FAIRREF_DEBUG=1 shows the traceback of an error.", sep="\n"
+        )
         return 0
     if name == "--version":
         from fairref import __version__
@@ -33,12 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        print(f"fairref has no command {name!r}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
-    from fairref.commands import cli
+        from fairref.errors import UserError
 
+        raise UserError(f"fairref has no command {name!r}; expected one of {', '.join(COMMANDS)}.")
     module = f"fairref.commands.{name}{'_' if iskeyword(name) else ''}"
-    return cli.run(lambda arguments: import_module(module).main(arguments), rest)
+    return import_module(module).main(rest)
 
 
 def console() -> None:

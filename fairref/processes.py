@@ -1,6 +1,10 @@
 """torchrun's processes. Without torchrun everything here is the identity and no process group is made."""
 
 import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fairref import settings
-from fairref.errors import UserError
+from fairref.errors import UserError, said
 
 DTYPES = {name: getattr(torch, name) for name in settings.DTYPES}
+QUIET = 3.0  # seconds of waiting for others before it is said
 # with a process that is alive and silent; one that is dead is noticed at once
 PATIENCE = timedelta(minutes=30)
 
@@ -95,22 +100,68 @@ def start(device: torch.device) -> tuple[Processes, torch.device]:
 
     On GPUs each process of a machine takes one, by its local rank.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _number_of("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ else 1
     if world == 1:
         return Processes(), device
+    rank, port = _number_of("RANK", 0, world - 1), _number_of("MASTER_PORT", 1, 65_535)
+    address = _set("MASTER_ADDR", "an address")
     # torch.distributed.nn's functions have the group as a default argument; imported later, as torch.optim does, they
     # would keep the group and its threads beyond `stop`, into the interpreter's end, where such a thread aborts
     import torch.distributed.nn
 
     if device.type == "cuda":
-        device, there = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        device, there = torch.device("cuda", _number_of("LOCAL_RANK", 0)), torch.cuda.device_count()
         if device.index >= there:
             raise UserError(
                 f"process {device.index} of this machine finds {there} GPUs; start no more than that."
             )
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Processes(dist.get_rank(), world, device), device
+    try:
+        with _saying(
+            f"waiting for {world} processes (WORLD_SIZE) at {address}:{port} (MASTER_ADDR, MASTER_PORT)"
+        ):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"WORLD_SIZE is {world}, but the processes don't meet at MASTER_ADDR {address}, MASTER_PORT {port}"
+            f" ({said(error)}); start all of them with torchrun, or unset WORLD_SIZE."
+        ) from error
+    return Processes(rank, world, device), device
+
+
+def _set(name, expected):
+    """The value of one of torchrun's environment variables. Raises UserError."""
+    value = os.environ.get(name, "").strip()
+    if not value:
+        state = "empty" if name in os.environ else "not set"
+        raise UserError(
+            f"The environment variable {name} is {state}; expected {expected}: start the processes with torchrun, or"
+            " unset WORLD_SIZE, without which there is one."
+        )
+    return value
+
+
+def _number_of(name, low, high=settings.MAX_COUNT):
+    """The same of a whole number. Raises UserError."""
+    value, expected = _set(name, "a number"), f"a whole number from {low} to {high}"
+    if not (value.isascii() and value.isdigit() and low <= int(value[:20]) <= high):
+        raise UserError(
+            f"The environment variable {name} is {value!r}; expected {expected}: start the processes with torchrun, or"
+            " unset WORLD_SIZE, without which there is one."
+        )
+    return int(value)
+
+
+@contextmanager
+def _saying(text: str) -> Iterator[None]:
+    """Says on stderr what is waited for, once it takes long."""
+    timer = threading.Timer(QUIET, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -13,6 +13,7 @@ from fairref.errors import UserError
 
 MAX_INT = 2**32 - 1
 MAX_COUNT = 65_536  # images, prompts or widths that memory may hold
+MAX_NUMBER = 1e6  # of a weight, a rate or a scale, beyond which float32 soon overflows
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -67,10 +68,19 @@ def setting(
     above: float = -math.inf,
     below: float = math.inf,
     choices: Sequence[str] = (),
+    only_with: Mapping[str, Sequence[str]] | None = None,
 ) -> object:
-    """A field with its option's help text, and what its values may be."""
+    """A field with its option's help text, and what its values may be.
+
+    `only_with`: it has an effect where one of these settings has one of the values, or without values any but 0;
+    "attr" is whether the run has an attribute.
+    """
     limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": explanation, **limits})
+    return field(default=default, metadata={"help": explanation, "only_with": only_with or {}, **limits})
+
+
+TARGET = {"attr": ()}
+LORA, EVALUATED = ("text_encoder", "unet", "both"), ("both", "best", "ema", "raw")
 
 
 @dataclass(frozen=True)
@@ -90,39 +100,55 @@ class Recipe:
         0,
         "every so many iterations the prompt names a class, and all its images shall show it. This keeps prompts that"
         " name a class working. 0: never",
+        only_with=TARGET,
     )
-    C: float = setting(0.8, "L_align leaves out images whose target is less certain than this (eq 6)", high=1)
+    C: float = setting(
+        0.8,
+        "L_align leaves out images whose target is less certain than this (eq 6)",
+        high=1,
+        only_with=TARGET,
+    )
     lambda_img: float = setting(
-        8.0, "lambda_img,1: weight of L_img (eq 7) on images whose target is the original's class"
+        8.0,
+        "lambda_img,1: weight of L_img (eq 7) on images whose target is the original's class",
+        high=MAX_NUMBER,
+        only_with=TARGET,
     )
     lambda_2: Shares = setting(
         0.2,
         "lambda_2 / lambda_1: share of that weight on all other images; or one by attribute, as gender=0.2,race=0.6",
         high=1,
+        only_with=TARGET,
     )
     lambda_3: Shares = setting(
         0.2,
         "lambda_3 / lambda_2: the same, inside the face of those other images; or one by attribute",
         high=1,
+        only_with=TARGET,
     )
-    lambda_face: float = setting(1.0, "weight of L_face; 0: none")
+    lambda_face: float = setting(1.0, "weight of L_face; 0: none", high=MAX_NUMBER, only_with=TARGET)
     lambda_text: float = setting(
-        0.0, "weight of L_text, the distance in CLIP between an image and its prompt; 0: none"
+        0.0,
+        "weight of L_text, the distance in CLIP between an image and its prompt; 0: none",
+        high=MAX_NUMBER,
     )
     face_reference: str = setting(
         "original",
         "the face that L_face pulls towards. original: the original image's own face where it already has the target"
         " class, else the nearest external face. nearest: always the nearest external face",
         choices=("original", "nearest"),
+        only_with={"lambda_face": ()},
     )
     component: str = setting(
         "text_encoder",
         "what is trained: prefix (soft tokens before the prompt), or LoRA on text_encoder, unet or both",
         choices=("prefix", "text_encoder", "unet", "both"),
     )
-    rank: int = setting(50, "rank of the LoRA matrices", low=1, high=MAX_COUNT)
-    tokens: int = setting(5, "soft tokens of the prefix", low=1, high=MAX_COUNT)
-    lr: float = setting(5e-5, "AdamW's learning rate", high=1e6)
+    rank: int = setting(50, "rank of the LoRA matrices", low=1, high=MAX_COUNT, only_with={"component": LORA})
+    tokens: int = setting(
+        5, "soft tokens of the prefix", low=1, high=MAX_COUNT, only_with={"component": ("prefix",)}
+    )
+    lr: float = setting(5e-5, "AdamW's learning rate", high=MAX_NUMBER)
     lr_end: float = setting(
         1.0,
         "share of the learning rate that is left at the last iteration. It falls along a cosine. 1: constant",
@@ -131,8 +157,8 @@ class Recipe:
     warmup: int = setting(0, "iterations over which the learning rate rises linearly")
     beta_1: float = setting(0.9, "AdamW's decay of the mean gradient", below=1)
     beta_2: float = setting(0.999, "AdamW's decay of the mean squared gradient", below=1)
-    adam_eps: float = setting(1e-8, "AdamW's epsilon", above=0)
-    weight_decay: float = setting(1e-2, "AdamW's weight decay")
+    adam_eps: float = setting(1e-8, "AdamW's epsilon", low=1e-30, high=MAX_NUMBER)
+    weight_decay: float = setting(1e-2, "AdamW's weight decay", high=MAX_NUMBER)
     clip: float = setting(100.0, "longest gradient; a longer one is shortened to it; 0: no limit")
     ema: float = setting(
         0.996, "decay of the adapter's moving average, at most (1 + i) / (10 + i) at iteration i", high=1
@@ -141,7 +167,9 @@ class Recipe:
         Range(19, 23), "S: sampling steps, or a range that each iteration draws from, as 19:23"
     )
     guidance: Range = setting(
-        Range(7.5, 7.5), "s: guidance scale, or a range that each iteration draws from, as 1:12"
+        Range(7.5, 7.5),
+        "s: guidance scale, or a range that each iteration draws from, as 1:12",
+        high=MAX_NUMBER,
     )
     end: str = setting("zero", "end of the solver: zero or sigma_min", choices=("zero", "sigma_min"))
     gradient: str = setting(
@@ -166,14 +194,24 @@ class Recipe:
     validate_every: int = setting(
         200, "iterations between validations, which choose the best adapter (of the moving average); 0: never"
     )
-    validate_prompts: int = setting(10, "prompts of a validation", low=1, high=MAX_COUNT)
-    validate_images: int = setting(30, "images of each of them", low=1, high=MAX_COUNT)
+    validate_prompts: int = setting(
+        10,
+        "prompts of a validation",
+        low=1,
+        high=MAX_COUNT,
+        only_with={"validate_every": (), "grid_every": ()},
+    )
+    validate_images: int = setting(
+        30, "images of each of them", low=1, high=MAX_COUNT, only_with={"validate_every": ()}
+    )
     until_bias: float = setting(
         0.0,
         "stop when validations find at most this bias, or at most what a fair model measures if that is more."
         " 0: never stop early",
     )
-    patience: int = setting(2, "validations in a row that must find so little bias", low=1)
+    patience: int = setting(
+        2, "validations in a row that must find so little bias", low=1, only_with={"until_bias": ()}
+    )
     grid_every: int = setting(200, "iterations between sample grids; 0: never")
     tensorboard: bool = setting(False, "write the metrics for TensorBoard, too (extra log)")
     compile: bool = setting(False, "torch.compile the U-Net")
@@ -186,10 +224,19 @@ class Recipe:
         choices=("both", "best", "ema", "raw", "none"),
     )
     eval_steps: int = setting(25, "sampling steps of evaluation and of sample.py", low=1)
-    eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py")
-    eval_images: int = setting(60, "images of each unseen prompt in evaluation", low=1, high=MAX_COUNT)
+    eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py", high=MAX_NUMBER)
+    eval_images: int = setting(
+        60,
+        "images of each unseen prompt in evaluation",
+        low=1,
+        high=MAX_COUNT,
+        only_with={"evaluate": EVALUATED},
+    )
     eval_images_train: int = setting(
-        0, "images of each finetuning prompt in evaluation; 0: none", high=MAX_COUNT
+        0,
+        "images of each finetuning prompt in evaluation; 0: none",
+        high=MAX_COUNT,
+        only_with={"evaluate": EVALUATED},
     )
 
     def __post_init__(self):
@@ -207,6 +254,23 @@ class Recipe:
     def to_dict(self) -> dict[str, object]:
         """The fields, ready for JSON."""
         return asdict(self)
+
+
+def refuse_unused(recipe: Recipe, given: Mapping[str, object], has_target: bool) -> None:
+    """Refuses a setting that was given and has no effect in this run. Raises UserError.
+
+    One that switches something off, as 0, may always be given.
+    """
+    values = {**vars(recipe), "attr": has_target}
+    for f in fields(Recipe):
+        others = f.metadata["only_with"]
+        works = any(values[name] in of if of else values[name] for name, of in others.items())
+        if others and given.get(f.name) and not works:
+            state = " and ".join(
+                "without --attr" if name == "attr" else f"with {_option(name)} {values[name]}"
+                for name in others
+            )
+            raise UserError(f"{_option(f.name)} has no effect {state}; leave it out.")
 
 
 def option(
@@ -354,4 +418,8 @@ def add_run_options(parser: argparse._ActionsContainer, names: Sequence[str] = (
 
 
 def _flag(f):
-    return "--" + f.name.replace("_", "-")
+    return _option(f.name)
+
+
+def _option(name):
+    return "--" + name.replace("_", "-")

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -499,10 +500,53 @@ def test_processes_that_cannot_work_are_refused(folder, monkeypatch):
     with pytest.raises(UserError, match="--batch is 3 for 4 processes; give each an image"):
         replace(setup, processes=distributed.Processes(2, 4))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in (("WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2", **place}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="process 2 of this machine finds 2 GPUs"):
         distributed.start(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is empty"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; expected a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '9"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is '2'; expected a whole number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29400", "MASTER_ADDR": ""}, "MASTER_ADDR is empty"),
+    ],
+)
+def test_what_is_left_of_torchrun_is_named(monkeypatch, environment, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refused:
+        distributed.start(torch.device("cpu"))
+    assert f"The environment variable {words}" in str(refused.value) and "torchrun" in str(refused.value)
+
+
+def test_who_waits_for_others_says_so_and_a_meeting_that_fails_is_one_sentence(monkeypatch, capsys):
+    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+
+    def nobody_comes(*backend, **options):
+        time.sleep(0.3)
+        raise RuntimeError("timed out\nand more")
+
+    monkeypatch.setattr(distributed, "QUIET", 0.01)
+    monkeypatch.setattr(distributed.dist, "init_process_group", nobody_comes)
+    with pytest.raises(
+        UserError, match=r"WORLD_SIZE is 2, but .* MASTER_PORT 29400 .RuntimeError: timed out.;"
+    ):
+        distributed.start(torch.device("cpu"))
+    waiting = "waiting for 2 processes (WORLD_SIZE) at 127.0.0.1:29400 (MASTER_ADDR, MASTER_PORT)"
+    assert waiting in capsys.readouterr().err
 
 
 def test_a_second_signal_ends_it_at_once(monkeypatch):

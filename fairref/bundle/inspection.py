@@ -11,6 +11,13 @@ from fairref.bundle.registry import OPTIONAL, PARTS, USES, Part
 from fairref.errors import UserError
 
 MEGABYTE = 1_000_000
+SIGNS = (
+    MANIFEST,
+    "model_index.json",
+    "unet",
+    "vae",
+    "text_encoder",
+)  # one is in every bundle that is a folder
 STATES = ("ok", "missing", "not named")
 
 
@@ -25,10 +32,15 @@ class PartStatus:
 
 
 def inspect_bundle(path: Path) -> list[PartStatus]:
-    """Each part of the bundle, loaded on the CPU one after the other. Raises UserError for a broken manifest.
+    """Each part of the bundle, loaded on the CPU one after the other.
 
     A part of several places has one entry for each; of what no use asks for only what is named is told.
+    Raises UserError for a broken manifest, or a folder of other things.
     """
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in SIGNS):
+        raise UserError(
+            f"{path}: is no bundle; expected a folder with {MANIFEST}, or one in diffusers' layout."
+        )
     manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).is_file() else {}
     statuses = []
     for part in PARTS:

@@ -4,7 +4,6 @@ A judge's folder holds `model.safetensors`, or one .pth, .pt or .bin file as the
 `config.json` where the shape is not said by the weights or not the published one.
 """
 
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from fairref.errors import UserError
 from fairref.fairness.faces import Detector, MTCNNDetector
 from fairref.files.images import read_rgba
 from fairref.files.names import open_clip_names
-from fairref.files.paths import read_json
+from fairref.files.paths import read_json, write_json
 from fairref.files.tokenizer import Tokenizer
 from fairref.files.weights import load_strict, read, read_judge, ready, write
 from fairref.judges.dino import Dino, DinoConfig
@@ -163,7 +162,7 @@ def save_classifier(classifier: Classifier, folder: str | Path, dtype: torch.dty
         del config["num_logits"]  # the attributes say it
     else:
         config["logits"] = {name: list(places) for name, places in classifier.logits.items()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
 
 
 def load_dino(

@@ -34,7 +34,7 @@ from fairref.bundle.own_judges import OwnClassifier, OwnFeatures, check_roles, l
 from fairref.bundle.registry import PARTS
 from fairref.bundle.stable_diffusion import NETWORKS
 from fairref.diffusion.schedule import Schedule
-from fairref.errors import UserError
+from fairref.errors import UserError, typed
 from fairref.fairness.faces import Detector
 from fairref.files.own_code import OwnFunction, sha256_of
 from fairref.files.paths import expanded
@@ -139,6 +139,7 @@ def bundle_path(name_or_path: str | Path) -> Path:
     )
 
 
+@typed
 def load_bundle(
     path: str | Path | None = None,
     device: torch.device | str = "cpu",

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fairref.bundle.manifest import Manifest
 from fairref.bundle.registry import PARTS, Part
-from fairref.errors import UserError
+from fairref.errors import UserError, said
 from fairref.fairness.faces import ALIGNED, CROP
-from fairref.files.own_code import OwnFunction, describe, first_line, load_function
+from fairref.files.own_code import OwnFunction, describe, load_function
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load_own(
         seen = resolution if sees_whole_images else side
         answer = judge(torch.full((1, 3, seen, seen), -1.0, device=device))
     except Exception as error:  # whatever a user's code does
-        raise UserError(f"{option}: {text} ends with {first_line(error)}; correct the file.") from error
+        raise UserError(f"{option}: {text} ends with {said(error)}; correct the file.") from error
     if part.group != "classifiers":
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != 1:
             raise UserError(

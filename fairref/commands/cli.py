@@ -1,17 +1,19 @@
-"""What the command lines share: one sentence and exit code 2 for a user's mistake; common options; types."""
+"""What the command lines share: what an error says and its exit code; streams that outlive their reader; types."""
 
 import argparse
+import errno
 import io
-import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from fairref import settings
-from fairref.errors import FULL, UNUSABLE, UserError, is_of_memory, of_files
+from fairref.errors import UserError, explain, is_debugging
 from fairref.files.paths import expanded
 
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a reader, a terminal, or none from the start
 Main = Callable[[Sequence[str] | None], int | None]  # arguments -> exit code, None being 0
 
 
@@ -49,42 +51,70 @@ class Parser(argparse.ArgumentParser):
             is_empty = "" in (value, *(value if isinstance(value, list) else ()))
             if action.option_strings and is_empty and action.default != "":
                 self.error(f"{action.option_strings[0]} is empty")
+            if value == []:  # what some versions of argparse make of --option=--
+                self.error(f"{(action.option_strings or [action.dest])[0]} is '--', expected a value")
         return found
 
 
+class Stream(io.FileIO):
+    """stdout or stderr. What nobody reads any more is dropped: a run shall not end because its terminal has gone."""
+
+    lost: OSError | None = None  # why its text is dropped
+
+    def write(self, data: bytes) -> int:
+        """Writes the bytes, or drops them."""
+        if self.lost is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.lost = error
+        return len(data)
+
+
+def keep_streams() -> None:
+    """Puts a Stream in the place of the process's own stdout and stderr; one that is closed takes nothing."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        if old is not getattr(sys, f"__{name}__"):
+            continue  # somebody else's, or a Stream already
+        if old is None:
+            raw = Stream(os.devnull, "wb")
+            raw.lost = OSError(errno.EBADF, os.strerror(errno.EBADF))
+        else:
+            old.flush()
+            raw = Stream(descriptor, "wb", closefd=False)
+        encoding, by_line = getattr(old, "encoding", "utf-8"), name == "stderr" or raw.isatty()
+        new = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=by_line)
+        setattr(sys, name, new)
+
+
+def lost_stdout() -> OSError | None:
+    """Why what is printed reaches nobody; None where it does."""
+    sys.stdout.flush()
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
+
+
 def run(main: Main, argv: Sequence[str] | None = None) -> int:
-    """The exit code of main(argv): 2 with one sentence on stderr for a UserError, a full disk, a forbidden file or too
-    little memory; 130 after Ctrl-C."""
+    """The exit code of main(argv): 2 with one sentence on stderr for a user's mistake, 1 for a defect, 130 after
+    Ctrl-C. With FAIRREF_DEBUG=1 errors keep their traceback."""
+    keep_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal can't show ends no run
     try:
-        return main(argv) or 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("fairref."):
-            raise
-        folder = error.name.replace(".", "/")
-        print(f"This needs {folder}, which this copy of fairref lacks; get it again.", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (*FULL, *UNUSABLE):
-            raise
-        print(of_files(error), file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not is_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else "MemoryError"
-        print(
-            f"not enough memory ({reason}); take fewer images at once, in train.py by --micro-batch.",
-            file=sys.stderr,
-        )
-        return 2
+        code = main(argv) or 0
     except KeyboardInterrupt as stop:
+        code = 130
         print(str(stop) or "interrupted", file=sys.stderr)
-        return 130
+    except Exception as error:
+        if is_debugging():
+            raise
+        code, sentence = explain(error)
+        print(sentence, file=sys.stderr)
+    lost = lost_stdout()
+    if lost and lost.errno not in GONE:
+        print(f"stdout: can't be written ({lost.strerror}); what was printed is lost.", file=sys.stderr)
+        return code or 2
+    return code
 
 
 def add_common(parser: Parser) -> None:
@@ -119,12 +149,17 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
 
 
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text}, expected a number above 0")
-    return value
+def positive(high: float) -> Callable[[str], float]:
+    """An argparse type: a number above 0, at most `high`."""
+
+    def parse(text):
+        value = float(text)
+        if not 0 < value <= high:
+            raise argparse.ArgumentTypeError(f"is {text}, expected a number above 0, at most {high:g}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
 
 
 def whole(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:

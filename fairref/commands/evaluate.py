@@ -1,7 +1,6 @@
 """fairref evaluate: how fair, and how faithful, a model's images are."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from fairref.errors import UserError
 from fairref.evaluation.evaluation import EXPLICIT_IMAGES, evaluate
 from fairref.evaluation.judging import SEED
 from fairref.evaluation.statistics import lines
-from fairref.files.paths import write_json
+from fairref.files.paths import check_writable, write_json
 from fairref.generation.padding import PADDING_HELP, PADDINGS
 from fairref.processes import DTYPES, choose_device
 from fairref.prompts import PARTS
@@ -42,15 +41,18 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--part", default="test", choices=PARTS, help="which of a concept's parts")
     parser.add_argument(
-        "--num-images", "-n", type=cli.whole(1), help="images of each prompt (None: the bundle's)"
+        "--num-images",
+        "-n",
+        type=cli.whole(1, settings.MAX_COUNT),
+        help="images of each prompt (None: the bundle's)",
     )
     parser.add_argument(
         "--explicit-images",
-        type=cli.whole(0),
+        type=cli.whole(0, settings.MAX_COUNT),
         default=EXPLICIT_IMAGES,
         help="images of each occupation and class that a prompt names",
     )
-    parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
+    parser.add_argument("--steps", type=cli.whole(1), help="sampling steps (None: the bundle's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
     parser.add_argument("--padding", default="full", choices=PADDINGS, help=PADDING_HELP)
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="seed of the noise")
@@ -59,15 +61,13 @@ def parser() -> cli.Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit code 1 where nobody takes the result."""
     options = parser().parse_args(argv)
-    if options.out and options.out.is_dir():
-        raise UserError(f"--out is {options.out}, which is a folder; give a file.")
-    if options.out and not options.out.parent.is_dir():
-        raise UserError(f"--out is {options.out}, whose folder doesn't exist; make it first.")
-    if options.out and not os.access(options.out.parent, os.W_OK):
-        raise UserError(f"--out is {options.out}, whose folder can't be written to; give another.")
+    if options.out:
+        check_writable(options.out)
+    elif cli.lost_stdout():
+        raise UserError("stdout is closed, so the result would be lost; give a file as --out.")
     judges = parse_judges(options.judge or [])
     bundle = load_bundle(
         options.weights, choose_device(options.device), DTYPES[options.dtype or "float32"], judges
@@ -97,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     made_by = {"weights": bundle.path.name}
     report = {**made_by, **({"judge": own} if own else {}), **report}
     if options.out:
-        print(text)
         write_json(options.out, report)
+        print(text)
         print(f"written: {options.out}")
-    else:
-        print(text, file=sys.stderr)
-        print(json.dumps(report, indent=2))
+        return 0
+    print(text, file=sys.stderr)
+    print(json.dumps(report, indent=2))
+    return 1 if cli.lost_stdout() else 0

@@ -11,12 +11,13 @@ from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.files.images import grid, save_png, to_image
-from fairref.files.paths import expanded
+from fairref.files.paths import check_writable, expanded
 from fairref.generation.adapters import FILE, load_adapters
 from fairref.generation.padding import PADDING_HELP, PADDINGS
 from fairref.generation.sampling import SampleSettings, drawing_of, sample_tensor
 from fairref.generation.strengths import choose_adapters, describe_adapters
 from fairref.processes import DTYPES, choose_device
+from fairref.settings import MAX_COUNT
 
 LONGEST = 100  # bytes of a prompt in a folder's name
 
@@ -30,10 +31,15 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("prompt", help="what to draw")
     parser.add_argument(
-        "--num-images", "-n", dest="n", type=cli.whole(1), default=SampleSettings.n, help="how many"
+        "--num-images",
+        "-n",
+        dest="n",
+        type=cli.whole(1, MAX_COUNT),
+        default=SampleSettings.n,
+        help="how many",
     )
     parser.add_argument("--seed", type=cli.whole(0), default=SampleSettings.seed, help="seed of the noise")
-    parser.add_argument("--steps", type=cli.whole(1, 1000), help="sampling steps (None: the bundle's)")
+    parser.add_argument("--steps", type=cli.whole(1), help="sampling steps (None: the bundle's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
     parser.add_argument("--negative-prompt", default="", help="what not to draw")
     cli.add_common(parser)
@@ -69,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _folder(prompt, adapters, out):
     """The folder for a prompt's images. Raises UserError."""
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-").encode()
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-").encode(errors="replace")
     slug = words[:LONGEST].decode(errors="ignore") or "empty-prompt"
     if len(words) > LONGEST or re.search(r"[^\w\s,.-]", prompt):  # others would have the same
-        slug += f"-{zlib.crc32(prompt.encode()):08x}"
+        slug += f"-{zlib.crc32(prompt.encode(errors='replace')):08x}"
     for adapter, strength in adapters:  # its images lie beside those without it, not in their place
         file = adapter.file.resolve()
         slug += f"-{file.parent.name}" + (f"-{file.stem}" if file.name != FILE else "")
@@ -84,4 +90,5 @@ def _folder(prompt, adapters, out):
         raise UserError(
             f"--out is {folder}, which can't be made ({error.strerror}); give a folder."
         ) from None
+    check_writable(folder / "seed0-grid.png")
     return folder

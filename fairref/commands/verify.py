@@ -8,7 +8,7 @@ from dataclasses import asdict
 from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
 from fairref.commands import cli
 from fairref.errors import UserError
-from fairref.files.paths import write_json
+from fairref.files.paths import check_writable, write_json
 from fairref.verification.verify import verify
 
 
@@ -25,23 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--weights", default=DEFAULT, help="bundle that the figures are about")
     options = parser.parse_args(argv)
+    if options.json:
+        check_writable(options.json)
     bundle = _ready_for_figures(options) if options.figures else None
-    if options.json and options.json.is_dir():
-        raise UserError(f"--json is {options.json}, which is a folder; give a file.")
-    if options.json and not options.json.parent.is_dir():
-        raise UserError(
-            f"--json is {options.json}, but there is no folder {options.json.parent}; make it first."
-        )
     began = time.monotonic()
     results = verify(shown=True)
-    print("\n".join(map(str, results)))
-    failed = sum(not r.passed for r in results)
-    print(f"{len(results)} checks, {failed} failed, {time.monotonic() - began:.0f} s")
     if options.json:
         write_json(
             options.json,
             [{**asdict(r), "error": r.error if math.isfinite(r.error) else None} for r in results],
         )
+    print("\n".join(map(str, results)))
+    failed = sum(not r.passed for r in results)
+    print(f"{len(results)} checks, {failed} failed, {time.monotonic() - began:.0f} s")
     if bundle:
         from fairref.reporting.gradient_study import draw_figures
 
@@ -64,4 +60,5 @@ def _ready_for_figures(options) -> Bundle:
         raise UserError(
             f"--figures is {options.figures}, which can't be made ({failure.strerror})."
         ) from None
+    check_writable(options.figures / "fig7.png")
     return bundle

@@ -56,7 +56,7 @@ MODES = {
 def gradient_mode(name: str) -> GradientMode:
     """A row of MODES. Raises UserError."""
     if name not in MODES:
-        raise UserError(f"the gradient is '{name}'; expected one of {', '.join(MODES)}")
+        raise UserError(f"the gradient is '{name}'; expected one of {', '.join(MODES)}.")
     return MODES[name]
 
 
@@ -72,7 +72,7 @@ def subsample(w: Tensor, M: int, u: float | Tensor) -> Tensor:
     u, u + 1, ..., u + M - 1 on the line on which step i has the length M |w_i| / sum |w|. The expected result is w,
     so the gradient stays unbiased; all draws weigh the same, and steps that are not drawn get 0."""
     if M < 1:
-        raise UserError(f"the number of gradient steps is {M}; expected at least 1")
+        raise UserError(f"the number of gradient steps is {M}; expected at least 1.")
     total = w.abs().sum()
     edge = torch.cat([w.new_zeros(1), (w.abs() * M / total).cumsum(0)])
     edge[-1] = M  # but for rounding

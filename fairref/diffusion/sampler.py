@@ -42,7 +42,7 @@ def noise(seed: int, iteration: int, indices: Sequence[int], shape: Sequence[int
     global index) alone, so it is the same however images are split over batches and processes."""
     for name, value in [("seed", seed), ("iteration", iteration), *(("image index", n) for n in indices)]:
         if not 0 <= value < 2**32:
-            raise UserError(f"{name} is {value}; expected a whole number from 0 to 4294967295")
+            raise UserError(f"{name} is {value}; expected a whole number from 0 to 4294967295.")
     streams = [np.random.Philox(np.random.SeedSequence((seed, iteration, int(n)))) for n in indices]
     draws = [np.random.Generator(x).standard_normal(tuple(shape), dtype=np.float32) for x in streams]
     return torch.from_numpy(np.stack(draws)) if draws else torch.empty(0, *shape)

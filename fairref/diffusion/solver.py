@@ -55,7 +55,7 @@ def solver_table(
 
     with d = h_i / (2 h_{i-1}), and d = 0 where the step is first order."""
     if end not in ("zero", "sigma_min"):
-        raise UserError(f"the solver's end is '{end}'; expected 'zero' or 'sigma_min'")
+        raise UserError(f"the solver's end is '{end}'; expected 'zero' or 'sigma_min'.")
     timesteps = grid(schedule.T, S, spacing, steps_offset)
     last = torch.ones(1, dtype=torch.float64) if end == "zero" else schedule.alpha_bar[:1]
     alpha_bar = torch.cat([schedule.alpha_bar[timesteps], last])  # (S + 1,)
@@ -86,7 +86,7 @@ def ancestral_table(schedule: Schedule, S: int | None = None, variance: str = "s
 
     variance of sigma_t w_t: "small" is that of q(z_{t-1} | z_t, z_0), "large" is beta_t; w_1 = 0."""
     if variance not in ("small", "large"):
-        raise UserError(f"the ancestral variance is '{variance}'; expected 'small' or 'large'")
+        raise UserError(f"the ancestral variance is '{variance}'; expected 'small' or 'large'.")
     S = schedule.T if S is None else S
     timesteps = grid(schedule.T, S, "trailing")
     alpha_bar = torch.cat([schedule.alpha_bar[timesteps], torch.ones(1, dtype=torch.float64)])  # (S + 1,)
@@ -123,9 +123,14 @@ def step(
 
 def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Tensor:
     """(S,) int64 time steps, descending, each in 0..T-1, by one of diffusers' three rules. steps_offset is
-    added under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
-    if not 1 <= S <= T:
-        raise UserError(f"the number of sampling steps is {S}; expected 1 to {T}")
+    0 or 1, added under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
+    if steps_offset not in (0, 1):
+        raise UserError(f"the steps' offset is {steps_offset}; expected 0 or 1.")
+    largest = T if spacing == "trailing" else T - 1 - (steps_offset if spacing == "leading" else 0)
+    if not 1 <= S <= largest:
+        raise UserError(
+            f"the number of sampling steps is {S}; expected 1 to {largest} of {T} spaced '{spacing}'."
+        )
     if spacing == "linspace":
         rising = np.linspace(0, T - 1, S + 1).round()[1:]
     elif spacing == "leading":
@@ -133,13 +138,8 @@ def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Te
     elif spacing == "trailing":
         rising = np.arange(T, 0, -T / S)[:S].round()[::-1] - 1
     else:
-        raise UserError(f"the step spacing is '{spacing}'; expected 'linspace', 'leading' or 'trailing'")
-    rising = rising.astype(np.int64)
-    if rising[0] < 0 or rising[-1] >= T or (np.diff(rising) < 1).any():
-        raise UserError(
-            f"the number of sampling steps is {S}; too many for {T} diffusion times spaced '{spacing}'"
-        )
-    return torch.from_numpy(rising[::-1].copy())
+        raise UserError(f"the step spacing is '{spacing}'; expected 'linspace', 'leading' or 'trailing'.")
+    return torch.from_numpy(rising[::-1].astype(np.int64))
 
 
 def _with_totals(timesteps: Tensor, p: Tensor, q: Tensor, r: Tensor, s: Tensor, sigma: Tensor) -> SolverTable:

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fairref.files.paths import write_file
 from fairref.files.tokenizer import BOS, END_OF_WORD, EOS, normaliser, word_splitter
 
 
@@ -31,9 +32,9 @@ def train_bpe(texts: list[str], vocab_size: int, folder: str | Path) -> int:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {token: i for i, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    write_file(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(folder / "merges.txt", ("\n".join(lines) + "\n").encode())
     return len(vocab)
 
 

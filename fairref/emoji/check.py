@@ -35,7 +35,7 @@ from fairref.evaluation.judging import EvaluationSettings, draw_images, judge_pr
 from fairref.evaluation.statistics import bias_report
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
-from fairref.files.images import grid
+from fairref.files.images import grid, save_png
 from fairref.files.paths import write_json
 from fairref.generation.drawing import Drawing
 from fairref.generation.views import classify, faces_of
@@ -334,7 +334,7 @@ def check(path: Path) -> int:
     sheet = contact_sheet(bundle)
     # this makes the file a third as large
     sheet = sheet.quantize(256, palette=sheet.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
-    sheet.save(bundle.path / "contact_sheet.png", optimize=True)
+    save_png(sheet, bundle.path / "contact_sheet.png", {}, optimize=True)
     gates = []
     for gate in chain(networks_gates(bundle), sampling_gates(bundle)):
         print(gate, flush=True)

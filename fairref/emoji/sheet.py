@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from fairref.bundle.judges import PEOPLE_SHEET
 from fairref.errors import UserError
+from fairref.files.images import save_png
 from fairref.judges.sprites import GENDERS, LOOKS, PLAIN, SPRITE, TONES
 
 THING_TABLE, THING_SHEET = (Path(__file__).with_name(f"things.{kind}") for kind in ("csv", "png"))
@@ -111,5 +112,5 @@ def _sheet(
 def write_sheets(font: Path) -> list[Path]:
     """Cut both sheets from the font, write them, and return their files. Raises UserError."""
     for make, path in ((make_sheet, PEOPLE_SHEET), (make_things, THING_SHEET)):
-        make(str(font)).save(path, optimize=True)
+        save_png(make(str(font)), path, {}, optimize=True)
     return [PEOPLE_SHEET, THING_SHEET]

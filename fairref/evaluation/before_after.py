@@ -53,8 +53,8 @@ def before_after(
             report |= {} if label == "before" else likeness(judged, originals[key])
             results.setdefault(label, {})[key] = report
             if settings.processes.first:
-                print("\n  ".join([f"{label}:", *lines(report)]))
                 write_json(folder / SO_FAR, results)  # what there is, should the run be stopped
+                print("\n  ".join([f"{label}:", *lines(report)]))
     if settings.processes.first:
         write_json(folder / "evaluation.json", results)
         (folder / SO_FAR).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import torch
 
 from fairref.bundle.loading import Bundle
 from fairref.bundle.recipe import resolve
-from fairref.errors import UserError
+from fairref.errors import UserError, typed
 from fairref.evaluation.judging import SEED, EvaluationSettings, judge_prompts
 from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names
 from fairref.fairness.attributes import wanted_target
@@ -93,6 +93,7 @@ def evaluate_part(
     return report, judged
 
 
+@typed
 def evaluate(
     bundle: Bundle,
     adapter: str | Path | Sequence[str | Path] | None = None,
@@ -101,8 +102,8 @@ def evaluate(
     *,
     strength: float | Sequence[float] | None = None,
     any_base: bool = False,
-    target: Sequence[str] | None = None,
-    prompts: str = OCCUPATIONS,
+    target: str | Sequence[str] | None = None,
+    prompts: str | Sequence[str] = OCCUPATIONS,
     part: str = "test",
     steps: int | None = None,
     guidance: float | None = None,

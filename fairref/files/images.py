@@ -1,5 +1,6 @@
 """Image files of any kind as 8-bit RGB, tensors as images, grids of images, and PNG files with texts in them."""
 
+import io
 import math
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fairref.errors import UserError
+from fairref.files.paths import write_file
 
 GAP = 2  # pixels between the images of a grid
 # Pillow's decoders that may look at a foreign file, whatever its name is; that of PostScript would start a program
@@ -96,9 +98,11 @@ def read_rgba(path: str | Path) -> Tensor:
     return torch.from_numpy(np.asarray(read_image(path, "RGBA")).copy()).float() / 255
 
 
-def save_png(image: Image.Image, path: Path, texts: dict[str, str]) -> None:
-    """Write a PNG file with `texts` in it, by key."""
+def save_png(image: Image.Image, path: Path, texts: dict[str, str], optimize: bool = False) -> None:
+    """Write a PNG file with `texts` in it, by key, as `write_file` does."""
     info = PngInfo()
     for key, value in texts.items():
         info.add_itxt(key, value)
-    image.save(path, pnginfo=info)
+    data = io.BytesIO()
+    image.save(data, "png", pnginfo=info, optimize=optimize)
+    write_file(path, data.getvalue())

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from fairref.errors import UserError
+from fairref.errors import UserError, said
 from fairref.files.paths import expanded
 
 
@@ -53,7 +53,7 @@ def load_function(option: str, text: str) -> OwnFunction:
         sha256 = sha256_of(path)
         module = _run(path, sha256)
     except (Exception, SystemExit) as error:  # whatever a user's file does
-        raise UserError(f"{option}: {path} can't be run ({first_line(error)}); correct the file.") from error
+        raise UserError(f"{option}: {path} can't be run ({said(error)}); correct the file.") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{option}: {path} has no function {name!r}; correct the name.")
@@ -78,12 +78,6 @@ def _run(path: Path, sha256: str) -> ModuleType:
 def sha256_of(path: Path) -> str:
     """Return the hash of a file, which tells whether it is the same."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """Return an exception's kind and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def describe(value: object) -> str:

@@ -1,11 +1,14 @@
-"""Paths as users write them, and JSON files."""
+"""Paths as users write them; files as texts and JSON, and the one way in which a file is written."""
 
 import errno
 import json
 import math
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fairref.errors import UserError
@@ -15,32 +18,167 @@ def expanded(path: str | Path) -> Path:
     """Return a path with ~ written out. Raises UserError for an empty path and for an unknown user."""
     if not str(path):
         raise UserError("An empty path was given; name a file or folder.")
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: no file has such a name; correct the path.")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: {error} Write the path out.") from None
 
 
-def read_json(path: str | Path) -> dict[str, object]:
-    """Return the object of a JSON file. Raises UserError."""
+def read_text(path: str | Path) -> str:
+    """Return the text of a UTF-8 file or a pipe, without a byte order mark. Raises UserError."""
     path = Path(path)
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
+        if stat.S_ISCHR(path.stat().st_mode) or stat.S_ISBLK(path.stat().st_mode):
+            raise UserError(f"{path}: is a device; give a file.")
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path}: can't be read (no such file); put the file there or correct the path."
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: can't be read (it is a folder); give a file.") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); change its permissions.") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); put the file there.") from error
+        raise UserError(f"{path}: can't be read ({error.strerror}); correct the path.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no UTF-8 text ({error.reason}); get or write the file again.") from None
+    except ValueError as error:  # of a path that no file can have
+        raise UserError(f"{str(path)!r}: can't be read ({error}); correct the path.") from None
+
+
+def read_json(path: str | Path) -> dict[str, object]:
+    """Return the object of a JSON file, whose numbers are finite. Raises UserError."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: is a device or a pipe; give a file.")
+    text = read_text(path)
+    try:
+        d = json.loads(text, parse_constant=_no_number, parse_float=_float)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); get or write the file again.") from error
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: not JSON ({reason}); get or write the file again.") from error
     if not isinstance(d, dict):
         raise UserError(f"{path}: found a {type(d).__name__}, expected a JSON object; correct the file.")
     return d
 
 
+def _float(text):
+    """The float64 of a JSON number. Raises ValueError where there is none."""
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def _no_number(text):
+    raise ValueError(f"{text[:40]} is no finite number")
+
+
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
-    """Write a JSON file under a temporary name, then rename it. Makes the folder if it is missing."""
+    """Write a JSON file as `write_file` does. Makes the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, all of it or nothing: under a temporary name beside it, which is then renamed.
+
+    A link stays, and the file that it names is written. What is there and no regular file, as a pipe or /dev/stdout,
+    is written to. Raises OSError with the path.
+    """
+    try:
+        stream = _stream_of(path)
+        if stream is not None:
+            for printed in filter(None, (sys.stdout, sys.stderr)):
+                printed.flush()
+            with open(stream, "wb", closefd=False) as file:
+                file.write(data)
+        elif (mode := _mode(path)) and not stat.S_ISREG(mode):
+            with path.open("wb") as file:
+                file.write(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(path, data):
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _stream_of(path):
+    """The descriptor, stdout's or stderr's, of which the path is another name, as /dev/stdout; None for other files.
+
+    What is printed and what is written would else overwrite each other.
+    """
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that `write_file` can't write, before the work of which it shall hold the result.
+
+    Raises UserError.
+    """
+    path = Path(path)
+    if os.path.islink(path) or os.path.isdir(path.parent):
+        try:
+            return _try_to_write(path)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written ({error.strerror}); give another file.") from None
+    raise UserError(f"{path}: its folder doesn't exist; make it first.")
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse a folder that can't be made at this path, or not filled, before the work. Leaves nothing.
+
+    Raises UserError.
+    """
+    try:
+        place = path
+        while _mode(place) == 0 and place != place.parent:
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{path}: can't be made ({error.strerror}); give another folder.") from None
+
+
+def _try_to_write(path):
+    """Leaves everything as it is. Raises UserError or OSError."""
+    mode, target = _mode(path), Path(os.path.realpath(path))
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a folder; give a file.")
+    if not os.path.isdir(target.parent):
+        raise UserError(f"{path}: its folder doesn't exist; make it first.")
+    if mode and not stat.S_ISREG(mode):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return
+    temporary = target.with_name(target.name + ".part")
+    temporary.open("ab").close()
+    temporary.unlink()
+
+
+def _mode(path):
+    """What kind of file a path, or the link at it, leads to; 0 where there is none yet. Raises OSError."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return 0
 
 
 def only_numbers(value: object) -> object:
@@ -48,26 +186,3 @@ def only_numbers(value: object) -> object:
     if isinstance(value, dict):
         return {key: only_numbers(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise UserError unless a file or folder can be written at this path, also in folders that are yet to be made.
-
-    Nothing is left behind, and what is there stays as it is.
-    """
-    place = Path(path)
-    try:
-        while True:
-            try:
-                place.stat()
-                break
-            except FileNotFoundError:
-                place = place.parent
-        if place.is_dir():
-            tempfile.TemporaryFile(dir=place).close()
-        elif not os.access(place, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(
-            f"{path}: can't be written ({error.strerror}); change the permissions or choose another place."
-        ) from None

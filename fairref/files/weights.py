@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fairref.errors import UserError
 from fairref.files.names import ignored, some
-from fairref.files.paths import read_json
+from fairref.files.paths import read_json, write_file
 
 Network = TypeVar("Network", bound=nn.Module)
 PICKLES = (".pth", ".pt", ".bin")
@@ -64,24 +63,18 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], info: Mapping[str, object]) -> None:
-    """Write a safetensors file with `info` in its metadata, under a temporary name first. Raises UserError.
+    """Write a safetensors file with `info` in its metadata, as `write_file` does. Raises UserError.
 
     Equal contents make equal bytes. `read` refuses a file that has changed since.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = _canonical({"info": info, "sha256": _digest(tensors, info)})
     try:
-        with temporary.open("wb") as file:  # not save_file, whose files no other user may read
-            file.write(save(tensors, metadata={INFO: metadata}))
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
-        os.replace(temporary, path)
+        # not save_file, whose files no other user may read
+        write_file(Path(path), save(tensors, metadata={INFO: metadata}))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: can't be written ({error}); make room there or choose another folder."
+            f"{path}: can't be written ({error.strerror}); make room there or choose another folder."
         ) from None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.bundle.recipe import resolve
-from fairref.errors import UserError
+from fairref.errors import UserError, typed
 from fairref.files.images import to_image
 from fairref.files.weights import finite
 from fairref.generation.adapters import load_adapters
@@ -69,6 +69,7 @@ def sample_tensor(bundle: Bundle, settings: SampleSettings) -> Tensor:
     return torch.cat(images)
 
 
+@typed
 def sample(
     bundle: Bundle,
     prompt: str,

@@ -4,10 +4,12 @@ The lists are the CSV files in this folder, written for this project. Each has d
 """
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from string import Formatter
 
 from fairref.errors import UserError
 from fairref.files.paths import read_json
@@ -107,8 +109,8 @@ def read_occupations(bundle_path: str | Path) -> Occupations:
         if not isinstance(d.get(key, {}), dict) or not all(map(is_right, d.get(key, {}).values())):
             raise UserError(f'{path}: "{key}" is not names, each with {expected}; write it like that.')
     everyone = [name for part in PARTS for name in parts[part]]
-    twice = next((name for name in everyone if everyone.count(name) > 1), None)
-    if twice is not None:
+    if len(set(everyone)) < len(everyone):
+        ((twice, _),) = Counter(everyone).most_common(1)
         raise UserError(f"{path}: {twice!r} is in it twice; every occupation belongs into one part, once.")
     extras = {key: d[key] for key in EXTRAS if key in d}
     return Occupations(**{part: tuple(parts[part]) for part in PARTS}, **extras)
@@ -135,12 +137,21 @@ def _is_concept(parts: object) -> bool:
 
 
 def _is_explicit(templates: object) -> bool:
-    """Return whether it has a template for each class, with {occupation} and at most {name} to fill in."""
-    try:
-        made = [text.format(occupation="\0", name="") for text in templates.values()]
-    except (AttributeError, KeyError, IndexError, ValueError, TypeError):
+    """Return whether it has a template for each class, with {occupation} and at most {name} to fill in.
+
+    Both stand alone: "{occupation:>200000000}" would make a prompt of that length.
+    """
+    if not isinstance(templates, dict) or not _are_texts(list(templates.values())):
         return False
-    return all("\0" in text for text in made)
+    try:
+        fields = [
+            [part[1:] for part in Formatter().parse(text) if part[1] is not None]
+            for text in templates.values()
+        ]
+    except ValueError:
+        return False
+    plain = {("occupation", "", None), ("name", "", None)}
+    return all(("occupation", "", None) in of_one and set(of_one) <= plain for of_one in fields)
 
 
 EXTRAS = {  # optional keys of prompts.json -> the test of each value under the key, and that test in words

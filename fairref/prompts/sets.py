@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fairref.errors import UserError
-from fairref.files.paths import expanded
+from fairref.files.paths import expanded, read_text
 from fairref.files.tokenizer import Tokenizer
 from fairref.prompts import (
     CONCEPTS,
@@ -117,12 +117,7 @@ def is_file(wanted: str) -> bool:
 
 def read_lines(path: Path) -> list[str]:
     """Return the prompts of a text file, one a line; blank lines and # lines are left out. Raises UserError."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: can't be read ({error}); expected a text file, one prompt a line."
-        ) from None
+    lines = [line.strip() for line in read_text(path).splitlines()]
     prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not prompts:
         raise UserError(f"{path}: no prompt in it; write one a line.")

@@ -1,11 +1,13 @@
 """Figures (extra `figures`): curves with bands, and the paths of the gradient."""
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from types import ModuleType
 
 from fairref.errors import UserError
+from fairref.files.paths import write_file
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee")
 
@@ -48,8 +50,7 @@ def curves(
     axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=len(series))  # beside the curves, not over them
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def gradient_paths(path: Path, T: int = 3) -> None:
@@ -73,8 +74,15 @@ def gradient_paths(path: Path, T: int = 3) -> None:
         f"How $\\varepsilon^{{(t)}}$ reaches $z_0$ for T = {T}: the products of $B_t$;"
         " the adjusted gradient keeps the first column"
     )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path)
+
+
+def _save(figure: object, path: Path) -> None:
+    """Write a figure as PNG, and close it."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=150, format="png")
+    pyplot().close(figure)
+    write_file(path, data.getvalue())
 
 
 def _draw_way(axes: object, T: int, t: int, way: Sequence[bool]) -> None:

@@ -6,6 +6,7 @@ S evaluations, R runs, N images of one prompt.
 """
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import ancestral_table, solver_table
 from fairref.fairness.losses import image_loss
+from fairref.files.paths import write_file
 from fairref.generation.lora import adapt
 from fairref.generation.rollout import (
     decode,
@@ -151,10 +153,11 @@ def by_curve(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write a table: one line for each row, and the keys of the first row on top."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
 
 
 def draw_figures(bundle: Bundle, folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fairref.bundle.judges import save_classifier
 from fairref.errors import UserError
 from fairref.files.datasets import Photographs, Row
-from fairref.files.images import read_image
+from fairref.files.images import read_image, save_png
 from fairref.files.paths import write_json
 from fairref.files.weights import load_strict, read
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
@@ -309,5 +309,5 @@ def make_classifier(
     summary = {"part": part, "bad_rows": len(photographs.bad), "unreadable": len(unread)}
     write_json(out / "report.json", {**summary, **measured})
     counts = confusions(labels, predicted, photographs.attributes)
-    confusion_figure(counts, photographs.attributes).save(out / "confusion.png")
+    save_png(confusion_figure(counts, photographs.attributes), out / "confusion.png", {})
     return Trained(part, measured, unread)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fairref.errors import UserError
-from fairref.files.paths import expanded, only_numbers, read_json
+from fairref.files.paths import expanded, only_numbers, read_json, write_file
 from fairref.files.weights import finite, read, read_info, write
 from fairref.settings import Recipe
 
@@ -46,6 +46,20 @@ class State:
         """Name in the file -> parameter."""
         return dict(self.adapter.named_parameters())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Name in a checkpoint -> tensor."""
+        tensors = {}
+        for name, parameter in self.parameters().items():
+            tensors[f"adapter.{name}"], tensors[f"ema.{name}"] = parameter.detach(), self.ema[name]
+            for key in ("exp_avg", "exp_avg_sq"):
+                zero = torch.zeros_like(parameter)
+                tensors[f"{key}.{name}"] = self.optimizer.state.get(parameter, {}).get(key, zero)
+        return tensors
+
+    def not_finite(self) -> str | None:
+        """The first tensor that holds what is no number, by its name."""
+        return next((name for name, tensor in self.tensors().items() if not finite(tensor)), None)
+
 
 def saved(folder: Path) -> list[Path]:
     """The folder's checkpoints, the newest last; another's copies beside them are none."""
@@ -55,15 +69,8 @@ def saved(folder: Path) -> list[Path]:
 
 def save(folder: Path, state: State, keep: int = Recipe.keep) -> None:
     """Writes a checkpoint. Removes those before the newest `keep`, and broken ones after it. Raises UserError."""
-    tensors = {}
-    for name, parameter in state.parameters().items():
-        tensors[f"adapter.{name}"], tensors[f"ema.{name}"] = parameter.detach(), state.ema[name]
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{name}"] = state.optimizer.state.get(parameter, {}).get(
-                key, torch.zeros_like(parameter)
-            )
     path = folder / f"checkpoint-{state.iteration:06d}.safetensors"
-    write(path, tensors, {name: getattr(state, name) for name in NUMBERS})
+    write(path, state.tensors(), {name: getattr(state, name) for name in NUMBERS})
     files = saved(folder)
     n = files.index(path) + 1  # up to the new one
     for old in files[: max(n - keep, 0)] + files[n:]:
@@ -210,9 +217,7 @@ def cut_metrics(folder: Path, iterations: int) -> str:
             lines[json.loads(line.decode())["iteration"]] = line
     kept = [i for i in range(iterations) if i in lines]
     if path.is_file():
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(b"".join(lines[i] + b"\n" for i in kept))
-        os.replace(temporary, path)
+        write_file(path, b"".join(lines[i] + b"\n" for i in kept))
     if len(kept) == iterations:
         return ""
     lost = _spans(sorted(set(range(iterations)) - set(kept)))

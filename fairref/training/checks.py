@@ -1,5 +1,8 @@
 """What is said before a run's folder is made, and not in the middle of the run."""
 
+import torch
+
+from fairref.bundle.own_judges import OwnClassifier, OwnFeatures
 from fairref.diffusion.gradient import gradient_mode
 from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
@@ -23,6 +26,7 @@ def check(setup: Setup) -> None:
         )
     for own in setup.own_losses:
         own.check(bundle, setup.prompts[0][0])
+    require_gradients(setup)
     if recipe.component == "prefix":
         first_tokens(bundle, recipe.tokens, None)
     if recipe.tensorboard:
@@ -48,6 +52,30 @@ def require_parts(setup: Setup) -> None:
                     f"{setup.bundle.path}: has no {part}, which the loss's term {name!r} needs; name one in"
                     " bundle.json."
                 )
+
+
+def require_gradients(setup: Setup) -> None:
+    """Refuses a user's own judge in the loss that has no gradient: finetuning would not see it. Raises UserError."""
+    bundle, names = setup.bundle, setup.target.classes if setup.target else ()
+    judges = [
+        *bundle.classifiers.get("finetune", ()),
+        bundle.dino,
+        bundle.embedder if setup.judges_faces else None,
+    ]
+    for judge in judges if names else ():
+        if not isinstance(judge, OwnClassifier | OwnFeatures):
+            continue
+        is_whole = judge is bundle.dino or (bundle.detector is None and isinstance(judge, OwnClassifier))
+        side = judge.input_size if isinstance(judge, OwnClassifier) else judge.side
+        side = bundle.resolution if is_whole else side
+        with torch.enable_grad():
+            seen = judge(torch.zeros(1, 3, side, side, device=bundle.device, requires_grad=True))
+        answers = [seen[name] for name in names if name in seen] if isinstance(seen, dict) else [seen]
+        if not all(answer.requires_grad for answer in answers):
+            raise UserError(
+                f"--judge {judge.source.place}: what it gives has no gradient, so finetuning would not follow it; leave"
+                " torch.no_grad and detach out."
+            )
 
 
 def lacking(setup: Setup) -> list[str]:

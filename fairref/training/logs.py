@@ -18,6 +18,7 @@ from fairref.training.terms import terms_of
 from fairref.training.validation import goal
 
 RUNNING = 20  # iterations that the shown bias is a mean of
+FACELESS = 20  # iterations in a row without a face, after which a run says so
 ALSO_SHOWN = ("cost", "faces", "confident", "blended")  # beside the loss's terms
 
 
@@ -39,7 +40,7 @@ class Log:
         self.start, self.began = state.iteration, time.monotonic()
         self.shown, self.goal = (*terms_of(setup), *ALSO_SHOWN), goal(setup)
         self.progress = Progress(setup.recipe.iterations, "finetuning", self.first, state.iteration)
-        self.board = None
+        self.board, self.faceless = None, 0
         if self.first:
             if said := checkpoints.cut_metrics(folder, state.iteration):
                 print(said, file=sys.stderr)
@@ -82,6 +83,13 @@ class Log:
         if self.board:
             for name, value in flat(metrics).items():
                 self.board.add_scalar(name, value, state.iteration)
+        self.faceless = self.faceless + 1 if metrics.get("faces") == 0 else 0
+        if self.first and self.faceless == FACELESS:
+            print(
+                f"\nno image of the last {FACELESS} iterations shows a face, so nothing is aligned; look at --guidance,"
+                " --lr, and the bundle's detector",
+                file=sys.stderr,
+            )
         skipped = state.iteration - state.updates
         parts = [f"{name} {metrics[name]:.3f}" for name in self.shown if name in metrics]
         parts += [f"bias {np.mean(self.recent):.2f}"] if self.recent else []

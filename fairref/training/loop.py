@@ -102,14 +102,18 @@ def finetune(setup: Setup, folder: Path, info: dict[str, object]) -> dict[str, P
                 raise KeyboardInterrupt(
                     f"stopped after iteration {state.iteration}; go on with --resume {folder}"
                 )
-    if processes.first:
-        print(*log.summary(recipe, state, folder / BEST_FILE), sep="\n")
+    if not state.updates:
+        raise UserError(
+            f"none of {state.iteration} gradients was finite, so nothing was trained; try --dtype float32 or a smaller"
+            " --guidance."
+        )
     files = {"ema": folder / FILE, "raw": folder / RAW_FILE}
     if processes.first:
         checkpoints.save(folder, state, recipe.keep)
         info = {**info, "iterations": state.iteration}
         save_adapter(files["ema"], state.ema, {**info, "average": "ema"})
         save_adapter(files["raw"], state.parameters(), {**info, "average": "raw"})
+        print(*log.summary(recipe, state, folder / BEST_FILE), sep="\n")
     processes.wait()
     return {**files, "best": folder / BEST_FILE} if state.best else files
 
@@ -123,6 +127,11 @@ def iterate(setup: Setup, model: Bundle, state: State) -> Metrics:
         gradient, of_iteration = iteration_gradient(setup, model, parameters, state.iteration)
     norm, finite = update(setup.recipe, state, gradient)
     state.unusable = 0 if finite else state.unusable + 1
+    if broken := state.not_finite():
+        raise UserError(
+            f"iteration {state.iteration} brought {broken} beyond all numbers, and is not saved; lower --lr,"
+            " --weight-decay or --clip."
+        )
     if state.unusable == MAX_SKIPPED_STEPS:
         raise UserError(
             f"{MAX_SKIPPED_STEPS} gradients in a row were not finite, the last at iteration {state.iteration}; try"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
-from fairref.errors import UserError
-from fairref.files.own_code import OwnFunction, describe, first_line, load_function
+from fairref.errors import UserError, said
+from fairref.files.own_code import OwnFunction, describe, load_function
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class OwnLoss:
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # whatever a user's code does
-            raise UserError(f"--loss {self.name} ends with {first_line(error)}; correct the file.") from error
+            raise UserError(f"--loss {self.name} ends with {said(error)}; correct the file.") from error
         if not values.requires_grad:
             raise UserError(
                 f"--loss {self.name} does not depend on x, so it has no gradient; correct the file."

@@ -9,7 +9,7 @@ from pathlib import Path
 from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
 from fairref.bundle.own_judges import parse_judges
 from fairref.bundle.recipe import resolve
-from fairref.errors import FULL, UserError, of_files
+from fairref.errors import FULL, UserError, of_files, typed
 from fairref.evaluation.before_after import ImageCounts, before_after
 from fairref.evaluation.judging import EvaluationSettings
 from fairref.fairness.attributes import wanted_target
@@ -24,7 +24,7 @@ from fairref.prompts.sets import (
     validation_prompts,
     warn_of_cut,
 )
-from fairref.settings import RunOptions
+from fairref.settings import RunOptions, refuse_unused
 from fairref.training import checkpoints
 from fairref.training.checks import check, lacking
 from fairref.training.loop import finetune
@@ -70,18 +70,20 @@ def run(options: RunOptions, recipe: Mapping[str, object]) -> Path:
         processes.stop()
 
 
+@typed
 def train(
     bundle: Bundle,
     attr: str | None = "gender",
-    out: str | None = None,
+    out: str | Path | None = None,
     *,
-    target: Sequence[str] | None = None,
+    target: str | Sequence[str] | None = None,
     prompts: str | Sequence[str] | None = None,
-    loss: Sequence[str] | None = None,
+    loss: str | Sequence[str] | None = None,
     **recipe: object,
 ) -> Path:
     """Finetunes the bundle -> the run's folder, as train.py does. `recipe`: fields of Recipe. Raises UserError."""
     target, loss = ([text] if isinstance(text, str) else text for text in (target, loss))
+    out = None if out is None else str(out)
     options = RunOptions(attr=attr, target=target, out=out, prompts=prompts, loss=loss)
     return _run(bundle, options, recipe, None, str(bundle.path), Processes())
 
@@ -128,6 +130,7 @@ def _plan(bundle, options, given, stored, processes):
         recipe = resolve(attributes, bundle.recipe, given, bundle.path, bundle.attributes)
         if target is None and given.get("until_bias"):
             raise UserError("--until-bias is for a run with --attr; leave it out.")
+        refuse_unused(recipe, given, target is not None)
     wanted, template = _prompts(stored or vars(options))
     attributes = list(target.classes) if target else []
     concepts = read_prompts(wanted, template, bundle.path, attributes)
@@ -176,11 +179,13 @@ def _taken_names():
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Says how a run goes on that a full disk has ended."""
+    """Says how a run goes on that a full disk has ended, and that it can't without its folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, UserError) as error:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: the run's folder has gone while it ran; start a new run.") from error
+        if isinstance(error, UserError) or error.errno not in FULL:
             raise
         raise UserError(f"{of_files(error)[:-1]}, then go on with --resume {folder}.") from None
 

@@ -1,14 +1,22 @@
-"""SIGTERM and Ctrl-C: in finetuning the first asks a run to stop after its iteration, the second ends it at once."""
+"""SIGTERM, Ctrl-C and a terminal that hangs up.
 
+In finetuning the first asks a run to stop after its iteration, the second ends it at once."""
+
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 ONE = 2.0  # seconds within which signals are one: a terminal sends it, and so does torchrun
+
+
+def caught() -> list[signal.Signals]:
+    """The signals that stop a run. After `nohup` a terminal may hang up."""
+    hangs_up = HANG_UP is not None and signal.getsignal(HANG_UP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([HANG_UP] if hangs_up else [])]
 
 
 class StopRequest:
@@ -19,7 +27,7 @@ class StopRequest:
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()
-        self.before = {number: signal.signal(number, self._ask) for number in CAUGHT} if main else {}
+        self.before = {number: signal.signal(number, self._ask) for number in caught()} if main else {}
         return self
 
     def _ask(self, number, frame):
@@ -28,7 +36,8 @@ class StopRequest:
         if self.asked:
             return
         self.asked, self.when = True, time.monotonic()
-        print(f"\n{signal.Signals(number).name}: stopping after this iteration", file=sys.stderr)
+        with suppress(OSError):  # not print, in the middle of which the signal may have come
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this iteration\n".encode())
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -37,12 +46,13 @@ class StopRequest:
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt here, as Ctrl-C does."""
+    """Every signal that stops a run raises KeyboardInterrupt here, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in caught()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

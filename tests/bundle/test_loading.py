@@ -466,7 +466,7 @@ def test_mistakes_in_a_manifest(full, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("threshold", [None, "x", float("nan"), 10**400, -1, 0, [1]])
+@pytest.mark.parametrize("threshold", [None, "x", 10**400, -1, 0, [1]])
 def test_a_template_judge_that_can_not_be_made_is_refused_with_the_bundle(full, threshold):
     (full.root / "bundle.json").write_text(json.dumps({**full.manifest, "templates": "templates.json"}))
     settings = {"threshold": threshold, "shares": dict.fromkeys(LOOKS, 1.0)}

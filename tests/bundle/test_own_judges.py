@@ -68,6 +68,23 @@ def test_evaluation_asks_ones_own_classifier(tiny_folder, loaded_tiny, own, caps
     assert counts == {name: [8 - n, n] for name, n in zip(OCCUPATIONS["test"], men, strict=True)}
 
 
+@pytest.mark.parametrize(
+    "loader",
+    [
+        RED.replace("[-red, red], 1)}", "[-red, red], 1).detach()}"),
+        RED.replace("def __call__", "@torch.no_grad()\n    def __call__"),
+    ],
+)
+def test_a_judge_without_a_gradient_is_not_for_finetuning(tiny_folder, own, tmp_path, capsys, loader):
+    options = ["--attr", "gender", "--weights", str(tiny_folder), "--evaluate", "none"]
+    options += ["--iterations", "1", "--out", str(tmp_path / "run")]
+    assert cli.run(train.main, [*options, "--judge", f"finetune={own(loader)}"]) == 2
+    message = capsys.readouterr().err
+    assert "own.py:loader: what it gives has no gradient" in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert cli.run(train.main, [*options, "--judge", f"evaluate={own(loader)}"]) == 0
+
+
 def test_the_other_parts_stay_the_bundles(tiny_folder, loaded_tiny, own):
     bundle = load_bundle(tiny_folder, judges={"evaluate": own(RED)})
     (classifier,) = bundle.classifiers["evaluate"]

@@ -51,7 +51,7 @@ def test_help_begins_with_an_example_that_its_own_parser_takes(capsys, monkeypat
     first, empty, *_ = help_of(capsys, name).splitlines()
     assert first.startswith(f"example: fairref {name}") and empty == ""
 
-    class Parsed(Exception):
+    class Parsed(BaseException):
         pass
 
     parse = cli.Parser.parse_args

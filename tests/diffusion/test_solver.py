@@ -1,6 +1,7 @@
 """The solver tables against diffusers' schedulers, against a known solution, and term by term."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -188,7 +189,7 @@ def test_grid_stays_inside(spacing):
     [
         ({"S": 0}, "steps is 0"),
         ({"S": -3}, "steps is -3"),
-        ({"S": 1000}, "too many"),
+        ({"S": 1000}, "expected 1 to 999 of 1000"),
         ({"S": 5, "end": "one"}, "'one'"),
         ({"S": 5, "spacing": "log"}, "'log'"),
     ],
@@ -196,6 +197,20 @@ def test_grid_stays_inside(spacing):
 def test_what_cannot_be_done_is_said(arguments, said):
     with pytest.raises(UserError, match=said):
         solver_table(SCHEDULE, **arguments)
+
+
+@pytest.mark.parametrize(
+    "spacing, offset", [("linspace", 0), ("leading", 0), ("leading", 1), ("trailing", 0)]
+)
+def test_every_number_of_steps_up_to_the_one_that_is_named_can_be_placed(spacing, offset):
+    for T in (2, 3, 50, 999, 1000):
+        with pytest.raises(UserError) as refused:
+            grid(T, T + 1, spacing, offset)
+        largest = int(re.search(r"expected 1 to (\d+)", str(refused.value))[1])
+        assert largest == T - (spacing != "trailing") - offset
+        for S in range(1, largest + 1):
+            t = grid(T, S, spacing, offset)
+            assert t[-1] >= 0 and t[0] < T and (t.diff() < 0).all()
 
 
 def test_ancestral_variance_is_checked():

@@ -140,7 +140,7 @@ def test_verify_draws_the_figures(tmp_path, monkeypatch, capsys):
     for wrong, said in (
         (["--figures", str(tmp_path / "file")], "can't be made"),
         (["--figures", str(tmp_path / "c"), "--weights", "nowhere"], "no such weights"),
-        (["--json", str(tmp_path / "none" / "x.json")], "there is no folder"),
+        (["--json", str(tmp_path / "none" / "x.json")], "its folder doesn't exist"),
     ):
         capsys.readouterr()
         assert cli.run(command.main, ["--weights", weights, *wrong]) == 2

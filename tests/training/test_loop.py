@@ -21,6 +21,7 @@ from fairref.fairness.attributes import JointTarget
 from fairref.fairness.transport import joint_ot
 from fairref.training import checkpoints, loop, step
 from fairref.training.checks import check
+from fairref.training.logs import Log
 from fairref.training.loop import finetune, iterate, learning_rate, new_state, update
 from fairref.training.step import draw_task, iteration_gradient, prompt_of
 
@@ -473,6 +474,44 @@ def test_a_gradient_that_is_not_finite_is_skipped(bundles):
     _, taken = update(setup.recipe, state, gradient)
     assert not taken and (state.iteration, state.updates) == (1, 0)
     assert all(torch.equal(p, b) for p, b in zip(state.adapter.parameters(), before, strict=True))
+
+
+def test_an_update_beyond_all_numbers_ends_a_run_before_anything_is_saved(bundles, tmp_path, monkeypatch):
+    recipe = {"lr": 1e6, "weight_decay": 1e6, "iterations": 30, "checkpoint_every": 1}
+    setup = make_setup(bundles[torch.float32], rank=1, **recipe)
+    monkeypatch.setattr(
+        loop, "iteration_gradient", lambda s, m, ps, i: ([torch.ones_like(p) for p in ps], {})
+    )
+    with pytest.raises(
+        UserError, match=r"iteration \d+ brought adapter.* beyond all numbers, and is not saved"
+    ):
+        finetune(setup, tmp_path, {})
+    for file in tmp_path.glob("*.safetensors"):
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(file).values()), file
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_a_run_whose_gradients_were_all_skipped_has_failed(bundles, tmp_path, monkeypatch):
+    setup = make_setup(bundles[torch.float32], rank=1, iterations=3)
+    monkeypatch.setattr(
+        loop, "iteration_gradient", lambda s, m, ps, i: ([torch.full_like(p, math.nan) for p in ps], {})
+    )
+    with pytest.raises(UserError, match="none of 3 gradients was finite, so nothing was trained"):
+        finetune(setup, tmp_path, {})
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_a_run_whose_images_show_no_face_says_so_once(bundles, tmp_path, capsys):
+    setup = make_setup(bundles[torch.float32])
+    state = new_state(setup)[1]
+    with Log(setup, tmp_path, state) as log:
+        for i, faces in enumerate([0.0] * 19 + [0.25] + [0.0] * 50):
+            log.add({"iteration": i, "faces": faces}, state)
+            said = "no image of the last 20 iterations shows a face" in capsys.readouterr().err
+            assert said == (i == 39), i
+        for i in range(30):
+            log.add({"iteration": i}, state)  # without a detector
+    assert "shows a face" not in capsys.readouterr().err
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(bundles, tmp_path, monkeypatch):

@@ -261,7 +261,7 @@ def finished(alone, file, tmp_path_factory):
     """A run's folder, of a file of losses of its own, which a test may change."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copy(file, folder / "losses.py")
-    recipe = {**SMALL, "evaluate": "ema", "lr": 0.1, "component": "both", "explicit_every": 1}
+    recipe = {**SMALL, "evaluate": "ema", "lr": 0.1, "component": "both"}
     out = str(folder / "run")
     return train(alone, None, out, loss=texts(folder / "losses.py"), **recipe)
 
@@ -322,10 +322,11 @@ def test_without_an_attribute_nothing_may_ask_for_one(alone, file, tmp_path):
 def test_prompts_are_explicit_with_an_attribute_only_and_no_metrics_name_is_free(
     folders, file, finished, tmp_path
 ):
-    """Of runs that ask for an explicit prompt in every iteration."""
     neutral = {occupation_prompt(name) for name in OCCUPATIONS["train"]}
     alone = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
     assert alone["prompt"] in neutral and "align" not in alone
+    with pytest.raises(UserError, match="--explicit-every has no effect without --attr"):
+        train(load_bundle(folders[0]), None, loss=texts(file), **SMALL, explicit_every=1)
     bundle, recipe = load_bundle(folders[0]), {**SMALL, "C": 0.5, "explicit_every": 1, "evaluate": "none"}
     recipe |= {"validate_every": 1, "validate_images": 1, "validate_prompts": 1}
     out = train(bundle, "gender", str(tmp_path / "run"), loss=texts(file), **recipe)
