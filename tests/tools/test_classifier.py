@@ -442,7 +442,7 @@ def read_only(**_):
 def test_an_output_that_can_not_be_written_is_refused_before_the_work(celeba, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier_command, "read_photographs", lambda *_: pytest.fail("the work has begun"))
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    with pytest.raises(UserError, match=r"out: can't be written \(Read-only"):
+    with pytest.raises(UserError, match=r"out: can't be made \(Read-only"):
         main(train_on(celeba, tmp_path / "out"))
 
 

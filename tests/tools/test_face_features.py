@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +153,12 @@ def test_a_folder_that_can_not_be_listed_is_named(tmp_path, monkeypatch):
         photographs(tmp_path)
 
 
-def read_only(**_):
+def read_only(*_, **__):
     raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_an_output_that_can_not_be_written_is_refused_before_the_work(weights, images, tmp_path, monkeypatch):
     monkeypatch.setattr(faces_tool, "photographs", lambda folder: pytest.fail("the work has begun"))
-    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(UserError, match=r"out\.safetensors: can't be written \(Read-only"):
         main(["--images", str(images), "--weights", str(weights), "--out", str(tmp_path / "out.safetensors")])
