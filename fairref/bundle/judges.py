@@ -20,6 +20,7 @@ from fairref.files.images import read_rgba
 from fairref.files.names import open_clip_names
 from fairref.files.paths import read_json
 from fairref.files.tokenizer import Tokenizer
+from fairref.files.vocabulary import read_vocabulary
 from fairref.files.weights import load_strict, read, read_judge, ready, write
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
@@ -61,7 +62,7 @@ def load_clip(
     with torch.device("meta"):  # random initial values would take longer than loading
         clip = Clip(config)
     load_strict(clip, tensors, source)
-    tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt", config.text.max_position_embeddings)
+    tokenizer = Tokenizer(read_vocabulary(folder), config.text.max_position_embeddings)
     return ready(clip, device, dtype), tokenizer
 
 

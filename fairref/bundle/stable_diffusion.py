@@ -17,6 +17,7 @@ from fairref.errors import UserError
 from fairref.files.names import ldm_split, text_encoder_names, vae_names
 from fairref.files.paths import read_json
 from fairref.files.tokenizer import Tokenizer
+from fairref.files.vocabulary import read_vocabulary
 from fairref.files.weights import exists, load_strict, read, ready
 from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
@@ -131,7 +132,7 @@ def _tokenizer(path, single, length):
     if place is None:
         where = " or ".join(str(p) for p in places)
         raise UserError(f"{path}: no tokenizer with it; put CLIP's vocab.json and merges.txt into {where}.")
-    return Tokenizer(place / "vocab.json", place / "merges.txt", length)
+    return Tokenizer(read_vocabulary(place), length)
 
 
 def _check_sizes(configs, tokenizer, path):

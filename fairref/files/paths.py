@@ -19,18 +19,47 @@ def expanded(path: str | Path) -> Path:
         raise UserError(f"{path}: {error} Write the path out.") from None
 
 
-def read_json(path: str | Path) -> dict[str, object]:
-    """Return the object of a JSON file. Raises UserError."""
+def read_text(path: str | Path) -> str:
+    """Return a text in UTF-8, without the mark that some editors put first. Raises UserError."""
     path = Path(path)
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); put the file there.") from error
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); change its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); get or write the file again.") from error
+
+
+def read_json(path: str | Path) -> dict[str, object]:
+    """Return the object of a JSON file, whose keys stand in it once and whose numbers are finite. Raises UserError."""
+    path = Path(path)
+    text = read_text(path)
+    try:
+        d = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); get or write the file again.") from error
     if not isinstance(d, dict):
         raise UserError(f"{path}: found a {type(d).__name__}, expected a JSON object; correct the file.")
     return d
+
+
+def _once(pairs):
+    d = dict(pairs)
+    if len(d) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+    return d
+
+
+def _no_number(text):
+    raise ValueError(f"{text} is no number that JSON knows")
+
+
+def _finite(text):
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:

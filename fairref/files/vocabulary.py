@@ -1,0 +1,301 @@
+"""A tokenizer's files -> its vocabulary, its merges, its added tokens and what pads.
+
+They are `vocab.json` and `merges.txt`, or `tokenizer.json` alone; `tokenizer_config.json`, `special_tokens_map.json`
+and `added_tokens.json` beside them change what they mean, and are read as transformers reads them. In CLIP's kind the
+merges say the whole vocabulary: 256 byte symbols, the same at the end of a word, one token for each merge, BOS, EOS.
+"""
+
+import gzip
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairref.errors import UserError
+from fairref.files.paths import read_json, read_text
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+CLIP_MERGES = Path(__file__).with_name("clip_merges.txt.gz")
+PAIR, ALONE, ADDED = ("vocab.json", "merges.txt"), "tokenizer.json", "added_tokens.json"
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+MAX_TOKENS = 2**20
+
+Merge = tuple[str, str]
+
+PLAIN = {  # key of tokenizer_config.json -> the values that are implemented, None where it is absent
+    "tokenizer_class": (
+        None,
+        "CLIPTokenizer",
+        "CLIPTokenizerFast",
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",
+    ),
+    "bos_token": (None, BOS),
+    "eos_token": (None, EOS),
+    "unk_token": (None, EOS),
+    "add_prefix_space": (None, False),
+    "do_lower_case": (None, True),
+    "padding_side": (None, "right"),
+    "truncation_side": (None, "right"),
+    "additional_special_tokens": (None, []),
+    "extra_special_tokens": (None, [], {}),
+}
+MODEL = {  # key of tokenizer.json's "model" -> the same
+    "type": (None, "BPE"),
+    "end_of_word_suffix": (END_OF_WORD,),
+    "continuing_subword_prefix": (None, ""),
+    "dropout": (None, 0.0),
+    "fuse_unk": (None, False),
+    "byte_fallback": (None, False),
+    "ignore_merges": (None, False),
+}
+STEPS = {  # key of tokenizer.json -> the types of its steps, in CLIP's kind
+    "normalizer": ["NFC", "Replace", "Lowercase"],
+    "pre_tokenizer": ["Split", "ByteLevel"],
+    "post_processor": ["RobertaProcessing"],
+}
+
+
+@dataclass(frozen=True)
+class Added:
+    """A token that is looked for in a text before it is cut into words; the flags are those of `tokenizers`."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = True
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer is made of. `source` names its files in messages."""
+
+    ids: dict[str, int]  # token -> id: 0, 1, 2, ..., the added ones last
+    merges: list[Merge]  # first comes first
+    added: tuple[Added, ...] = (Added(BOS), Added(EOS))
+    pad: str = EOS  # the token that fills up a text that is too short
+    source: str = "CLIP's vocabulary"
+    max_length: int | None = None  # ids of a text, where a file says it
+
+
+def byte_symbols() -> list[str]:
+    """Return the 256 printable characters that stand for bytes, in the order of CLIP's vocabulary."""
+    shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
+    return [chr(b) for b in shown] + [chr(256 + n) for n in range(256 - len(shown))]
+
+
+def tokens_of(merges: Iterable[Merge]) -> dict[str, int]:
+    """Return the ids of all tokens that the merges make, in CLIP's order."""
+    symbols = byte_symbols()
+    # two merges may make the same string: it is one token
+    tokens = [*symbols, *(s + END_OF_WORD for s in symbols), *("".join(pair) for pair in merges), BOS, EOS]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+def clip_vocabulary() -> Vocabulary:
+    """Return the vocabulary of every Stable Diffusion 1.x, which comes with the package."""
+    lines = gzip.decompress(CLIP_MERGES.read_bytes()).decode("utf-8").split("\n")[1:-1]
+    merges = [tuple(line.split(" ")) for line in lines]
+    return Vocabulary(tokens_of(merges), merges)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a file of a tokenizer stands in the folder."""
+    return any((folder / name).is_file() for name in (*PAIR, ALONE))
+
+
+def read_vocabulary(folder: str | Path) -> Vocabulary:
+    """Return the vocabulary of a folder. Raises UserError for files that are missing, damaged, or do not fit."""
+    folder = Path(folder)
+    alone = read_json(folder / ALONE) if (folder / ALONE).is_file() else {}
+    config = _config(folder)
+    added = _all_added(folder, config, alone)
+    layouts = {str(folder / ALONE): _model(alone, folder / ALONE)} if alone else {}
+    if not alone or any((folder / name).is_file() for name in PAIR):
+        layouts[f"{folder / PAIR[0]}, {PAIR[1]}"] = _pair(folder)
+    for source, (ids, merges) in layouts.items():
+        made = tokens_of(merges)
+        names = {token.content for token in added.values()} - set(made)
+        _check({token: i for token, i in ids.items() if token not in names}, made, merges, source)
+    if len({tuple(merges) for _, merges in layouts.values()}) > 1:
+        raise UserError(
+            f"{folder}: {ALONE} has other merges than {PAIR[1]}; take the files of one model, or one of the two."
+        )
+    pad = _pad(folder, config, alone)
+    ids = _joined(made, added, pad, folder)
+    known = {token.content for token in added.values()}
+    tokens = [*added.values(), *(Added(t) for t in dict.fromkeys((BOS, EOS, pad)) if t not in known)]
+    tokens.sort(key=lambda token: ids[token.content])
+    return Vocabulary(ids, merges, tuple(tokens), pad, source, _max_length(folder, config))
+
+
+def _pair(folder):
+    """The ids and merges of vocab.json and merges.txt."""
+    vocab_path, merges_path = (folder / name for name in PAIR)
+    for path in (vocab_path, merges_path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a tokenizer needs CLIP's vocab.json and merges.txt.")
+    ids = _ids(read_json(vocab_path), vocab_path)
+    merges = []
+    for number, line in enumerate(
+        read_text(merges_path).split("\n"), 1
+    ):  # symbols may hold other line breaks
+        line = line.rstrip("\r")
+        if line and not (number == 1 and line.startswith("#version")):
+            merges.append(_merge(line.split(" "), f"{merges_path}: line {number}"))
+    return ids, merges
+
+
+def _ids(ids, path):
+    if not isinstance(ids, dict) or not all(type(i) is int and 0 <= i < MAX_TOKENS for i in ids.values()):
+        raise UserError(f"{path}: expected one object of token -> id, as in CLIP's vocab.json; get it again.")
+    if missing := [token for token in (BOS, EOS) if token not in ids]:
+        raise UserError(f"{path}: has no token {missing[0]}; CLIP's vocab.json is expected.")
+    return ids
+
+
+def _merge(symbols, where):
+    """A merge of tokenizer.json, a pair or a string, or the parts of a line."""
+    symbols = symbols.split(" ") if isinstance(symbols, str) else symbols
+    if (
+        not isinstance(symbols, list)
+        or len(symbols) != 2
+        or not all(isinstance(s, str) and s for s in symbols)
+    ):
+        found = " ".join(map(str, symbols)) if isinstance(symbols, list) else symbols
+        raise UserError(f"{where} is {found!r}; two symbols with one blank are expected: get the file again.")
+    return tuple(symbols)
+
+
+def _model(d, path):
+    """The ids and merges of tokenizer.json."""
+    model = d.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+        raise UserError(f'{path}: its "model" is no BPE with "vocab" and "merges"; get the file again.')
+    _refuse_others(model, MODEL, path)
+    for key, kinds in STEPS.items():
+        step = d.get(key)
+        steps = step.get("normalizers", step.get("pretokenizers", [step])) if isinstance(step, dict) else []
+        found = (
+            [s.get("type") if isinstance(s, dict) else s for s in steps] if isinstance(steps, list) else steps
+        )
+        if found != kinds:
+            raise UserError(f"{path}: its {key} is {found!r}; expected {kinds!r}, as CLIP's tokenizer has.")
+    merges = [_merge(pair, f"{path}: merge {i}") for i, pair in enumerate(model["merges"])]
+    return _ids(model.get("vocab"), path), merges
+
+
+def _refuse_others(d, known, path):
+    for key, allowed in known.items():
+        value = d.get(key)
+        value = value.get("content") if isinstance(value, dict) and "content" in value else value
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            raise UserError(
+                f"{path}: {key} is {value!r}; expected {allowed[-1]!r}, nothing else is implemented."
+            )
+
+
+def _config(folder):
+    """tokenizer_config.json, with special_tokens_map.json over it as transformers has it."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    special = read_json(folder / SPECIAL) if (folder / SPECIAL).is_file() else {}
+    merged = config if "added_tokens_decoder" in config else {**config, **special}
+    for d, name in ((config, CONFIG), (special, SPECIAL)):
+        _refuse_others(d, PLAIN, folder / name)
+    return merged
+
+
+def _all_added(folder, config, alone):
+    """id -> Added, of all files."""
+    own = _added(alone.get("added_tokens", []), folder / ALONE)
+    if "added_tokens_decoder" in config:
+        table, path = config["added_tokens_decoder"], folder / CONFIG
+        if not isinstance(table, dict) or not all(isinstance(token, dict) for token in table.values()):
+            raise UserError(f"{path}: added_tokens_decoder is {table!r}; expected id -> token: get it again.")
+        return {**own, **_added([{**token, "id": i} for i, token in table.items()], path)}
+    path = folder / ADDED
+    table = read_json(path) if path.is_file() else {}
+    pad = _content(config.get("pad_token"))
+    listed = [
+        {
+            "id": i,
+            "content": token,
+            "normalized": token not in (pad, BOS, EOS),
+            "special": token in (pad, BOS, EOS),
+        }
+        for token, i in table.items()
+    ]
+    return {**_added(listed, path), **own}
+
+
+def _added(tokens, path):
+    """A list of {"id", "content", flags} -> id -> Added."""
+    added = {}
+    for token in tokens if isinstance(tokens, list) else [tokens]:
+        try:
+            i, content = int(token["id"]), token["content"]
+            flags = {flag: token.get(flag, False) for flag in FLAGS}
+            right = isinstance(content, str) and content and all(type(v) is bool for v in flags.values())
+            if not right or type(token["id"]) not in (int, str) or i in added:
+                raise ValueError(token)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"{path}: has the added token {token!r}; expected an id, a content and flags: get it again."
+            ) from None
+        added[i] = Added(content, **flags)
+    return added
+
+
+def _check(ids, made, merges, source):
+    """The vocabulary must be what the merges make, each of which stands there once."""
+    if len(set(merges)) < len(merges):
+        twice = next(pair for pair in merges if merges.count(pair) > 1)
+        raise UserError(f"{source}: has the merge {' '.join(twice)!r} twice; get the file again.")
+    if ids == made:
+        return
+    token = next((t for t in made if ids.get(t) != made[t]), next((t for t in ids if t not in made), ""))
+    raise UserError(
+        f"{source}: {len(ids)} tokens don't belong to {len(merges)} merges, which make {len(made)}: 512 of bytes, one for"
+        f" each merge and two more, with {token!r} as {made.get(token)}, found {ids.get(token)}; take both from one"
+        " model."
+    )
+
+
+def _pad(folder, config, alone):
+    """What fills up a text: the configuration's, else that of tokenizer.json, else EOS."""
+    padding = alone.get("padding")
+    pad = (
+        config.get("pad_token") or (padding.get("pad_token") if isinstance(padding, dict) else padding) or EOS
+    )
+    pad = _content(pad)
+    if not isinstance(pad, str) or not pad:
+        raise UserError(f"{folder}: its pad_token is {pad!r}; expected a token: correct {CONFIG}.")
+    return pad
+
+
+def _max_length(folder, config):
+    length = config.get("model_max_length")
+    if type(length) not in (int, type(None)) or (length is not None and length < 2):
+        raise UserError(f"{folder / CONFIG}: model_max_length is {length!r}; expected 77, as in CLIP's.")
+    return length
+
+
+def _content(token):
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _joined(ids, added, pad, folder):
+    """All ids: those of the merges, then the added ones without a hole."""
+    new = {token.content: i for i, token in sorted(added.items()) if ids.get(token.content) != i}
+    if pad not in ids and pad not in new:
+        new[pad] = len(ids) + len(new)
+    for expected, (token, i) in enumerate(new.items(), len(ids)):
+        if i != expected or token in ids:
+            raise UserError(
+                f"{folder}: the added token {token!r} has the id {i}; expected {ids.get(token, expected)}: take all files"
+                " of the tokenizer from one model."
+            )
+    return {**ids, **new}
