@@ -1,5 +1,6 @@
 """torchrun's processes. Without torchrun everything here is the identity and no process group is made."""
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,6 +111,8 @@ def start(device: torch.device) -> tuple[Processes, torch.device]:
             )
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if dist.get_rank():
+        logging.getLogger("fairref").setLevel(logging.ERROR)  # notes are said once a run
     return Processes(dist.get_rank(), world, device), device
 
 

@@ -1,27 +1,40 @@
 """Stable Diffusion itself: a folder in diffusers' layout, or a single-file LDM checkpoint -> ready networks.
 
-Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safetensors each, `tokenizer/` with
-`vocab.json` and `merges.txt`, `scheduler/scheduler_config.json`. Beside a single file, `vocab.json` and
-`merges.txt` must stand in its folder or in `tokenizer/`; config files at the places of diffusers' layout are
-used where they stand beside it, and else the shapes are SD-1.5's.
+Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safetensors each, `tokenizer/`, and
+`scheduler/scheduler_config.json`. A single file needs nothing beside it. What stands beside it counts: a tokenizer in
+its folder or in `tokenizer/`, config files at the places of diffusers' layout, NAME.yaml, NAME.vae.safetensors, and
+`vae/` for a file without a VAE. Without config files the shapes are SD-1.5's.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fairref.bundle.configs import read_config
+from fairref.bundle.configs import check_counts, read_config
+from fairref.bundle.scheduler import read_schedule
+from fairref.bundle.typed import shown
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
-from fairref.files.names import ldm_split, text_encoder_names, vae_names
-from fairref.files.paths import read_json
-from fairref.files.tokenizer import Tokenizer
-from fairref.files.vocabulary import read_vocabulary
-from fairref.files.weights import exists, load_strict, read, ready
+from fairref.files.names import (
+    INPAINTING,
+    LDM_PARTS,
+    check_kind,
+    ldm_split,
+    ldm_unet_names,
+    some_kinds,
+    text_encoder_names,
+    vae_names,
+)
+from fairref.files.paths import read_json, read_text
+from fairref.files.tokenizer import Tokenizer, check_rows
+from fairref.files.vocabulary import clip_vocabulary, has_tokenizer, read_vocabulary
+from fairref.files.weights import find, load_strict, read, read_metadata, ready
 from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
+from fairref.progress import note
 
 
 @dataclass(frozen=True)
@@ -32,21 +45,35 @@ class Network:
     network: type  # built from the settings
     file: str  # weights inside the folder, without `.safetensors`
     sd15: object  # settings where no config.json says them
-    names: object  # (tensors, source) -> tensors with present names
+    peer: str  # its class in model_index.json
 
 
 NETWORKS: dict[str, Network] = {
-    "unet": Network(UNetConfig, UNet, "diffusion_pytorch_model", SD15, lambda tensors, source: tensors),
-    "vae": Network(VAEConfig, VAE, "diffusion_pytorch_model", VAEConfig((128, 256, 512, 512), 2), vae_names),
+    "unet": Network(UNetConfig, UNet, "diffusion_pytorch_model", SD15, "UNet2DConditionModel"),
+    "vae": Network(
+        VAEConfig, VAE, "diffusion_pytorch_model", VAEConfig((128, 256, 512, 512), 2), "AutoencoderKL"
+    ),
     "text_encoder": Network(
         ClipTextConfig,
         ClipText,
         "model",
         ClipTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
-        lambda tensors, source: text_encoder_names(tensors),
+        "CLIPTextModel",
     ),
 }
 SD15_SAMPLE_SIZE = 64  # height and width of z
+MAX_SIDE = 1024  # of z
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of model_index.json
+YAML = {  # key of LDM's configuration -> what it says of SD-1.5, as a text or a number
+    "parameterization": ("eps",),
+    "linear_start": (0.00085,),
+    "linear_end": (0.012,),
+    "timesteps": (1000,),
+    "scale_factor": (0.18215,),
+    "layer": ("last",),
+    "zero_terminal_snr": ("false",),
+    "rescale_betas_zero_snr": ("false",),
+}
 
 
 @dataclass(frozen=True)
@@ -67,75 +94,194 @@ def load_stable_diffusion(
     """The networks of a folder in diffusers' layout or of a single-file checkpoint. Raises UserError."""
     single = path.is_file()
     folder = path.parent if single else path
-    if not single and not (folder / "unet").is_dir():
-        remake = " fairref emoji build makes it." if path.parts[-2:] == ("weights", "emoji") else ""
-        raise UserError(
-            f"{path}: found no unet/ in it; expected a folder with bundle.json, a diffusers-layout folder, "
-            f"or a single *.safetensors file.{remake}"
-        )
-    texts = {name: folder / name / "config.json" for name in NETWORKS}
-    said = {name: read_json(text) for name, text in texts.items() if text.is_file() or not single}
+    sampler = None if single else _check_pipeline(path)
+    said = {}
+    for name in NETWORKS:
+        place = folder / name / "config.json"
+        if place.is_file() or not single:
+            said[name] = read_json(place)
     configs = {
-        name: read_config(network.config, said[name], str(texts[name])) if name in said else network.sd15
+        name: _config(name, said[name], folder / name / "config.json") if name in said else network.sd15
         for name, network in NETWORKS.items()
     }
     networks = {}
     for name, (tensors, source) in _weights(path, single, configs).items():
+        check_counts(configs[name], tensors, source)
         with torch.device("meta"):  # random initial values would take longer than loading
             networks[name] = NETWORKS[name].network(configs[name])
         load_strict(networks[name], tensors, source)
-    tokenizer = _tokenizer(path, single, configs["text_encoder"].max_position_embeddings)
-    _check_sizes(configs, tokenizer, path)
+    tokenizer = _tokenizer(path, single, configs["text_encoder"])
+    _check_sizes(configs, path)
     return StableDiffusion(
         tokenizer=tokenizer,
-        schedule=_schedule(folder, single),
+        schedule=_schedule(folder, single, sampler),
         sample_size=_side(said.get("unet", {}).get("sample_size"), path),
         **{name: ready(network, device, dtype) for name, network in networks.items()},
     )
 
 
+def _check_pipeline(path):
+    """The scheduler's class in model_index.json, if there is one. Raises UserError for a folder of another kind."""
+    index = path / "model_index.json"
+    d = read_json(index) if index.is_file() else {}
+    kind = d.get("_class_name", PIPELINES[0])
+    if kind not in PIPELINES:
+        raise UserError(
+            f"{index}: _class_name is {shown(kind)}; expected {PIPELINES[0]}: use a model of Stable Diffusion 1.x."
+        )
+    if not (path / "unet").is_dir():
+        remake = " fairref emoji build makes it." if path.parts[-2:] == ("weights", "emoji") else ""
+        raise UserError(
+            f"{path}: found no unet/ in it; expected a folder with bundle.json, a diffusers-layout folder, "
+            f"or a single *.safetensors file.{remake}"
+        )
+    for name in (*NETWORKS, "scheduler"):
+        entry = d.get(name, ["", NETWORKS[name].peer if name in NETWORKS else None])
+        peer = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        fits = peer == NETWORKS[name].peer if name in NETWORKS else isinstance(peer, str | None)
+        if not fits:
+            expected = NETWORKS[name].peer if name in NETWORKS else "a scheduler"
+            raise UserError(
+                f"{index}: {name} is {shown(entry)}; expected {expected} of its library: get it again."
+            )
+    return peer  # the scheduler's, which comes last
+
+
+def _config(name, d, path):
+    """The settings of a network's config.json."""
+    channels = d.get("in_channels") if name == "unet" else None
+    if channels in INPAINTING:
+        raise UserError(
+            f"{path}: in_channels is {channels}: an inpainting or edit model; use one that draws from a text alone."
+        )
+    return read_config(NETWORKS[name].config, d, str(path))
+
+
 def _side(sample_size, path):
     """Height and width of z: a number, as diffusers has it, or two that are equal; SD-1.5's where it isn't said."""
-    said = sample_size or SD15_SAMPLE_SIZE
+    said = SD15_SAMPLE_SIZE if sample_size is None else sample_size
     sides = said if isinstance(said, list) else [said]
-    if not all(type(side) is int and side == sides[0] for side in sides):
+    if (
+        not all(type(side) is int and side == sides[0] and 0 < side <= MAX_SIDE for side in sides)
+        or not sides
+    ):
         raise UserError(
-            f"{path}: the U-Net's sample_size is {sample_size!r}; expected a whole number, or a square's two."
+            f"{path}: the U-Net's sample_size is {shown(sample_size)}; expected a whole number up to {MAX_SIDE}, or a"
+            " square's two."
         )
     return sides[0]
 
 
 def _weights(path, single, configs):
     """Part -> (tensors with present names, file for messages)."""
+    shapes = {
+        name: (len(configs[name].block_out_channels), configs[name].layers_per_block)
+        for name in ("unet", "vae")
+    }
     if single:
-        unet, vae = (
-            (len(c.block_out_channels), c.layers_per_block) for c in (configs["unet"], configs["vae"])
+        parts, sources = _single(path)
+    else:
+        files = {name: find(path / name, part.file) for name, part in NETWORKS.items()}
+        parts, sources = (
+            {name: read(file) for name, file in files.items()},
+            {n: str(f) for n, f in files.items()},
         )
-        split = ldm_split(read(path), str(path), unet, vae)
-        return {name: (tensors, f"{path} ({name})") for name, tensors in split.items()}
-    weights = {}
-    for name, part in NETWORKS.items():
-        full, half = (path / name / f"{part.file}{variant}.safetensors" for variant in ("", ".fp16"))
-        file = full if exists(full) or not exists(half) else half
-        weights[name] = part.names(read(file), str(file)), str(file)
-    return weights
+        check_kind({k: v for k, v in parts["unet"].items() if k == "conv_in.weight"}, sources["unet"])
+    text, outside = text_encoder_names(parts["text_encoder"])
+    _say_ignored(sources["text_encoder"], outside)
+    unet = ldm_unet_names(parts["unet"], shapes["unet"], sources["unet"]) if single else parts["unet"]
+    vae = vae_names(parts["vae"], shapes["vae"], sources["vae"])
+    return {
+        name: (part, sources[name]) for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text))
+    }
 
 
-def _schedule(folder, single):
+def _single(path):
+    """Part -> its tensors in LDM's names, and part -> its file for messages."""
+    tensors = read(path)
+    _check_metadata(path)
+    for name in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
+        if name.is_file():
+            _check_yaml(name)
+    parts, outside = ldm_split(tensors, str(path))
+    _say_ignored(path, outside)
+    sources = {name: f"{path} ({name})" for name in parts}
+    own, beside = path.with_suffix(".vae.safetensors"), find(path.parent / "vae", NETWORKS["vae"].file)
+    if own.is_file():
+        note(f"{own}: takes the place of the VAE in {path.name}, as its name says.")
+        parts["vae"], sources["vae"] = read(own), str(own)
+    elif parts["vae"] and beside.is_file():
+        note(f"{beside}: is not read, for {path.name} has its own VAE.")
+    elif beside.is_file():
+        parts["vae"], sources["vae"] = read(beside), str(beside)
+    for name, part in parts.items():
+        if not part:
+            put = f" put it beside the file as {own.name}, or" if name == "vae" else ""
+            raise UserError(
+                f"{path}: found no {LDM_PARTS[name][0]}* in it, the {name};{put} use a whole single-file checkpoint of"
+                " Stable Diffusion 1.x."
+            )
+    return parts, sources
+
+
+def _say_ignored(source, names):
+    if names:
+        note(
+            f"{source}: ignored {len(names)} tensors that belong to none of its networks: {some_kinds(names)}."
+        )
+
+
+def _check_metadata(path):
+    """Raise a UserError for a file whose own header says that it is of another kind."""
+    said = read_metadata(path)
+    prediction = said.get("modelspec.prediction_type", "epsilon")
+    architecture = said.get("modelspec.architecture", "stable-diffusion-v1")
+    if prediction not in ("epsilon", "eps") or not architecture.startswith("stable-diffusion-v1"):
+        raise UserError(
+            f"{path}: its header says modelspec.architecture = {architecture!r} and prediction_type = {prediction!r};"
+            " expected stable-diffusion-v1 and epsilon: use a checkpoint of Stable Diffusion 1.x."
+        )
+
+
+def _check_yaml(path):
+    """Raise a UserError for an LDM configuration that says another model than SD-1.5 of the single file."""
+    for key, value in re.findall(
+        r"^[ \t-]*(\w+):[ \t]*[\"']?([^\s\"'#]+)", read_text(path), flags=re.MULTILINE
+    ):
+        allowed = YAML.get(key)
+        if allowed is None:
+            continue
+        try:
+            fits = any(float(value) == number for number in allowed)
+        except (ValueError, TypeError):
+            fits = value.lower() in allowed
+        if not fits:
+            raise UserError(
+                f"{path}: {key} is {value}; expected {' or '.join(map(str, allowed))}, as of Stable Diffusion 1.x: use"
+                " such a model, or take the file away if it belongs to another."
+            )
+
+
+def _schedule(folder, single, sampler):
     path = folder / "scheduler" / "scheduler_config.json"
-    return Schedule() if single and not path.is_file() else Schedule.from_dict(read_json(path))
+    return Schedule() if single and not path.is_file() else read_schedule(read_json(path), str(path), sampler)
 
 
-def _tokenizer(path, single, length):
+def _tokenizer(path, single, text):
+    """The tokenizer beside it, or CLIP's own for a single file that has none; its ids must be rows of the embedding."""
     places = [path.parent, path.parent / "tokenizer"] if single else [path / "tokenizer"]
-    place = next((p for p in places if (p / "vocab.json").is_file()), None)
-    if place is None:
-        where = " or ".join(str(p) for p in places)
-        raise UserError(f"{path}: no tokenizer with it; put CLIP's vocab.json and merges.txt into {where}.")
-    return Tokenizer(read_vocabulary(place), length)
+    place = next((p for p in places if has_tokenizer(p)), None)
+    if place is None and not single:
+        raise UserError(
+            f"{path}: no tokenizer with it; put CLIP's vocab.json and merges.txt into {places[0]}."
+        )
+    vocabulary = clip_vocabulary() if place is None else read_vocabulary(place)
+    tokenizer = Tokenizer(vocabulary, text.max_position_embeddings)
+    check_rows(tokenizer, text.vocab_size, str(path))
+    return tokenizer
 
 
-def _check_sizes(configs, tokenizer, path):
+def _check_sizes(configs, path):
     """The parts must fit each other, which no single one can tell."""
     text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
     for key, other, found, expected in (
@@ -148,9 +294,3 @@ def _check_sizes(configs, tokenizer, path):
                 f"{path}: the U-Net's {key} is {found}; expected {expected}, the {other}: "
                 "use parts of one model."
             )
-    tokens = tokenizer.vocab_size
-    if tokens > text.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {tokens} tokens; expected at most {text.vocab_size}, as many as the "
-            "text encoder: use this model's vocab.json and merges.txt."
-        )

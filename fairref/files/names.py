@@ -3,7 +3,9 @@
 A table has rows of (prefix in the other layout, prefix here); `rename` applies it.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,15 +13,46 @@ from fairref.errors import UserError
 
 SHOWN = 3  # names in an error message
 
-# The parts of a single-file LDM checkpoint: prefix there -> part.
+# The parts of a single-file LDM checkpoint -> prefixes there, of which the first that it has counts.
 LDM_PARTS = {
-    "model.diffusion_model.": "unet",
-    "first_stage_model.": "vae",
-    "cond_stage_model.transformer.": "text_encoder",
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": (
+        "cond_stage_model.transformer.",
+        "cond_stage_model.clip_l.transformer.",
+        "text_encoders.clip_l.transformer.",
+        "clip_l.transformer.",
+    ),
 }
+WRAPPER = "state_dict."  # before every name in a file that was a training checkpoint
+# Of other kinds of models: the beginning of a name, after `model.diffusion_model.` is taken off -> the kind.
+OTHER_KINDS = {
+    "conditioner.embedders.": "SDXL",
+    "label_emb.": "SDXL",
+    "joint_blocks.": "SD-3",
+    "double_blocks.": "Flux",
+    "single_blocks.": "Flux",
+    "single_transformer_blocks.": "Flux",
+    "cond_stage_model.model.": "SD-2",
+    "control_model.": "a ControlNet",
+    "lora_unet_": "a LoRA",
+    "lora_te": "a LoRA",
+    "unet.": "a LoRA or a U-Net in diffusers' names",
+    "down_blocks.": "a U-Net alone, in diffusers' names",
+    "emb_params": "an embedding",
+    "string_to_param": "an embedding",
+}
+V_PREDICTION = "a model that predicts v, not the noise"
+MARKERS = {  # tensors that say something of the whole model -> what
+    "v_pred": V_PREDICTION,
+    "ztsnr": "a model of a schedule that ends in pure noise",
+    "edm_mean": "a model of EDM's kind",
+    "edm_vpred.sigma_max": V_PREDICTION,
+}
+INPAINTING = (8, 9)  # channels into the U-Net of models that edit or fill in an image
 # Tensors of a checkpoint that belong to no network: the moving average of training, the autoencoder's
 # discriminator, the schedule's tables. `position_ids` are ignored too, in any place.
-IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
+IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")
 IGNORED_NAMES = {
     "betas",
     "alphas_cumprod",
@@ -162,16 +195,34 @@ def squeeze_vae_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def vae_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the tensors of a diffusers VAE file of any version, with its present names and shapes."""
+def vae_names(tensors: dict[str, Tensor], shape: tuple[int, int], source: str) -> dict[str, Tensor]:
+    """Return the tensors of a VAE file of any layout, with present names and shapes. Raises UserError.
+
+    The layouts are diffusers' of any version and LDM's, of which `shape` is (levels, layers per block).
+    """
+    for prefix in LDM_PARTS["vae"]:
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    if is_ldm_vae(tensors):
+        return ldm_vae_names(tensors, shape, source)
     return squeeze_vae_attention(rename(tensors, VAE_LEGACY, source))
 
 
-def text_encoder_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a CLIPTextModel's tensors with `text_model.` in front; transformers 5.6 and later write none."""
-    if any(key.startswith("text_model.") for key in tensors):
-        return tensors
-    return {f"text_model.{key}": tensor for key, tensor in tensors.items()}
+def text_encoder_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a text tower's tensors with `text_model.` in front, and the names of what belongs to a CLIPModel alone.
+
+    transformers 5.6 and later write no `text_model.`.
+    """
+    bare = not any(key.startswith("text_model.") for key in tensors)
+    named = {
+        f"text_model.{key}" if bare and not _of_clip(key) else key: tensor for key, tensor in tensors.items()
+    }
+    inside = {key: tensor for key, tensor in named.items() if key.startswith("text_model.")}
+    return inside, [key for key in named if key not in inside]
+
+
+def _of_clip(key):
+    """Whether a tensor belongs to a CLIPModel, outside its text tower."""
+    return key == "logit_scale" or key.startswith(("text_projection", "visual_projection", "vision_model."))
 
 
 def open_clip_table(text_layers: int, vision_layers: int) -> list[tuple[str, str]]:
@@ -203,6 +254,9 @@ def open_clip_names(tensors: dict[str, Tensor], layers: tuple[int, int], source:
     `layers`: of the text and the image tower. open_clip has queries, keys and values in one matrix of three blocks,
     and multiplies projections from the right.
     """
+    text, vision = r"transformer\.resblocks\.(\d+)\.", r"visual\.transformer\.resblocks\.(\d+)\."
+    check_count(tensors, text, layers[0], "text_cfg's layers", source)
+    check_count(tensors, vision, layers[1], "vision_cfg's layers", source)
     apart = {}
     for key, tensor in tensors.items():
         if ".attn.in_proj_" in key:
@@ -220,37 +274,79 @@ def ignored(key: str) -> bool:
     return key.startswith(IGNORED_PREFIXES) or key in IGNORED_NAMES or key.split(".")[-1] == "position_ids"
 
 
-def ldm_split(
-    tensors: dict[str, Tensor], source: str, unet: tuple[int, int] = (4, 2), vae: tuple[int, int] = (4, 2)
-) -> dict[str, dict[str, Tensor]]:
-    """Return the parts "unet", "vae" and "text_encoder" of a single-file LDM checkpoint, renamed.
+def count(tensors: Iterable[str], pattern: str) -> int:
+    """Return how many layers the names number: of a pattern with one group, how many values the group has."""
+    matches = (re.match(pattern, name) for name in tensors)
+    return len({match[1] for match in matches if match})
 
-    `unet` and `vae` are (levels, layers per block). Raises UserError for a tensor of none of the three.
-    """
-    parts = {part: {} for part in LDM_PARTS.values()}
-    strangers = []
-    for key, tensor in tensors.items():
-        if ignored(key):
-            continue
-        prefix = next((p for p in LDM_PARTS if key.startswith(p)), None)
-        if prefix is None:
-            strangers.append(key)
-        else:
-            parts[LDM_PARTS[prefix]][key.removeprefix(prefix)] = tensor
-    empty = [p for p, part in LDM_PARTS.items() if not parts[part]]
-    if strangers or empty:
-        problem = f"found {some(strangers)}" if strangers else f"found no {empty[0]}*"
+
+def check_count(tensors: Iterable[str], pattern: str, expected: int, setting: str, source: str) -> None:
+    """Raise a UserError unless the names number as many layers as a setting says; before anything is built of it."""
+    found = count(tensors, pattern)
+    if found != expected:
+        names = pattern.replace("\\", "").replace("(d+)", "N")
         raise UserError(
-            f"{source}: {problem}, expected {', '.join(p + '*' for p in LDM_PARTS)}; "
-            "use a whole single-file checkpoint of Stable Diffusion 1.x."
+            f"{source}: has {found} of the layers {names}*, but {setting} asks for {expected}; use the configuration"
+            " and weights that belong together."
         )
-    return {
-        "unet": rename(parts["unet"], unet_table(*unet), source),
-        "vae": squeeze_vae_attention(rename(parts["vae"], vae_table(*vae), source)),
-        "text_encoder": text_encoder_names(parts["text_encoder"]),
-    }
+
+
+def check_kind(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise a UserError for the tensors of a model that is no Stable Diffusion 1.x, by its kind."""
+    for key, tensor in tensors.items():
+        name = key.removeprefix(LDM_PARTS["unet"][0])
+        kind = MARKERS.get(key) or next(
+            (kind for start, kind in OTHER_KINDS.items() if name.startswith(start)), None
+        )
+        is_first = name in ("input_blocks.0.0.weight", "conv_in.weight")
+        if is_first and tensor.dim() == 4 and tensor.shape[1] in INPAINTING:
+            kind = f"an inpainting or edit model, whose U-Net takes {tensor.shape[1]} channels"
+        if kind is not None:
+            raise UserError(f"{source}: is {kind} ({key}); use a checkpoint of Stable Diffusion 1.x.")
+
+
+def ldm_split(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Return the parts of a single-file LDM checkpoint without their prefixes, and the names that belong to none.
+
+    Raises UserError for a checkpoint of another kind; a part that is absent is empty.
+    """
+    tensors = {key.removeprefix(WRAPPER): tensor for key, tensor in tensors.items()}
+    check_kind(tensors, source)
+    parts, rest = {}, dict(tensors)
+    for part, prefixes in LDM_PARTS.items():
+        prefix = next((p for p in prefixes if any(key.startswith(p) for key in rest)), prefixes[0])
+        names = [key for key in rest if key.startswith(prefix) and not key.startswith(IGNORED_PREFIXES)]
+        parts[part] = {key.removeprefix(prefix): rest.pop(key) for key in names}
+    return parts, [key for key in rest if key.split(".")[-1] != "position_ids"]
+
+
+def ldm_unet_names(tensors: dict[str, Tensor], shape: tuple[int, int], source: str) -> dict[str, Tensor]:
+    """Return the tensors of LDM's U-Net of (levels, layers per block) under diffusers' names. Raises UserError."""
+    levels, layers = shape
+    setting = f"block_out_channels, with layers_per_block = {layers},"
+    check_count(tensors, r"input_blocks\.(\d+)\.", levels * (layers + 1), setting, source)
+    return rename(tensors, unet_table(*shape), source)
+
+
+def is_ldm_vae(tensors: Iterable[str]) -> bool:
+    """Return whether a VAE's tensors have LDM's names."""
+    return any(key.startswith("encoder.down.") for key in tensors)
+
+
+def ldm_vae_names(tensors: dict[str, Tensor], shape: tuple[int, int], source: str) -> dict[str, Tensor]:
+    """Return the tensors of LDM's VAE of (levels, layers per block) under diffusers' names. Raises UserError."""
+    levels, layers = shape
+    check_count(tensors, r"encoder\.down\.(\d+)\.", levels, "block_out_channels", source)
+    check_count(tensors, r"encoder\.down\.0\.block\.(\d+)\.", layers, "layers_per_block", source)
+    return squeeze_vae_attention(rename(tensors, vae_table(*shape), source))
 
 
 def some(names: list[str]) -> str:
     """Return the first few names, for a message."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def some_kinds(names: list[str]) -> str:
+    """Return the first parts of names, each with how often it stands there, for a message."""
+    kinds = Counter(name.split(".")[0] + ("." if "." in name else "") for name in names)
+    return ", ".join(f"{kind}* ({n})" if kind.endswith(".") else kind for kind, n in sorted(kinds.items()))

@@ -33,11 +33,11 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, object]:
-    """Return the object of a JSON file, whose keys stand in it once and whose numbers are finite. Raises UserError."""
+    """Return the object of a JSON file, in which no key stands twice. Raises UserError."""
     path = Path(path)
     text = read_text(path)
     try:
-        d = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        d = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); get or write the file again.") from error
     if not isinstance(d, dict):
@@ -45,21 +45,13 @@ def read_json(path: str | Path) -> dict[str, object]:
     return d
 
 
-def _once(pairs):
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return the object of a JSON text; an `object_pairs_hook`. Raises ValueError for a key that stands in it twice."""
     d = dict(pairs)
     if len(d) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
     return d
-
-
-def _no_number(text):
-    raise ValueError(f"{text} is no number that JSON knows")
-
-
-def _finite(text):
-    value = float(text)
-    return value if math.isfinite(value) else _no_number(text)
 
 
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:

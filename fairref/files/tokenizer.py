@@ -52,8 +52,8 @@ class Tokenizer:
             raise UserError(f"token length is {length}, but BOS and EOS alone need 2: use 77")
         if (vocabulary.max_length or length) < length:
             raise UserError(
-                f"{vocabulary.source}: model_max_length beside it is {vocabulary.max_length}; expected {length}, as many"
-                " as the text encoder takes: use this model's files."
+                f"{vocabulary.source}: model_max_length beside it is {vocabulary.max_length}; expected {length}, as"
+                " many as the text encoder takes: use this model's files."
             )
         ids = vocabulary.ids
         self.length, self.source = length, vocabulary.source
@@ -78,6 +78,15 @@ class Tokenizer:
             start += [rest.offsets[1][0] for rest in encoding.overflowing[:1]]
             lost.append(text[start[0] :].strip() if start else "")
         return lost
+
+
+def check_rows(tokenizer: Tokenizer, rows: int, source: str) -> None:
+    """Raise a UserError if the tokenizer has more tokens than the embedding has rows; `source` names the latter."""
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens ({tokenizer.source}); expected at most {rows},"
+            " as many as the text encoder: put this model's vocab.json and merges.txt there."
+        )
 
 
 def _checked(texts):

@@ -258,8 +258,8 @@ def _check(ids, made, merges, source):
         return
     token = next((t for t in made if ids.get(t) != made[t]), next((t for t in ids if t not in made), ""))
     raise UserError(
-        f"{source}: {len(ids)} tokens don't belong to {len(merges)} merges, which make {len(made)}: 512 of bytes, one for"
-        f" each merge and two more, with {token!r} as {made.get(token)}, found {ids.get(token)}; take both from one"
+        f"{source}: {len(ids)} tokens don't belong to {len(merges)} merges, which make {len(made)}: 512 of bytes, one"
+        f" for each merge and two more, with {token!r} as {made.get(token)}, found {ids.get(token)}; take both from one"
         " model."
     )
 
@@ -295,7 +295,7 @@ def _joined(ids, added, pad, folder):
     for expected, (token, i) in enumerate(new.items(), len(ids)):
         if i != expected or token in ids:
             raise UserError(
-                f"{folder}: the added token {token!r} has the id {i}; expected {ids.get(token, expected)}: take all files"
-                " of the tokenizer from one model."
+                f"{folder}: the added token {token!r} has the id {i}; expected {ids.get(token, expected)}: take all"
+                " files of the tokenizer from one model."
             )
     return {**ids, **new}
