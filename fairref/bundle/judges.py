@@ -5,7 +5,6 @@ A judge's folder holds `model.safetensors`, or one .pth, .pt or .bin file as the
 """
 
 import json
-import math
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -280,15 +279,21 @@ def load_sprites() -> Sprites:
 def read_template_settings(path: str | Path) -> tuple[float, dict[str, float]]:
     """The threshold and each look's share of a templates.json. Raises UserError."""
     d = read_json(path)
-    try:
-        threshold, shares = float(d["threshold"]), {look: float(d["shares"][look]) for look in LOOKS}
-        if not (0 < threshold < math.inf and all(0.5 < m <= 1.5 for m in shares.values())):
-            raise ValueError("a threshold that is not positive, or a share outside 0.5 to 1.5")
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    shares = d.get("shares")
+    found = read_values({"threshold": float}, d, str(path))
+    found |= {
+        "shares": read_values(
+            dict.fromkeys(LOOKS, float), shares if isinstance(shares, dict) else {}, str(path)
+        )
+    }
+    threshold, shares = found.get("threshold", 0.0), found["shares"]
+    if not (
+        threshold > 0 and set(shares) == set(LOOKS) and all(0.5 < share <= 1.5 for share in shares.values())
+    ):
         raise UserError(
-            f'{path}: found {error!r}, expected a JSON object with a number "threshold" and one for each look '
-            'under "shares"; take the file from the bundle it belongs to.'
-        ) from None
+            f"{path}: found threshold {threshold:g} and {len(shares)} shares, expected a JSON object with a number"
+            f" above 0 and one from 0.5 to 1.5 for each of {len(LOOKS)} looks; take the file from its bundle."
+        )
     return threshold, shares
 
 

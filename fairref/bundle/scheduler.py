@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from fairref.bundle.typed import read_values, shown
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
+from fairref.files.paths import refuse_mistyped
 from fairref.progress import note
 
 SOLVER = "DPMSolverMultistepScheduler"  # what fairref draws with, in diffusers' words
@@ -45,6 +46,7 @@ def read_schedule(d: Mapping[str, object], source: str, sampler: str | None = No
     What describes the model is taken or refused. What only chooses a sampler is said, for fairref has its own, which is
     diffusers' DPMSolverMultistepScheduler with its defaults. `source` names the file. Raises UserError.
     """
+    refuse_mistyped((*FIELDS, *MODEL, *SAMPLER), d, source)
     sampler = sampler or d.get("_class_name") or SOLVER
     if not isinstance(sampler, str):
         raise UserError(f"{source}: _class_name is {shown(sampler)}; expected a scheduler of diffusers.")

@@ -27,7 +27,7 @@ from fairref.files.names import (
     text_encoder_names,
     vae_names,
 )
-from fairref.files.paths import read_json, read_text
+from fairref.files.paths import read_json, read_text, refuse_mistyped
 from fairref.files.tokenizer import Tokenizer, check_rows
 from fairref.files.vocabulary import clip_vocabulary, has_tokenizer, read_vocabulary
 from fairref.files.weights import find, load_strict, read, read_metadata, ready
@@ -115,7 +115,7 @@ def load_stable_diffusion(
     return StableDiffusion(
         tokenizer=tokenizer,
         schedule=_schedule(folder, single, sampler),
-        sample_size=_side(said.get("unet", {}).get("sample_size"), path),
+        sample_size=_side(said.get("unet", {}).get("sample_size", SD15_SAMPLE_SIZE), path),
         **{name: ready(network, device, dtype) for name, network in networks.items()},
     )
 
@@ -154,13 +154,13 @@ def _config(name, d, path):
         raise UserError(
             f"{path}: in_channels is {channels}: an inpainting or edit model; use one that draws from a text alone."
         )
+    refuse_mistyped(("sample_size",) if name == "unet" else (), d, str(path))
     return read_config(NETWORKS[name].config, d, str(path))
 
 
 def _side(sample_size, path):
     """Height and width of z: a number, as diffusers has it, or two that are equal; SD-1.5's where it isn't said."""
-    said = SD15_SAMPLE_SIZE if sample_size is None else sample_size
-    sides = said if isinstance(said, list) else [said]
+    sides = sample_size if isinstance(sample_size, list) else [sample_size]
     if (
         not all(type(side) is int and side == sides[0] and 0 < side <= MAX_SIDE for side in sides)
         or not sides

@@ -7,6 +7,7 @@ from types import UnionType
 from typing import TypeVar, get_args, get_origin
 
 from fairref.errors import UserError
+from fairref.files.paths import refuse_mistyped
 
 MAX_NUMBER = 100_000  # no size of a network is larger; below it no product of sizes overflows
 MAX_ITEMS = 64  # of a list
@@ -34,6 +35,7 @@ def read_values(kinds: Mapping[str, object], d: Mapping[str, object], source: st
 
 def read_dataclass(cls: type[Config], d: Mapping[str, object], source: str) -> Config:
     """Return the dataclass with the values of `d`, by its fields' types; other keys are ignored. Raises UserError."""
+    refuse_mistyped([field.name for field in fields(cls)], d, source)
     values = read_values({field.name: field.type for field in fields(cls)}, d, source)
     lacking = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
     if lacking:

@@ -3,10 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from fairref.errors import UserError
+
+ALIKE = {"bos_token_id", "pad_token_id"}  # keys that are no mistyped others
+ALIKE_FROM = 0.85  # likeness of a key to one that is absent, from which on it is taken for mistyped
 
 
 def expanded(path: str | Path) -> Path:
@@ -52,6 +56,18 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
     return d
+
+
+def refuse_mistyped(names: Iterable[str], d: Mapping[str, object], source: str) -> None:
+    """Raise a UserError for a key that is almost one of `names`, where that one is absent; `source` names the file."""
+    names = list(names)
+    keys = {key.lower(): key for key in d if key not in ALIKE and key not in names}
+    for name in names:
+        close = [] if name in d else get_close_matches(name.lower(), keys, n=1, cutoff=ALIKE_FROM)
+        if close:
+            raise UserError(
+                f"{source}: found key {keys[close[0]]!r}, expected {name!r}; correct its spelling."
+            )
 
 
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairref.errors import UserError
-from fairref.files.paths import read_json, read_text
+from fairref.files.paths import read_json, read_text, refuse_mistyped
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -41,6 +41,7 @@ PLAIN = {  # key of tokenizer_config.json -> the values that are implemented, No
     "additional_special_tokens": (None, []),
     "extra_special_tokens": (None, [], {}),
 }
+KEYS = (*PLAIN, "pad_token", "model_max_length", "added_tokens_decoder")
 MODEL = {  # key of tokenizer.json's "model" -> the same
     "type": (None, "BPE"),
     "end_of_word_suffix": (END_OF_WORD,),
@@ -204,6 +205,11 @@ def _config(folder):
     special = read_json(folder / SPECIAL) if (folder / SPECIAL).is_file() else {}
     merged = config if "added_tokens_decoder" in config else {**config, **special}
     for d, name in ((config, CONFIG), (special, SPECIAL)):
+        if d and not set(d) & set(KEYS):
+            raise UserError(
+                f"{folder / name}: is no tokenizer's file, it has {next(iter(d))!r}; get it again."
+            )
+        refuse_mistyped(KEYS, d, str(folder / name))
         _refuse_others(d, PLAIN, folder / name)
     return merged
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,8 @@ from fairref.files.paths import once, read_json
 from fairref.progress import note
 
 Network = TypeVar("Network", bound=nn.Module)
+# what torch's reader says of a pickle that is more than tensors
+CODE = re.compile(r"Unsupported (global|class)|allowed global|Trying to|Can only")
 PICKLES = (".pth", ".pt", ".bin")
 # the one key of our files' metadata; the order of several would differ between runs
 INFO = "fairref"
@@ -144,13 +147,23 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
     Of a training checkpoint it takes "state_dict" or "model". Raises UserError for a file that needs more than that.
     """
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise UserError(
+                f"{path}: {damaged} in it has another checksum than it should; get the file again."
+            )
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        _, _, reason = str(error).partition("WeightsUnpickler error: ")
+        if not CODE.search(reason):
+            line = next(
+                iter(reason.split("\n\n")[0].strip().splitlines() or str(error).splitlines()), "no pickle"
+            )
+            raise UserError(f"{path}: can't be read ({line}); get the file again.") from None
         raise UserError(
             f"{path}: holds more than tensors, which could run code and isn't read; where you trust it, write its"
             ' tensors anew: safetensors.torch.save_file(network.state_dict(), "model.safetensors").'
         ) from None
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # of a damaged file torch's reader raises almost any
         reason = (
@@ -213,7 +226,8 @@ def _data_bytes(header, path):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged safetensors file (its header: {error}); get it again.") from None
     try:
-        return max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
+        ends = (e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__")
+        return max((end for end in ends if type(end) is int), default=0)
     except (LookupError, TypeError, AttributeError):
         return 0
 
