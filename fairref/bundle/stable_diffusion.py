@@ -115,7 +115,9 @@ def load_stable_diffusion(
     return StableDiffusion(
         tokenizer=tokenizer,
         schedule=_schedule(folder, single, sampler),
-        sample_size=_side(said.get("unet", {}).get("sample_size", SD15_SAMPLE_SIZE), path),
+        sample_size=_side(
+            said.get("unet", {}).get("sample_size", SD15_SAMPLE_SIZE), folder / "unet/config.json"
+        ),
         **{name: ready(network, device, dtype) for name, network in networks.items()},
     )
 

@@ -4,13 +4,18 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from fairref.errors import UserError
 
-ALIKE = {"bos_token_id", "pad_token_id"}  # keys that are no mistyped others
-ALIKE_FROM = 0.85  # likeness of a key to one that is absent, from which on it is taken for mistyped
+# keys of diffusers' and transformers' files that are no mistyped others
+ALIKE = {
+    *("bos_token_id", "pad_token_id", "max_length"),
+    *("cross_attention_norm", "timestep_scaling", "threshold", "solver_p", "clip_sample_range"),
+}
+ALIKE_FROM = 0.81  # likeness from which on one name is taken for another, mistyped
+SHORT = 6  # letters of a name that may be what is left of another
 
 
 def expanded(path: str | Path) -> Path:
@@ -61,13 +66,18 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def refuse_mistyped(names: Iterable[str], d: Mapping[str, object], source: str) -> None:
     """Raise a UserError for a key that is almost one of `names`, where that one is absent; `source` names the file."""
     names = list(names)
-    keys = {key.lower(): key for key in d if key not in ALIKE and key not in names}
+    others = [key for key in d if key not in ALIKE and key not in names]
     for name in names:
-        close = [] if name in d else get_close_matches(name.lower(), keys, n=1, cutoff=ALIKE_FROM)
-        if close:
-            raise UserError(
-                f"{source}: found key {keys[close[0]]!r}, expected {name!r}; correct its spelling."
-            )
+        mistyped = "" if name in d else next((key for key in others if _is_almost(key, name)), "")
+        if mistyped:
+            raise UserError(f"{source}: found key {mistyped!r}, expected {name!r}; correct its spelling.")
+
+
+def _is_almost(key, name):
+    """Whether two names are alike, or one is the other with a piece put into it."""
+    short, long = sorted((key.lower(), name.lower()), key=len)
+    pieces = (long.startswith(short[:i]) and long.endswith(short[i:]) for i in range(1, len(short)))
+    return SequenceMatcher(None, short, long).ratio() >= ALIKE_FROM or (len(short) >= SHORT and any(pieces))
 
 
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:

@@ -399,6 +399,7 @@ def test_judges_of_a_manifest(full):
         ),
         ({"resolution": "64"}, "bundle.json: resolution is '64'; expected a value of type int"),
         ({"resolution": True}, "bundle.json: resolution is True; expected a value of type int"),
+        ({"resolution": 10**30}, r"bundle.json: resolution is 10+ pixels; expected at most 8192"),
         ({"resolution": 60}, "resolution is 60 pixels; expected a positive multiple of 8"),
         ({"resolution": 0}, "resolution is 0 pixels; expected a positive multiple of 8"),
         (

@@ -13,7 +13,7 @@ from torch import nn
 from fairref.errors import UserError
 from fairref.files import weights as weights_io
 from fairref.files.names import ignored, ldm_split, rename, squeeze_vae_attention, unet_table, vae_table
-from fairref.files.paths import read_json
+from fairref.files.paths import read_json, refuse_mistyped
 from fairref.files.weights import load_strict, read
 
 # Names of the public SD-1.5 checkpoint and of its diffusers conversion, one of each kind.
@@ -344,12 +344,38 @@ def test_json_files(tmp_path):
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[1]", "found a list, expected a JSON object"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands in it twice"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             read_json(path)
-    path.write_text('{"a": [1]}')
-    assert read_json(path) == {"a": [1]}
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        read_json(path)
+    for mark in ("", "\ufeff"):
+        path.write_text(mark + '{"a": [1]}', encoding="utf-8")
+        assert read_json(path) == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    "key, mistyped",
+    [
+        *(
+            ("scaling_factr", True),
+            ("SCALING_FACTOR", True),
+            ("scalinging_factor", True),
+            ("sca_factor", True),
+        ),
+        *(("scaling", False), ("factor", False), ("latents_mean", False)),
+    ],
+)
+def test_a_key_that_is_mistyped_is_refused_where_the_right_one_is_absent(key, mistyped):
+    refuse_mistyped(["scaling_factor"], {key: 1, "scaling_factor": 2}, "file")
+    if mistyped:
+        with pytest.raises(UserError, match=f"^file: found key '{key}', expected 'scaling_factor'"):
+            refuse_mistyped(["scaling_factor"], {key: 1}, "file")
+    else:
+        refuse_mistyped(["scaling_factor"], {key: 1}, "file")
 
 
 def test_ignored_names_are_whole_names():
