@@ -6,7 +6,6 @@ its folder or in `tokenizer/`, config files at the places of diffusers' layout, 
 `vae/` for a file without a VAE. Without config files the shapes are SD-1.5's.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,27 +13,24 @@ import torch
 
 from fairref.bundle.configs import check_counts, read_config
 from fairref.bundle.scheduler import read_schedule
+from fairref.bundle.single_file import read_single, say_ignored
 from fairref.bundle.typed import shown
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
 from fairref.files.names import (
     INPAINTING,
-    LDM_PARTS,
     check_kind,
-    ldm_split,
     ldm_unet_names,
-    some_kinds,
     text_encoder_names,
     vae_names,
 )
-from fairref.files.paths import read_json, read_text, refuse_mistyped
+from fairref.files.paths import read_json, refuse_mistyped
 from fairref.files.tokenizer import Tokenizer, check_rows
 from fairref.files.vocabulary import clip_vocabulary, has_tokenizer, read_vocabulary
-from fairref.files.weights import find, load_strict, read, read_metadata, ready
+from fairref.files.weights import find, load_strict, read, ready
 from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
-from fairref.progress import note
 
 
 @dataclass(frozen=True)
@@ -45,35 +41,29 @@ class Network:
     network: type  # built from the settings
     file: str  # weights inside the folder, without `.safetensors`
     sd15: object  # settings where no config.json says them
-    peer: str  # its class in model_index.json
+    peer: list[str]  # its library and class in model_index.json
 
 
 NETWORKS: dict[str, Network] = {
-    "unet": Network(UNetConfig, UNet, "diffusion_pytorch_model", SD15, "UNet2DConditionModel"),
+    "unet": Network(UNetConfig, UNet, "diffusion_pytorch_model", SD15, ["diffusers", "UNet2DConditionModel"]),
     "vae": Network(
-        VAEConfig, VAE, "diffusion_pytorch_model", VAEConfig((128, 256, 512, 512), 2), "AutoencoderKL"
+        VAEConfig,
+        VAE,
+        "diffusion_pytorch_model",
+        VAEConfig((128, 256, 512, 512), 2),
+        ["diffusers", "AutoencoderKL"],
     ),
     "text_encoder": Network(
         ClipTextConfig,
         ClipText,
         "model",
         ClipTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
-        "CLIPTextModel",
+        ["transformers", "CLIPTextModel"],
     ),
 }
 SD15_SAMPLE_SIZE = 64  # height and width of z
 MAX_SIDE = 1024  # of z
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of model_index.json
-YAML = {  # key of LDM's configuration -> what it says of SD-1.5, as a text or a number
-    "parameterization": ("eps",),
-    "linear_start": (0.00085,),
-    "linear_end": (0.012,),
-    "timesteps": (1000,),
-    "scale_factor": (0.18215,),
-    "layer": ("last",),
-    "zero_terminal_snr": ("false",),
-    "rescale_betas_zero_snr": ("false",),
-}
 
 
 @dataclass(frozen=True)
@@ -137,26 +127,30 @@ def _check_pipeline(path):
             f"{path}: found no unet/ in it; expected a folder with bundle.json, a diffusers-layout folder, "
             f"or a single *.safetensors file.{remake}"
         )
-    for name in (*NETWORKS, "scheduler"):
-        entry = d.get(name, ["", NETWORKS[name].peer if name in NETWORKS else None])
-        peer = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        fits = peer == NETWORKS[name].peer if name in NETWORKS else isinstance(peer, str | None)
-        if not fits:
-            expected = NETWORKS[name].peer if name in NETWORKS else "a scheduler"
+    for name, network in NETWORKS.items():
+        if d.get(name, network.peer) != network.peer:
             raise UserError(
-                f"{index}: {name} is {shown(entry)}; expected {expected} of its library: get it again."
+                f"{index}: {name} is {shown(d[name])}; expected {network.peer}: get the file again."
             )
-    return peer  # the scheduler's, which comes last
+    sampler = d.get("scheduler", [None, None])
+    if not (isinstance(sampler, list) and len(sampler) == 2 and isinstance(sampler[1], str | None)):
+        raise UserError(
+            f"{index}: scheduler is {shown(sampler)}; expected a library and a class: get it again."
+        )
+    return sampler[1]
 
 
 def _config(name, d, path):
     """The settings of a network's config.json."""
-    channels = d.get("in_channels") if name == "unet" else None
-    if channels in INPAINTING:
-        raise UserError(
-            f"{path}: in_channels is {channels}: an inpainting or edit model; use one that draws from a text alone."
-        )
-    refuse_mistyped(("sample_size",) if name == "unet" else (), d, str(path))
+    if name == "unet":
+        channels, kind = d.get("in_channels"), None
+        if channels in INPAINTING:
+            kind = f"an inpainting or edit model, whose U-Net takes {channels} channels"
+        if d.get("addition_embed_type") == "text_time":
+            kind = "SDXL"
+        if kind:
+            raise UserError(f"{path}: is of {kind}; use a model of Stable Diffusion 1.x.")
+        refuse_mistyped(("sample_size",), d, str(path))
     return read_config(NETWORKS[name].config, d, str(path))
 
 
@@ -181,87 +175,19 @@ def _weights(path, single, configs):
         for name in ("unet", "vae")
     }
     if single:
-        parts, sources = _single(path)
+        parts, sources = read_single(path)
     else:
         files = {name: find(path / name, part.file) for name, part in NETWORKS.items()}
-        parts, sources = (
-            {name: read(file) for name, file in files.items()},
-            {n: str(f) for n, f in files.items()},
-        )
+        parts = {name: read(file) for name, file in files.items()}
+        sources = {name: str(file) for name, file in files.items()}
         check_kind({k: v for k, v in parts["unet"].items() if k == "conv_in.weight"}, sources["unet"])
     text, outside = text_encoder_names(parts["text_encoder"])
-    _say_ignored(sources["text_encoder"], outside)
+    say_ignored(sources["text_encoder"], outside)
     unet = ldm_unet_names(parts["unet"], shapes["unet"], sources["unet"]) if single else parts["unet"]
     vae = vae_names(parts["vae"], shapes["vae"], sources["vae"])
     return {
         name: (part, sources[name]) for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text))
     }
-
-
-def _single(path):
-    """Part -> its tensors in LDM's names, and part -> its file for messages."""
-    tensors = read(path)
-    _check_metadata(path)
-    for name in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
-        if name.is_file():
-            _check_yaml(name)
-    parts, outside = ldm_split(tensors, str(path))
-    _say_ignored(path, outside)
-    sources = {name: f"{path} ({name})" for name in parts}
-    own, beside = path.with_suffix(".vae.safetensors"), find(path.parent / "vae", NETWORKS["vae"].file)
-    if own.is_file():
-        note(f"{own}: takes the place of the VAE in {path.name}, as its name says.")
-        parts["vae"], sources["vae"] = read(own), str(own)
-    elif parts["vae"] and beside.is_file():
-        note(f"{beside}: is not read, for {path.name} has its own VAE.")
-    elif beside.is_file():
-        parts["vae"], sources["vae"] = read(beside), str(beside)
-    for name, part in parts.items():
-        if not part:
-            put = f" put it beside the file as {own.name}, or" if name == "vae" else ""
-            raise UserError(
-                f"{path}: found no {LDM_PARTS[name][0]}* in it, the {name};{put} use a whole single-file checkpoint of"
-                " Stable Diffusion 1.x."
-            )
-    return parts, sources
-
-
-def _say_ignored(source, names):
-    if names:
-        note(
-            f"{source}: ignored {len(names)} tensors that belong to none of its networks: {some_kinds(names)}."
-        )
-
-
-def _check_metadata(path):
-    """Raise a UserError for a file whose own header says that it is of another kind."""
-    said = read_metadata(path)
-    prediction = said.get("modelspec.prediction_type", "epsilon")
-    architecture = said.get("modelspec.architecture", "stable-diffusion-v1")
-    if prediction not in ("epsilon", "eps") or not architecture.startswith("stable-diffusion-v1"):
-        raise UserError(
-            f"{path}: its header says modelspec.architecture = {architecture!r} and prediction_type = {prediction!r};"
-            " expected stable-diffusion-v1 and epsilon: use a checkpoint of Stable Diffusion 1.x."
-        )
-
-
-def _check_yaml(path):
-    """Raise a UserError for an LDM configuration that says another model than SD-1.5 of the single file."""
-    for key, value in re.findall(
-        r"^[ \t-]*(\w+):[ \t]*[\"']?([^\s\"'#]+)", read_text(path), flags=re.MULTILINE
-    ):
-        allowed = YAML.get(key)
-        if allowed is None:
-            continue
-        try:
-            fits = any(float(value) == number for number in allowed)
-        except (ValueError, TypeError):
-            fits = value.lower() in allowed
-        if not fits:
-            raise UserError(
-                f"{path}: {key} is {value}; expected {' or '.join(map(str, allowed))}, as of Stable Diffusion 1.x: use"
-                " such a model, or take the file away if it belongs to another."
-            )
 
 
 def _schedule(folder, single, sampler):

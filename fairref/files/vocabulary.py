@@ -272,11 +272,9 @@ def _check(ids, made, merges, source):
 
 def _pad(folder, config, alone):
     """What fills up a text: the configuration's, else that of tokenizer.json, else EOS."""
-    padding = alone.get("padding")
-    pad = (
-        config.get("pad_token") or (padding.get("pad_token") if isinstance(padding, dict) else padding) or EOS
-    )
-    pad = _content(pad)
+    padding = alone.get("padding") or {"pad_token": EOS}
+    pad = _content(config["pad_token"]) if "pad_token" in config else padding
+    pad = pad.get("pad_token") if isinstance(pad, dict) else pad
     if not isinstance(pad, str) or not pad:
         raise UserError(f"{folder}: its pad_token is {pad!r}; expected a token: correct {CONFIG}.")
     return pad

@@ -375,6 +375,10 @@ REFUSED = {  # layout -> (folder -> what is loaded, a part of the sentence)
         lambda f: written("model_index.json", '{"_class_name": "StableDiffusionXLPipeline"}', f),
         "_class_name is 'StableDiffusionXLPipeline'; expected StableDiffusionPipeline",
     ),
+    "SDXL's U-Net": (
+        lambda f: edit(f / "unet/config.json", lambda d: d.update(addition_embed_type="text_time")) or f,
+        "config.json: is of SDXL",
+    ),
     "Flux's folder": (
         lambda f: (
             shutil.move(f / "unet", f / "transformer"),
@@ -384,7 +388,7 @@ REFUSED = {  # layout -> (folder -> what is loaded, a part of the sentence)
     ),
     "another text encoder": (
         lambda f: written("model_index.json", '{"text_encoder": ["transformers", "T5EncoderModel"]}', f),
-        r"text_encoder is \['transformers', 'T5EncoderModel'\]; expected CLIPTextModel",
+        r"text_encoder is \['transformers', 'T5EncoderModel'\]; expected \['transformers', 'CLIPTextModel'\]",
     ),
     "v by NAME.yaml": (
         lambda f: single(written("model.yaml", 'model:\n  params:\n    parameterization: "v"\n', f)),

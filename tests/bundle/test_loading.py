@@ -522,7 +522,10 @@ def test_parts_of_different_models(copy, tmp_path):
             "cross_attention_dim is 24; expected 16, the text encoder's hidden_size",
         ),
         (dict(in_channels=5), "in_channels is 5; expected 4, the VAE's latent_channels"),
-        (dict(in_channels=9), "in_channels is 9: an inpainting or edit model"),
+        (
+            dict(in_channels=9),
+            "unet/config.json: is of an inpainting or edit model, whose U-Net takes 9 channels",
+        ),
     ):
         write_diffusers(tmp_path / "other", {**UNET, **change}, VAE, TEXT)
         shutil.copytree(tmp_path / "other" / "unet", copy / "unet", dirs_exist_ok=True)
