@@ -7,7 +7,7 @@ merges say the whole vocabulary: 256 byte symbols, the same at the end of a word
 
 import gzip
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fairref.errors import UserError
@@ -128,7 +128,12 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
     pad = _pad(folder, config, alone)
     ids = _joined(made, added, pad, folder)
     known = {token.content for token in added.values()}
-    tokens = [*added.values(), *(Added(t) for t in dict.fromkeys((BOS, EOS, pad)) if t not in known)]
+    named = (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS), ("pad_token", pad))
+    special = [
+        _special(config.get(key) or default, folder / CONFIG) for key, default in named
+    ]  # of one content the last counts
+    last = {token.content: token for token in special if token.content not in known}
+    tokens = [*added.values(), *last.values()]
     tokens.sort(key=lambda token: ids[token.content])
     return Vocabulary(ids, merges, tuple(tokens), pad, source, _max_length(folder, config))
 
@@ -278,6 +283,13 @@ def _pad(folder, config, alone):
     if not isinstance(pad, str) or not pad:
         raise UserError(f"{folder}: its pad_token is {pad!r}; expected a token: correct {CONFIG}.")
     return pad
+
+
+def _special(token, path):
+    """A special token of the configuration, a text or an object with flags."""
+    if isinstance(token, dict):
+        return replace(_added([{**token, "id": 0}], path)[0], special=True)
+    return Added(token)
 
 
 def _max_length(folder, config):
