@@ -21,7 +21,7 @@ from fairref.files.images import read_rgba
 from fairref.files.names import open_clip_names
 from fairref.files.paths import read_json
 from fairref.files.tokenizer import Tokenizer, check_rows
-from fairref.files.vocabulary import read_vocabulary
+from fairref.files.tokenizer_files import read_vocabulary
 from fairref.files.weights import check_fits, find, load_strict, read, read_judge, ready, write
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fairref.errors import UserError
-from fairref.files.names import LDM_PARTS, ldm_split, some_kinds
+from fairref.files.ldm import LDM_PARTS, ldm_split
+from fairref.files.names import some_kinds
 from fairref.files.paths import read_text
 from fairref.files.weights import find, read, read_metadata
 from fairref.progress import note

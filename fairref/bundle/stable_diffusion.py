@@ -17,16 +17,11 @@ from fairref.bundle.single_file import read_single, say_ignored
 from fairref.bundle.typed import shown
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
-from fairref.files.names import (
-    INPAINTING,
-    check_kind,
-    ldm_unet_names,
-    text_encoder_names,
-    vae_names,
-)
+from fairref.files.ldm import INPAINTING, check_kind, ldm_unet_names, text_encoder_names, vae_names
 from fairref.files.paths import read_json, refuse_mistyped
 from fairref.files.tokenizer import Tokenizer, check_rows
-from fairref.files.vocabulary import clip_vocabulary, has_tokenizer, read_vocabulary
+from fairref.files.tokenizer_files import has_tokenizer, read_vocabulary
+from fairref.files.vocabulary import clip_vocabulary
 from fairref.files.weights import find, load_strict, read, ready
 from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig

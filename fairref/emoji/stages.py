@@ -36,7 +36,7 @@ from fairref.emoji.pictures import (
 )
 from fairref.emoji.sheet import things
 from fairref.files.tokenizer import Tokenizer
-from fairref.files.vocabulary import read_vocabulary
+from fairref.files.tokenizer_files import read_vocabulary
 from fairref.judges.sprites import GENDERS, LOOKS, RESOLUTION, TONES
 from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
 from fairref.nets.unet import UNet, UNetConfig

@@ -10,7 +10,7 @@ from fairref.bundle.scheduler import FIELDS, MODEL, SAMPLER
 from fairref.bundle.typed import MAX_NUMBER, read_dataclass, read_values
 from fairref.errors import UserError
 from fairref.files.paths import refuse_mistyped
-from fairref.files.vocabulary import KEYS
+from fairref.files.tokenizer_files import KEYS
 from fairref.nets.unet import UNetConfig
 from fairref.nets.vae import VAEConfig
 

@@ -12,7 +12,8 @@ import torch
 from fairref.emoji.bpe import train_bpe
 from fairref.errors import UserError
 from fairref.files.tokenizer import Tokenizer
-from fairref.files.vocabulary import BOS, EOS, byte_symbols, clip_vocabulary, read_vocabulary
+from fairref.files.tokenizer_files import read_vocabulary
+from fairref.files.vocabulary import BOS, EOS, byte_symbols, clip_vocabulary
 
 PILOT = "\U0001f469\U0001f3fd\u200d\u2708\ufe0f"  # woman, medium skin tone, joiner, aeroplane
 CORNERS = [

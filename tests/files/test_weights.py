@@ -12,7 +12,8 @@ from torch import nn
 
 from fairref.errors import UserError
 from fairref.files import weights as weights_io
-from fairref.files.names import ignored, ldm_split, rename, squeeze_vae_attention, unet_table, vae_table
+from fairref.files.ldm import ldm_split
+from fairref.files.names import ignored, rename, squeeze_vae_attention, unet_table, vae_table
 from fairref.files.paths import read_json, refuse_mistyped
 from fairref.files.weights import load_strict, read
 

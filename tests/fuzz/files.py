@@ -60,7 +60,7 @@ from fairref.commands.train import main as train
 from fairref.diffusion.sampler import noise
 from fairref.errors import UserError
 from fairref.files.datasets import read_photographs
-from fairref.files.vocabulary import PAIR
+from fairref.files.tokenizer_files import PAIR
 from fairref.generation.adapters import load_adapter
 from fairref.generation.drawing import Drawing, draw
 from fairref.judges.sprites import LOOKS
