@@ -73,7 +73,7 @@ def ldm_split(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, dict[s
 
     Raises UserError for a checkpoint of another kind; a part that is absent is empty.
     """
-    tensors = {key.removeprefix(WRAPPER): tensor for key, tensor in tensors.items()}
+    tensors = rename(tensors, [(WRAPPER, "")], source)
     check_kind(tensors, source)
     parts, rest = {}, dict(tensors)
     for part, prefixes in LDM_PARTS.items():
@@ -109,8 +109,7 @@ def vae_names(tensors: dict[str, Tensor], shape: tuple[int, int], source: str) -
 
     The layouts are diffusers' of any version and LDM's, of which `shape` is (levels, layers per block).
     """
-    for prefix in LDM_PARTS["vae"]:
-        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    tensors = rename(tensors, [(prefix, "") for prefix in LDM_PARTS["vae"]], source)
     if is_ldm_vae(tensors):
         return ldm_vae_names(tensors, shape, source)
     return squeeze_vae_attention(rename(tensors, VAE_LEGACY, source))

@@ -150,6 +150,14 @@ def test_single_file_of_another_model_is_refused_by_its_name(key, shape, kind):
             ldm_split(tensors, "xl.safetensors")
 
 
+def test_a_tensor_that_stands_in_it_twice_is_refused():
+    twice = {f"state_dict.{name}": value for name, value in ldm_tensors().items()} | ldm_tensors()
+    with pytest.raises(
+        UserError, match=r"^a.safetensors: two tensors for model.diffusion_model.out.2.weight"
+    ):
+        ldm_split(twice, "a.safetensors")
+
+
 class Small(nn.Module):
     def __init__(self):
         super().__init__()
