@@ -63,7 +63,7 @@ TOWER = {  # config keys with a closed set of implemented values
 IMPLEMENTED: dict[type, Mapping[str, tuple[object, ...]]] = {  # config key -> the values that are implemented
     UNetConfig: UNET,
     VAEConfig: VAE,
-    ClipTextConfig: TOWER,
+    ClipTextConfig: {**TOWER, "use_attention_mask": (None, False)},
     ClipVisionConfig: TOWER,
 }
 LAYERS: dict[type, Mapping[str, str]] = {  # setting that counts layers -> how tensors number them

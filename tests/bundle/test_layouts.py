@@ -375,6 +375,10 @@ REFUSED = {  # layout -> (folder -> what is loaded, a part of the sentence)
         lambda f: written("model_index.json", '{"_class_name": "StableDiffusionXLPipeline"}', f),
         "_class_name is 'StableDiffusionXLPipeline'; expected StableDiffusionPipeline",
     ),
+    "a text encoder that masks padding": (
+        lambda f: edit(f / "text_encoder/config.json", lambda d: d.update(use_attention_mask=True)) or f,
+        "use_attention_mask = True, expected None or False",
+    ),
     "SDXL's U-Net": (
         lambda f: edit(f / "unet/config.json", lambda d: d.update(addition_embed_type="text_time")) or f,
         "config.json: is of SDXL",

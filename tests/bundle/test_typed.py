@@ -1,11 +1,11 @@
 """Values of a JSON file are of the types that settings ask for, or one sentence names the key."""
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 import pytest
 
-from fairref.bundle.configs import TOWERS
+from fairref.bundle.configs import IMPLEMENTED, TOWERS
 from fairref.bundle.scheduler import FIELDS, MODEL, SAMPLER
 from fairref.bundle.typed import MAX_NUMBER, read_dataclass, read_values
 from fairref.errors import UserError
@@ -113,3 +113,27 @@ def test_no_key_of_the_libraries_own_files_is_taken_for_mistyped():
     for names, keys in known_keys().values():
         for name in names:
             refuse_mistyped([name], dict.fromkeys(keys - {name} - set(names)), "file")
+
+
+def test_a_key_that_is_absent_means_what_it_means_in_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+
+    def defaults(cls):
+        return {name: p.default for name, p in inspect.signature(cls.__init__).parameters.items()}
+
+    peers = {
+        UNetConfig: defaults(diffusers.UNet2DConditionModel),
+        VAEConfig: defaults(diffusers.AutoencoderKL),
+        TOWERS["text"]: transformers.CLIPTextConfig().to_dict(),
+        TOWERS["vision"]: transformers.CLIPVisionConfig().to_dict(),
+    }
+    for cls, peer in peers.items():
+        ours = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        assert ours == {name: peer[name] for name in ours}
+        others = {key: peer[key] for key in IMPLEMENTED[cls] if key in peer}
+        assert all(
+            value in IMPLEMENTED[cls][key]
+            for key, value in others.items()
+            if not isinstance(value, list | tuple)
+        )
