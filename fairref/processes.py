@@ -1,5 +1,6 @@
 """torchrun's processes. Without torchrun everything here is the identity and no process group is made."""
 
+import logging
 import os
 import sys
 import threading
@@ -126,6 +127,8 @@ def start(device: torch.device) -> tuple[Processes, torch.device]:
             f"WORLD_SIZE is {world}, but the processes don't meet at MASTER_ADDR {address}, MASTER_PORT {port}"
             f" ({said(error)}); start all of them with torchrun, or unset WORLD_SIZE."
         ) from error
+    if rank:
+        logging.getLogger("fairref").setLevel(logging.ERROR)  # notes are said once a run
     return Processes(rank, world, device), device
 
 

@@ -1,8 +1,10 @@
-"""A progress bar on stderr."""
+"""What is said on stderr beside errors: a progress bar, and notes."""
 
+import logging
 import shutil
 import sys
 import time
+from functools import cache
 
 WIDTH = 24  # characters of the bar
 QUIET = 30  # seconds between lines where stderr is a file
@@ -43,6 +45,12 @@ class Progress:
     def __exit__(self, *error):
         if self.shown and sys.stderr.isatty() and self.done > self.first:
             print(file=sys.stderr)
+
+
+@cache
+def note(sentence: str) -> None:
+    """Say a sentence once: what was left out or replaced, and is no mistake. The logger is named "fairref"."""
+    logging.getLogger("fairref").warning(sentence)
 
 
 def _folded(line, width):

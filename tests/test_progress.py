@@ -6,7 +6,7 @@ import os
 import pytest
 
 from fairref import progress
-from fairref.progress import Progress
+from fairref.progress import Progress, note
 
 NOTE = "align 0.412  image 0.021  face 0.052  cost 0.301  faces 1.000  confident 0.833  bias 0.42  skipped 3"
 
@@ -57,3 +57,11 @@ def test_a_file_gets_a_line_again_after_a_while(monkeypatch, clock):
             clock[0] += progress.QUIET / 2
     shown = [line.split(", ")[0].split("] ")[1] for line in progress.sys.stderr.getvalue().splitlines()]
     assert shown == ["1/10", "3/10", "5/10", "7/10", "9/10", "10/10"]
+
+
+def test_a_note_is_said_once(caplog):
+    note.cache_clear()
+    for sentence in ("a tensor is ignored.", "a tensor is ignored.", "another."):
+        note(sentence)
+    assert caplog.messages == ["a tensor is ignored.", "another."]
+    assert {record.name for record in caplog.records} == {"fairref"}

@@ -1,16 +1,17 @@
 """config.json of diffusers or transformers -> a network's settings, strictly."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
-from typing import TypeVar
 
+from torch import Tensor
+
+from fairref.bundle.typed import Config, read_dataclass, read_values, shown
 from fairref.errors import UserError
-from fairref.nets import require
+from fairref.files.names import check_count
+from fairref.judges.dino import DinoConfig
 from fairref.nets.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipVisionConfig
 from fairref.nets.unet import UNetConfig
 from fairref.nets.vae import VAEConfig
 
-Config = TypeVar("Config")  # a settings dataclass
 NOT_IMPLEMENTED = "nothing else is implemented, use a checkpoint of Stable Diffusion 1.5's kind"
 
 # fmt: off
@@ -62,51 +63,71 @@ TOWER = {  # config keys with a closed set of implemented values
 IMPLEMENTED: dict[type, Mapping[str, tuple[object, ...]]] = {  # config key -> the values that are implemented
     UNetConfig: UNET,
     VAEConfig: VAE,
-    ClipTextConfig: TOWER,
+    ClipTextConfig: {**TOWER, "use_attention_mask": (None, False)},
     ClipVisionConfig: TOWER,
-    ClipConfig: {},
 }
+LAYERS: dict[type, Mapping[str, str]] = {  # setting that counts layers -> how tensors number them
+    UNetConfig: {
+        "block_out_channels": r"down_blocks\.(\d+)\.",
+        "layers_per_block": r"down_blocks\.0\.resnets\.(\d+)\.",
+    },
+    VAEConfig: {
+        "block_out_channels": r"encoder\.down_blocks\.(\d+)\.",
+        "layers_per_block": r"encoder\.down_blocks\.0\.resnets\.(\d+)\.",
+    },
+    ClipTextConfig: {"num_hidden_layers": r"text_model\.encoder\.layers\.(\d+)\."},
+    ClipVisionConfig: {"num_hidden_layers": r"vision_model\.encoder\.layers\.(\d+)\."},
+    DinoConfig: {"depth": r"blocks\.(\d+)\."},
+}
+TOWERS = {"text": ClipTextConfig, "vision": ClipVisionConfig}  # of a CLIPModel
 
 
 def read_config(cls: type[Config], d: Mapping[str, object], source: str = "config.json") -> Config:
-    """Build the settings dataclass `cls`, a key of IMPLEMENTED, from a config.json dict `d`. Raises UserError.
+    """Build the settings dataclass `cls`, a key of IMPLEMENTED or ClipConfig, from a config.json dict `d`.
 
-    Keys of `d` that are fields of `cls` are taken: lists become tuples, a field without default is required. A value
-    that is not implemented is refused (each item of a list counts by itself). All other keys are ignored. `source`
-    names the file in messages.
+    Keys of `d` that are fields of `cls` are taken, by the fields' types; a field without default is required. A value
+    that is not implemented is refused. All other keys are ignored. `source` names the file. Raises UserError.
     """
-    try:
-        require(isinstance(d, dict), type(d).__name__, "the object of a config.json")
-        if cls is ClipConfig:
-            d = {
-                **d,
-                "text": _tower(d, "text", ClipTextConfig),
-                "vision": _tower(d, "vision", ClipVisionConfig),
-            }
-        return cls(**_values(cls, d))
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+    if not isinstance(d, dict):
+        raise UserError(
+            f"{source}: found a {type(d).__name__}, expected the object of a config.json; correct it."
+        )
+    if cls is ClipConfig:
+        width = read_values({"projection_dim": int}, d, source)
+        towers = {name: _tower(d, name, cls, source) for name, cls in TOWERS.items()}
+        try:
+            return ClipConfig(**towers, **width)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+    _refuse_others(d, IMPLEMENTED[cls], source)
+    return read_dataclass(cls, d, source)
 
 
-def _tower(d, name, cls):
+def check_counts(config: object, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise a UserError unless the tensors have as many layers as the settings say, before anything is built.
+
+    `config`: settings of a class in LAYERS, or a ClipConfig; `source` names the tensors' file.
+    """
+    for name in TOWERS if isinstance(config, ClipConfig) else ():
+        check_counts(getattr(config, name), tensors, source)
+    for setting, pattern in LAYERS.get(type(config), {}).items():
+        value = getattr(config, setting)
+        check_count(tensors, pattern, len(value) if isinstance(value, tuple) else value, setting, source)
+
+
+def _tower(d, name, cls, source):
     """A tower of a CLIPModel; the legacy key wins."""
     of_tower = d.get(f"{name}_config_dict") or d.get(f"{name}_config") or {}
-    require(isinstance(of_tower, dict), f"{name}_config = {of_tower!r}", "an object")
-    return cls(**_values(cls, of_tower))
+    return read_config(cls, of_tower, f"{source}: {name}_config")
 
 
-def _values(cls, d):
-    """The keys of `d` that are fields of `cls`. Raises UserError."""
-    for key, allowed in IMPLEMENTED[cls].items():
+def _refuse_others(d, implemented, source):
+    """Raise a UserError for a value that is not implemented; each item of a list counts by itself."""
+    for key, allowed in implemented.items():
         value = d.get(key, allowed[0])
-        items = value if isinstance(value, list | tuple) else [value]
-        is_implemented = all(item in allowed for item in items)
-        require(is_implemented, f"{key} = {value!r}", " or ".join(map(repr, allowed)), NOT_IMPLEMENTED)
-    values = {}
-    for field in fields(cls):
-        if field.name in d:
-            value = d[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-        else:
-            require(field.default is not MISSING, f"no key {field.name!r}", "it to be set")
-    return values
+        for item in value if isinstance(value, list | tuple) and value else [value]:
+            if not any(item == a and isinstance(item, bool) == isinstance(a, bool) for a in allowed):
+                words = " or ".join(map(repr, allowed))
+                raise UserError(
+                    f"{source}: found {key} = {shown(value)}, expected {words}; {NOT_IMPLEMENTED}."
+                )

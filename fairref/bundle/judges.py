@@ -4,7 +4,7 @@ A judge's folder holds `model.safetensors`, or one .pth, .pt or .bin file as the
 `config.json` where the shape is not said by the weights or not the published one.
 """
 
-import math
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from fairref import judges
-from fairref.bundle.configs import read_config
+from fairref.bundle.configs import check_counts, read_config
+from fairref.bundle.typed import read_dataclass, read_values, shown
 from fairref.errors import UserError
 from fairref.fairness.faces import Detector, MTCNNDetector
 from fairref.files.images import read_rgba
 from fairref.files.names import open_clip_names
 from fairref.files.paths import read_json, write_json
-from fairref.files.tokenizer import Tokenizer
-from fairref.files.weights import load_strict, read, read_judge, ready, write
+from fairref.files.tokenizer import Tokenizer, check_rows
+from fairref.files.tokenizer_files import read_vocabulary
+from fairref.files.weights import check_fits, find, load_strict, read, read_judge, ready, write
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import Classifier, MobileNetConfig, MobileNetV3
 from fairref.judges.mtcnn import MTCNN
@@ -55,32 +57,58 @@ def load_clip(
         tensors = open_clip_names(tensors, layers, source)
     else:
         config = read_config(ClipConfig, read_json(path), str(path))
-        source = str(folder / "model.safetensors")
+        source = str(find(folder, "model"))
         tensors = read(source)
+    check_counts(config, tensors, source)
     with torch.device("meta"):  # random initial values would take longer than loading
         clip = Clip(config)
     load_strict(clip, tensors, source)
-    tokenizer = Tokenizer(folder / "vocab.json", folder / "merges.txt", config.text.max_position_embeddings)
+    tokenizer = Tokenizer(read_vocabulary(folder), config.text.max_position_embeddings)
+    check_rows(tokenizer, config.text.vocab_size, str(folder))
+    if config.text.eos_token_id not in (LEGACY_EOS, tokenizer.eos):
+        raise UserError(
+            f"{folder}: the text tower pools at eos_token_id = {config.text.eos_token_id}, but the tokenizer's EOS is"
+            f" {tokenizer.eos}; use this model's files of the tokenizer."
+        )
     return ready(clip, device, dtype), tokenizer
+
+
+OPEN_CLIP = {  # part of open_clip_config.json -> its keys, with their types
+    "model_cfg": {"embed_dim": int, "quick_gelu": bool},
+    "vision_cfg": {
+        "image_size": int,
+        "layers": int,
+        "width": int,
+        "head_width": int,
+        "patch_size": int,
+        "mlp_ratio": float,
+    },
+    "text_cfg": {
+        "context_length": int,
+        "vocab_size": int,
+        "width": int,
+        "heads": int,
+        "layers": int,
+        "mlp_ratio": float,
+    },
+}
 
 
 def open_clip_config(d: dict[str, object], source: str) -> ClipConfig:
     """The shape that an open_clip_config.json describes. Raises UserError for towers of another kind."""
     d = d.get("model_cfg", d)
-    known = {
-        "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"},
-        "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
-        "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
-    }
-    for part, keys in known.items():
-        found = d if part == "model_cfg" else d.get(part)
+    values = {}
+    for part, kinds in OPEN_CLIP.items():
+        found = d if part == "model_cfg" or not isinstance(d, dict) else d.get(part)
+        keys = {*kinds, *(OPEN_CLIP if part == "model_cfg" else ())}
         strange = sorted(set(found) - keys) if isinstance(found, dict) else [part]
         if strange:
             raise UserError(
                 f"{source}: {part} has {strange[0]!r}; expected open_clip's plain vision transformer and text"
                 f" transformer, which are described by {', '.join(sorted(keys))}."
             )
-    vision, text = d["vision_cfg"], d["text_cfg"]
+        values[part] = read_values(kinds, found, f"{source}: {part}")
+    vision, text, embed_dim = values["vision_cfg"], values["text_cfg"], values["model_cfg"].get("embed_dim")
     act = "quick_gelu" if d.get("quick_gelu") else "gelu"
     try:
         return ClipConfig(
@@ -97,14 +125,14 @@ def open_clip_config(d: dict[str, object], source: str) -> ClipConfig:
             ClipVisionConfig(
                 hidden_size=vision["width"],
                 intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
-                projection_dim=d["embed_dim"],
+                projection_dim=embed_dim,
                 num_hidden_layers=vision["layers"],
-                num_attention_heads=vision["width"] // vision.get("head_width", 64),
+                num_attention_heads=vision["width"] // max(vision.get("head_width", 64), 1),
                 image_size=vision["image_size"],
                 patch_size=vision["patch_size"],
                 hidden_act=act,
             ),
-            d["embed_dim"],
+            embed_dim,
         )
     except KeyError as error:
         raise UserError(
@@ -126,24 +154,31 @@ def load_classifier(
     path = Path(folder) / "config.json"
     d = read_json(path)
     attributes, logits = d.pop("attributes", None), d.pop("logits", None)
-    if not isinstance(attributes, dict) or not all(
-        isinstance(classes, list) and len(classes) >= 2 for classes in attributes.values()
-    ):
+    if not _are_lists(attributes, str, 2):
         raise UserError(
-            f'{path}: "attributes" is {attributes!r}; expected a list of two or more classes for each.'
+            f'{path}: "attributes" is {shown(attributes)}; expected a list of two or more classes for each.'
         )
-    if logits is not None and not (
-        isinstance(logits, dict) and all(isinstance(places, list) for places in logits.values())
-    ):
-        raise UserError(f'{path}: "logits" is {logits!r}; expected a list of places for each attribute.')
-    try:
-        d.setdefault("num_logits", sum(map(len, attributes.values())))
-        classifier = Classifier(MobileNetV3(MobileNetConfig.from_dict(d)), attributes, logits)
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    if logits is not None and not _are_lists(logits, int, 1):
+        raise UserError(f'{path}: "logits" is {shown(logits)}; expected a list of places for each attribute.')
+    d.setdefault("num_logits", sum(map(len, attributes.values())))
+    if strange := sorted(set(d) - {field.name for field in fields(MobileNetConfig)}):
+        raise UserError(f"{path}: found key {strange[0]!r}; MobileNet has no such option.")
+    config = read_dataclass(MobileNetConfig, d, str(path))
     tensors, source = read_judge(folder)
-    load_strict(classifier.network, tensors, source)
+    network = _built(lambda: MobileNetV3(config), tensors, source)
+    try:
+        classifier = Classifier(network, attributes, logits)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return ready(classifier, device, dtype)
+
+
+def _are_lists(d, kind, least):
+    """Whether it is a JSON object of lists, with at least so many values of a kind in each."""
+    return isinstance(d, dict) and all(
+        isinstance(items, list) and len(items) >= least and all(type(item) is kind for item in items)
+        for items in d.values()
+    )
 
 
 def save_classifier(classifier: Classifier, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -169,16 +204,21 @@ def load_dino(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Dino:
     """DINOv2 of a folder: ViT-B/14, unless its config.json gives other fields of DinoConfig. Raises UserError."""
-    config = DinoConfig(**_options(folder, DinoConfig.__dataclass_fields__))
+    options = _options(folder, {field.name: field.type for field in fields(DinoConfig)})
+    try:
+        config = DinoConfig(**options)
+    except UserError as error:
+        raise UserError(f"{Path(folder) / 'config.json'}: {error}") from None
     tensors, source = read_judge(folder)
-    return _loaded(Dino(config), tensors, source, device, dtype)
+    check_counts(config, tensors, source)
+    return ready(_built(lambda: Dino(config), tensors, source), device, dtype)
 
 
 def load_mtcnn(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MTCNN:
     """The face detector of a folder, whose config.json may give `smallest` and `thresholds`. Raises UserError."""
-    options = _options(folder, ("smallest", "thresholds"))
+    options = _options(folder, {"smallest": int, "thresholds": tuple[float, float, float]})
     try:
         network = MTCNN(**options)
     except UserError as error:
@@ -201,10 +241,10 @@ def load_embedder(
     """The face embedder of a folder: any SFNet of opensphere's. config.json may give `relu_before_sum` and `side`."""
     tensors, source = read_judge(folder)
     try:
-        config = config_of(tensors, **_options(folder, ("side", "relu_before_sum")))
+        config = config_of(tensors, **_options(folder, {"side": int, "relu_before_sum": bool}))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    return _loaded(SFNet(config), tensors, source, device, dtype)
+    return ready(_built(lambda: SFNet(config), tensors, source), device, dtype)
 
 
 def load_face_features(
@@ -238,15 +278,21 @@ def load_sprites() -> Sprites:
 def read_template_settings(path: str | Path) -> tuple[float, dict[str, float]]:
     """The threshold and each look's share of a templates.json. Raises UserError."""
     d = read_json(path)
-    try:
-        threshold, shares = float(d["threshold"]), {look: float(d["shares"][look]) for look in LOOKS}
-        if not (0 < threshold < math.inf and all(0.5 < m <= 1.5 for m in shares.values())):
-            raise ValueError("a threshold that is not positive, or a share outside 0.5 to 1.5")
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    shares = d.get("shares")
+    found = read_values({"threshold": float}, d, str(path))
+    found |= {
+        "shares": read_values(
+            dict.fromkeys(LOOKS, float), shares if isinstance(shares, dict) else {}, str(path)
+        )
+    }
+    threshold, shares = found.get("threshold", 0.0), found["shares"]
+    if not (
+        threshold > 0 and set(shares) == set(LOOKS) and all(0.5 < share <= 1.5 for share in shares.values())
+    ):
         raise UserError(
-            f'{path}: found {error!r}, expected a JSON object with a number "threshold" and one for each look '
-            'under "shares"; take the file from the bundle it belongs to.'
-        ) from None
+            f"{path}: found threshold {threshold:g} and {len(shares)} shares, expected a JSON object with a number"
+            f" above 0 and one from 0.5 to 1.5 for each of {len(LOOKS)} looks; take the file from its bundle."
+        )
     return threshold, shares
 
 
@@ -257,15 +303,21 @@ def load_templates(
     return Templates(load_sprites(), *read_template_settings(path)).to(device)
 
 
-def _loaded(network, tensors, source, device, dtype):
+def _built(make, tensors, source):
+    """The network that `make` builds, with the tensors; it gets memory only after their names and shapes were seen."""
+    with torch.device("meta"):
+        shape = make()
+    check_fits(shape, tensors, source)
+    network = make()
     load_strict(network, tensors, source)
-    return ready(network, device, dtype)
+    return network
 
 
-def _options(folder, known):
+def _options(folder, kinds):
+    """The options in a folder's config.json, if it has one: keys of `kinds`, with values of their types."""
     path = Path(folder) / "config.json"
     options = read_json(path) if path.is_file() else {}
-    strange = sorted(set(options) - set(known))
+    strange = sorted(set(options) - set(kinds))
     if strange:
-        raise UserError(f"{path}: found key {strange[0]!r}; expected some of {', '.join(known)}.")
-    return options
+        raise UserError(f"{path}: found key {strange[0]!r}; expected some of {', '.join(kinds)}.")
+    return read_values(kinds, options, str(path))

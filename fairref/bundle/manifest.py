@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from fairref.bundle.registry import PARTS
+from fairref.bundle.typed import shown
 from fairref.errors import UserError
 from fairref.files.paths import read_json
 
 MANIFEST = "bundle.json"
+MAX_RESOLUTION = 8192  # pixels of a side
 FACTS = {
     "name": str,
     "resolution": int,
@@ -34,10 +36,16 @@ def read_manifest(path: Path) -> Manifest:
         if key not in known:
             raise UserError(f"{path}: found key {key!r}; expected some of {', '.join(sorted(known))}.")
         if type(value) is not known[key]:
-            raise UserError(f"{path}: {key} is {value!r}; expected a value of type {known[key].__name__}.")
+            kind = known[key].__name__
+            raise UserError(f"{path}: {key} is {shown(value)}; expected a value of type {kind}.")
+    if manifest.get("resolution", 0) > MAX_RESOLUTION:
+        found = shown(manifest["resolution"])
+        raise UserError(f"{path}: resolution is {found} pixels; expected at most {MAX_RESOLUTION}.")
     for name, classes in manifest.get("attributes", {}).items():
         if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(c, str) for c in classes):
-            raise UserError(f"{path}: attribute {name!r} is {classes!r}; expected two or more class names.")
+            raise UserError(
+                f"{path}: attribute {name!r} is {shown(classes)}; expected two or more class names."
+            )
     for group in groups & set(manifest):
         _check_group(path, group, manifest[group])
     return manifest
@@ -58,5 +66,5 @@ def _check_group(path, group, places):
         if role not in roles or not (one or (several and roles[role].several)):
             kind = "a folder, or a list of some" if role in roles and roles[role].several else "the folder"
             raise UserError(
-                f"{path}: {group} has {role!r}: {place!r}; expected {kind} for {' or '.join(roles)}."
+                f"{path}: {group} has {role!r}: {shown(place)}; expected {kind} for {' or '.join(roles)}."
             )

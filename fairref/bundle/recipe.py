@@ -70,7 +70,14 @@ def resolve(
             )
         shares = {name: _for_each(name, layer, settings, attributes) for name in ("lambda_2", "lambda_3")}
         settings |= {**layer, **{name: value for name, value in shares.items() if value}}
-    return Recipe(**settings)
+    try:
+        return Recipe(**settings)
+    except UserError as error:
+        # of a value that the user didn't give, the file is said that has it
+        where = next(
+            (where for layer, where in layers[::-1] if any(f" {key} is " in str(error) for key in layer)), ""
+        )
+        raise UserError(str(error) if where in ("", "options") else f"{where}: {error}") from None
 
 
 def _for_each(name, layer, settings, attributes):

@@ -64,7 +64,7 @@ PARTS = (
         ".",
         4265,
         "stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face hub: unet, vae, text_encoder, tokenizer,"
-        " scheduler; or one v1-5-pruned-emaonly.safetensors with vocab.json and merges.txt",
+        " scheduler; or one v1-5-pruned-emaonly.safetensors",
         "CreativeML Open RAIL-M",
     ),
     Part(

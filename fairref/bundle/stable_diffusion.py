@@ -1,9 +1,9 @@
 """Stable Diffusion itself: a folder in diffusers' layout, or a single-file LDM checkpoint -> ready networks.
 
-Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safetensors each, `tokenizer/` with
-`vocab.json` and `merges.txt`, `scheduler/scheduler_config.json`. Beside a single file, `vocab.json` and
-`merges.txt` must stand in its folder or in `tokenizer/`; config files at the places of diffusers' layout are
-used where they stand beside it, and else the shapes are SD-1.5's.
+Diffusers' layout: `unet/`, `vae/`, `text_encoder/` with `config.json` and safetensors each, `tokenizer/`, and
+`scheduler/scheduler_config.json`. A single file needs nothing beside it. What stands beside it counts: a tokenizer in
+its folder or in `tokenizer/`, config files at the places of diffusers' layout, NAME.yaml, NAME.vae.safetensors, and
+`vae/` for a file without a VAE. Without config files the shapes are SD-1.5's.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,18 @@ from pathlib import Path
 
 import torch
 
-from fairref.bundle.configs import read_config
+from fairref.bundle.configs import check_counts, read_config
+from fairref.bundle.scheduler import read_schedule
+from fairref.bundle.single_file import read_single, say_ignored
+from fairref.bundle.typed import shown
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
-from fairref.files.names import ldm_split, text_encoder_names, vae_names
-from fairref.files.paths import read_json
-from fairref.files.tokenizer import Tokenizer
-from fairref.files.weights import exists, load_strict, read, ready
+from fairref.files.ldm import INPAINTING, check_kind, ldm_unet_names, text_encoder_names, vae_names
+from fairref.files.paths import read_json, refuse_mistyped
+from fairref.files.tokenizer import Tokenizer, check_rows
+from fairref.files.tokenizer_files import has_tokenizer, read_vocabulary
+from fairref.files.vocabulary import clip_vocabulary
+from fairref.files.weights import find, load_strict, read, ready
 from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.nets.vae import VAE, VAEConfig
@@ -31,21 +36,29 @@ class Network:
     network: type  # built from the settings
     file: str  # weights inside the folder, without `.safetensors`
     sd15: object  # settings where no config.json says them
-    names: object  # (tensors, source) -> tensors with present names
+    peer: list[str]  # its library and class in model_index.json
 
 
 NETWORKS: dict[str, Network] = {
-    "unet": Network(UNetConfig, UNet, "diffusion_pytorch_model", SD15, lambda tensors, source: tensors),
-    "vae": Network(VAEConfig, VAE, "diffusion_pytorch_model", VAEConfig((128, 256, 512, 512), 2), vae_names),
+    "unet": Network(UNetConfig, UNet, "diffusion_pytorch_model", SD15, ["diffusers", "UNet2DConditionModel"]),
+    "vae": Network(
+        VAEConfig,
+        VAE,
+        "diffusion_pytorch_model",
+        VAEConfig((128, 256, 512, 512), 2),
+        ["diffusers", "AutoencoderKL"],
+    ),
     "text_encoder": Network(
         ClipTextConfig,
         ClipText,
         "model",
         ClipTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
-        lambda tensors, source: text_encoder_names(tensors),
+        ["transformers", "CLIPTextModel"],
     ),
 }
 SD15_SAMPLE_SIZE = 64  # height and width of z
+MAX_SIDE = 1024  # of z
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of model_index.json
 
 
 @dataclass(frozen=True)
@@ -66,75 +79,132 @@ def load_stable_diffusion(
     """The networks of a folder in diffusers' layout or of a single-file checkpoint. Raises UserError."""
     single = path.is_file()
     folder = path.parent if single else path
-    if not single and not (folder / "unet").is_dir():
+    sampler = None if single else _check_pipeline(path)
+    said = {}
+    for name in NETWORKS:
+        place = folder / name / "config.json"
+        if place.is_file() or not single:
+            said[name] = read_json(place)
+    configs = {
+        name: _config(name, said[name], folder / name / "config.json") if name in said else network.sd15
+        for name, network in NETWORKS.items()
+    }
+    networks = {}
+    for name, (tensors, source) in _weights(path, single, configs).items():
+        check_counts(configs[name], tensors, source)
+        with torch.device("meta"):  # random initial values would take longer than loading
+            networks[name] = NETWORKS[name].network(configs[name])
+        load_strict(networks[name], tensors, source)
+    tokenizer = _tokenizer(path, single, configs["text_encoder"])
+    _check_sizes(configs, path)
+    return StableDiffusion(
+        tokenizer=tokenizer,
+        schedule=_schedule(folder, single, sampler),
+        sample_size=_side(
+            said.get("unet", {}).get("sample_size", SD15_SAMPLE_SIZE), folder / "unet/config.json"
+        ),
+        **{name: ready(network, device, dtype) for name, network in networks.items()},
+    )
+
+
+def _check_pipeline(path):
+    """The scheduler's class in model_index.json, if there is one. Raises UserError for a folder of another kind."""
+    index = path / "model_index.json"
+    d = read_json(index) if index.is_file() else {}
+    kind = d.get("_class_name", PIPELINES[0])
+    if kind not in PIPELINES:
+        raise UserError(
+            f"{index}: _class_name is {shown(kind)}; expected {PIPELINES[0]}: use a model of Stable Diffusion 1.x."
+        )
+    if not (path / "unet").is_dir():
         remake = " fairref emoji build makes it." if path.parts[-2:] == ("weights", "emoji") else ""
         raise UserError(
             f"{path}: found no unet/ in it; expected a folder with bundle.json, a diffusers-layout folder, "
             f"or a single *.safetensors file.{remake}"
         )
-    texts = {name: folder / name / "config.json" for name in NETWORKS}
-    said = {name: read_json(text) for name, text in texts.items() if text.is_file() or not single}
-    configs = {
-        name: read_config(network.config, said[name], str(texts[name])) if name in said else network.sd15
-        for name, network in NETWORKS.items()
-    }
-    networks = {}
-    for name, (tensors, source) in _weights(path, single, configs).items():
-        with torch.device("meta"):  # random initial values would take longer than loading
-            networks[name] = NETWORKS[name].network(configs[name])
-        load_strict(networks[name], tensors, source)
-    tokenizer = _tokenizer(path, single, configs["text_encoder"].max_position_embeddings)
-    _check_sizes(configs, tokenizer, path)
-    return StableDiffusion(
-        tokenizer=tokenizer,
-        schedule=_schedule(folder, single),
-        sample_size=_side(said.get("unet", {}).get("sample_size"), path),
-        **{name: ready(network, device, dtype) for name, network in networks.items()},
-    )
+    for name, network in NETWORKS.items():
+        if d.get(name, network.peer) != network.peer:
+            raise UserError(
+                f"{index}: {name} is {shown(d[name])}; expected {network.peer}: get the file again."
+            )
+    sampler = d.get("scheduler", [None, None])
+    if not (isinstance(sampler, list) and len(sampler) == 2 and isinstance(sampler[1], str | None)):
+        raise UserError(
+            f"{index}: scheduler is {shown(sampler)}; expected a library and a class: get it again."
+        )
+    return sampler[1]
+
+
+def _config(name, d, path):
+    """The settings of a network's config.json."""
+    if name == "unet":
+        channels, kind = d.get("in_channels"), None
+        if channels in INPAINTING:
+            kind = f"an inpainting or edit model, whose U-Net takes {channels} channels"
+        if d.get("addition_embed_type") == "text_time":
+            kind = "SDXL"
+        if kind:
+            raise UserError(f"{path}: is of {kind}; use a model of Stable Diffusion 1.x.")
+        refuse_mistyped(("sample_size",), d, str(path))
+    return read_config(NETWORKS[name].config, d, str(path))
 
 
 def _side(sample_size, path):
     """Height and width of z: a number, as diffusers has it, or two that are equal; SD-1.5's where it isn't said."""
-    said = sample_size or SD15_SAMPLE_SIZE
-    sides = said if isinstance(said, list) else [said]
-    if not all(type(side) is int and side == sides[0] for side in sides):
+    sides = sample_size if isinstance(sample_size, list) else [sample_size]
+    if (
+        not all(type(side) is int and side == sides[0] and 0 < side <= MAX_SIDE for side in sides)
+        or not sides
+    ):
         raise UserError(
-            f"{path}: the U-Net's sample_size is {sample_size!r}; expected a whole number, or a square's two."
+            f"{path}: the U-Net's sample_size is {shown(sample_size)}; expected a whole number up to {MAX_SIDE}, or a"
+            " square's two."
         )
     return sides[0]
 
 
 def _weights(path, single, configs):
     """Part -> (tensors with present names, file for messages)."""
+    shapes = {
+        name: (len(configs[name].block_out_channels), configs[name].layers_per_block)
+        for name in ("unet", "vae")
+    }
     if single:
-        unet, vae = (
-            (len(c.block_out_channels), c.layers_per_block) for c in (configs["unet"], configs["vae"])
-        )
-        split = ldm_split(read(path), str(path), unet, vae)
-        return {name: (tensors, f"{path} ({name})") for name, tensors in split.items()}
-    weights = {}
-    for name, part in NETWORKS.items():
-        full, half = (path / name / f"{part.file}{variant}.safetensors" for variant in ("", ".fp16"))
-        file = full if exists(full) or not exists(half) else half
-        weights[name] = part.names(read(file), str(file)), str(file)
-    return weights
+        parts, sources = read_single(path)
+    else:
+        files = {name: find(path / name, part.file) for name, part in NETWORKS.items()}
+        parts = {name: read(file) for name, file in files.items()}
+        sources = {name: str(file) for name, file in files.items()}
+        check_kind({k: v for k, v in parts["unet"].items() if k == "conv_in.weight"}, sources["unet"])
+    text, outside = text_encoder_names(parts["text_encoder"])
+    say_ignored(sources["text_encoder"], outside)
+    unet = ldm_unet_names(parts["unet"], shapes["unet"], sources["unet"]) if single else parts["unet"]
+    vae = vae_names(parts["vae"], shapes["vae"], sources["vae"])
+    return {
+        name: (part, sources[name]) for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text))
+    }
 
 
-def _schedule(folder, single):
+def _schedule(folder, single, sampler):
     path = folder / "scheduler" / "scheduler_config.json"
-    return Schedule() if single and not path.is_file() else Schedule.from_dict(read_json(path))
+    return Schedule() if single and not path.is_file() else read_schedule(read_json(path), str(path), sampler)
 
 
-def _tokenizer(path, single, length):
+def _tokenizer(path, single, text):
+    """The tokenizer beside it, or CLIP's own for a single file that has none; its ids must be rows of the embedding."""
     places = [path.parent, path.parent / "tokenizer"] if single else [path / "tokenizer"]
-    place = next((p for p in places if (p / "vocab.json").is_file()), None)
-    if place is None:
-        where = " or ".join(str(p) for p in places)
-        raise UserError(f"{path}: no tokenizer with it; put CLIP's vocab.json and merges.txt into {where}.")
-    return Tokenizer(place / "vocab.json", place / "merges.txt", length)
+    place = next((p for p in places if has_tokenizer(p)), None)
+    if place is None and not single:
+        raise UserError(
+            f"{path}: no tokenizer with it; put CLIP's vocab.json and merges.txt into {places[0]}."
+        )
+    vocabulary = clip_vocabulary() if place is None else read_vocabulary(place)
+    tokenizer = Tokenizer(vocabulary, text.max_position_embeddings)
+    check_rows(tokenizer, text.vocab_size, str(path))
+    return tokenizer
 
 
-def _check_sizes(configs, tokenizer, path):
+def _check_sizes(configs, path):
     """The parts must fit each other, which no single one can tell."""
     text, unet, vae = (configs[name] for name in ("text_encoder", "unet", "vae"))
     for key, other, found, expected in (
@@ -147,9 +217,3 @@ def _check_sizes(configs, tokenizer, path):
                 f"{path}: the U-Net's {key} is {found}; expected {expected}, the {other}: "
                 "use parts of one model."
             )
-    tokens = tokenizer.vocab_size
-    if tokens > text.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {tokens} tokens; expected at most {text.vocab_size}, as many as the "
-            "text encoder: use this model's vocab.json and merges.txt."
-        )

@@ -1,6 +1,5 @@
 """The noise schedule of the forward process (eqs 1, 2): float64 tables over all T diffusion times."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,30 +27,6 @@ class Schedule:
                 f"scheduler has num_train_timesteps {self.T}, beta_start {self.beta_start}, beta_end "
                 f"{self.beta_end}; expected at least 1 time step and 0 < beta_start <= beta_end < 1"
             )
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, object]) -> "Schedule":
-        """From the content of a diffusers scheduler_config.json. Keys that only choose a sampler are ignored;
-        a schedule or a prediction type that fairref does not have is a UserError."""
-        needed = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-        missing = [key for key in needed if key not in d]
-        if missing:
-            raise UserError(
-                f"scheduler_config.json lacks {', '.join(missing)}; expected all of {', '.join(needed)}"
-            )
-        if d.get("prediction_type", "epsilon") != "epsilon":
-            raise UserError(
-                f"scheduler_config.json has prediction_type '{d['prediction_type']}'; expected 'epsilon': "
-                "use weights that predict the noise, such as SD-1.5"
-            )
-        for key in ("trained_betas", "rescale_betas_zero_snr"):
-            if d.get(key):
-                raise UserError(
-                    f"scheduler_config.json sets {key}, which is not supported; expected it absent or null"
-                )
-        return cls(
-            int(d["num_train_timesteps"]), float(d["beta_start"]), float(d["beta_end"]), d["beta_schedule"]
-        )
 
     @cached_property
     def beta(self) -> Tensor:

@@ -6,13 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fairref.files.paths import write_file
-from fairref.files.tokenizer import BOS, END_OF_WORD, EOS, normaliser, word_splitter
-
-
-def byte_symbols() -> list[str]:
-    """Return the 256 printable characters that stand for bytes, in the order of CLIP's vocabulary."""
-    shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
-    return [chr(b) for b in shown] + [chr(256 + n) for n in range(256 - len(shown))]
+from fairref.files.tokenizer import normaliser, word_splitter
+from fairref.files.vocabulary import END_OF_WORD, tokens_of
 
 
 def train_bpe(texts: list[str], vocab_size: int, folder: str | Path) -> int:
@@ -22,16 +17,13 @@ def train_bpe(texts: list[str], vocab_size: int, folder: str | Path) -> int:
     merged first, and of equally frequent pairs the first in sorted order. So the same texts make the same files. There
     are fewer tokens than `vocab_size` if the texts have no pair left to merge.
     """
-    symbols = byte_symbols()
-    alphabet = symbols + [s + END_OF_WORD for s in symbols]
-    if vocab_size < len(alphabet) + 2:
-        raise ValueError(f"vocab_size is {vocab_size}; the bytes and two special tokens alone need 514")
-    merges = _merges(_word_counts(texts), vocab_size - len(alphabet) - 2)
-    # two merges may make the same string: it is one token
-    tokens = dict.fromkeys([*alphabet, *("".join(pair) for pair in merges), BOS, EOS])
+    alone = len(tokens_of([]))
+    if vocab_size < alone:
+        raise ValueError(f"vocab_size is {vocab_size}; the bytes and two special tokens alone need {alone}")
+    merges = _merges(_word_counts(texts), vocab_size - alone)
+    vocab = tokens_of(merges)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {token: i for i, token in enumerate(tokens)}
     write_file(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     write_file(folder / "merges.txt", ("\n".join(lines) + "\n").encode())

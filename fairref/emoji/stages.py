@@ -36,6 +36,7 @@ from fairref.emoji.pictures import (
 )
 from fairref.emoji.sheet import things
 from fairref.files.tokenizer import Tokenizer
+from fairref.files.tokenizer_files import read_vocabulary
 from fairref.judges.sprites import GENDERS, LOOKS, RESOLUTION, TONES
 from fairref.nets.clip import Clip, ClipConfig, ClipText, ClipTextConfig
 from fairref.nets.unet import UNet, UNetConfig
@@ -128,7 +129,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         texts += [prompt_of(concept, jobs[0]) for kind in KINDS for concept in concepts(kind)]
         made = train_bpe(texts, VOCABULARY, folder / "tokenizer")
         assert made == VOCABULARY, f"the captions make {made} tokens: TEXT_CONFIG's ids would be wrong"
-    return Tokenizer(*files)
+    return Tokenizer(read_vocabulary(folder / "tokenizer"))
 
 
 def balanced_scene(

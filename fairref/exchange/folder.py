@@ -13,7 +13,7 @@ from fairref.bundle.loading import Bundle
 from fairref.bundle.manifest import MANIFEST
 from fairref.bundle.recipe import resolve
 from fairref.files.paths import read_json, write_json
-from fairref.files.tokenizer import BOS, EOS
+from fairref.files.vocabulary import BOS, EOS
 
 LIBRARIES = {  # folder -> (library, class), as model_index.json has it
     "scheduler": ("diffusers", "DPMSolverMultistepScheduler"),

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fairref.files.names import LDM_PARTS, rename, unet_table, vae_table
+from fairref.files.ldm import LDM_PARTS
+from fairref.files.names import rename, unet_table, vae_table
 from fairref.nets.unet import ATTENDS, UNetConfig
 from fairref.nets.vae import VAEConfig
 
@@ -19,7 +20,7 @@ Pairs = Mapping[
 States = Mapping[str, Mapping[str, Tensor]]  # network -> its tensors under their names here
 
 KOHYA = {"text_encoder": "lora_te", "unet": "lora_unet"}  # network -> what a layer's name begins with
-LDM_PREFIXES = {part: prefix for prefix, part in LDM_PARTS.items()}
+LDM_PREFIXES = {part: prefixes[0] for part, prefixes in LDM_PARTS.items()}
 POSITIONS = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: of no use, but in every LDM checkpoint
 
 

@@ -3,6 +3,8 @@
 A table has rows of (prefix in the other layout, prefix here); `rename` applies it.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -11,15 +13,9 @@ from fairref.errors import UserError
 
 SHOWN = 3  # names in an error message
 
-# The parts of a single-file LDM checkpoint: prefix there -> part.
-LDM_PARTS = {
-    "model.diffusion_model.": "unet",
-    "first_stage_model.": "vae",
-    "cond_stage_model.transformer.": "text_encoder",
-}
 # Tensors of a checkpoint that belong to no network: the moving average of training, the autoencoder's
 # discriminator, the schedule's tables. `position_ids` are ignored too, in any place.
-IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
+IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "loss.")
 IGNORED_NAMES = {
     "betas",
     "alphas_cumprod",
@@ -162,18 +158,6 @@ def squeeze_vae_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def vae_names(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the tensors of a diffusers VAE file of any version, with its present names and shapes."""
-    return squeeze_vae_attention(rename(tensors, VAE_LEGACY, source))
-
-
-def text_encoder_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a CLIPTextModel's tensors with `text_model.` in front; transformers 5.6 and later write none."""
-    if any(key.startswith("text_model.") for key in tensors):
-        return tensors
-    return {f"text_model.{key}": tensor for key, tensor in tensors.items()}
-
-
 def open_clip_table(text_layers: int, vision_layers: int) -> list[tuple[str, str]]:
     """Return (open_clip prefix, transformers prefix) of CLIP's parameters, both towers."""
     towers = (("", "text_model.", text_layers), ("visual.", "vision_model.", vision_layers))
@@ -203,6 +187,9 @@ def open_clip_names(tensors: dict[str, Tensor], layers: tuple[int, int], source:
     `layers`: of the text and the image tower. open_clip has queries, keys and values in one matrix of three blocks,
     and multiplies projections from the right.
     """
+    text, vision = r"transformer\.resblocks\.(\d+)\.", r"visual\.transformer\.resblocks\.(\d+)\."
+    check_count(tensors, text, layers[0], "text_cfg's layers", source)
+    check_count(tensors, vision, layers[1], "vision_cfg's layers", source)
     apart = {}
     for key, tensor in tensors.items():
         if ".attn.in_proj_" in key:
@@ -220,37 +207,29 @@ def ignored(key: str) -> bool:
     return key.startswith(IGNORED_PREFIXES) or key in IGNORED_NAMES or key.split(".")[-1] == "position_ids"
 
 
-def ldm_split(
-    tensors: dict[str, Tensor], source: str, unet: tuple[int, int] = (4, 2), vae: tuple[int, int] = (4, 2)
-) -> dict[str, dict[str, Tensor]]:
-    """Return the parts "unet", "vae" and "text_encoder" of a single-file LDM checkpoint, renamed.
+def count(tensors: Iterable[str], pattern: str) -> int:
+    """Return how many layers the names number: of a pattern with one group, how many values the group has."""
+    matches = (re.match(pattern, name) for name in tensors)
+    return len({match[1] for match in matches if match})
 
-    `unet` and `vae` are (levels, layers per block). Raises UserError for a tensor of none of the three.
-    """
-    parts = {part: {} for part in LDM_PARTS.values()}
-    strangers = []
-    for key, tensor in tensors.items():
-        if ignored(key):
-            continue
-        prefix = next((p for p in LDM_PARTS if key.startswith(p)), None)
-        if prefix is None:
-            strangers.append(key)
-        else:
-            parts[LDM_PARTS[prefix]][key.removeprefix(prefix)] = tensor
-    empty = [p for p, part in LDM_PARTS.items() if not parts[part]]
-    if strangers or empty:
-        problem = f"found {some(strangers)}" if strangers else f"found no {empty[0]}*"
+
+def check_count(tensors: Iterable[str], pattern: str, expected: int, setting: str, source: str) -> None:
+    """Raise a UserError unless the names number as many layers as a setting says; before anything is built of it."""
+    found = count(tensors, pattern)
+    if found != expected:
+        names = pattern.replace("\\", "").replace("(d+)", "N")
         raise UserError(
-            f"{source}: {problem}, expected {', '.join(p + '*' for p in LDM_PARTS)}; "
-            "use a whole single-file checkpoint of Stable Diffusion 1.x."
+            f"{source}: has {found} of the layers {names}*, but {setting} asks for {expected}; use the configuration"
+            " and weights that belong together."
         )
-    return {
-        "unet": rename(parts["unet"], unet_table(*unet), source),
-        "vae": squeeze_vae_attention(rename(parts["vae"], vae_table(*vae), source)),
-        "text_encoder": text_encoder_names(parts["text_encoder"]),
-    }
 
 
 def some(names: list[str]) -> str:
     """Return the first few names, for a message."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def some_kinds(names: list[str]) -> str:
+    """Return the first parts of names, each with how often it stands there, for a message."""
+    kinds = Counter(name.split(".")[0] + ("." if "." in name else "") for name in names)
+    return ", ".join(f"{kind}* ({n})" if kind.endswith(".") else kind for kind, n in sorted(kinds.items()))

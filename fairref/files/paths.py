@@ -7,11 +7,20 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from fairref.errors import UserError
+
+# keys of diffusers' and transformers' files that are no mistyped others
+ALIKE = {
+    *("bos_token_id", "pad_token_id", "max_length"),
+    *("cross_attention_norm", "timestep_scaling", "threshold", "solver_p", "clip_sample_range"),
+}
+ALIKE_FROM = 0.81  # likeness from which on one name is taken for another, mistyped
+SHORT = 6  # letters of a name that may be what is left of another
 
 
 def expanded(path: str | Path) -> Path:
@@ -50,19 +59,45 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, object]:
-    """Return the object of a JSON file, whose numbers are finite. Raises UserError."""
+    """Return the object of a JSON file, whose numbers are finite and whose keys stand once. Raises UserError."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path}: is a device or a pipe; give a file.")
     text = read_text(path)
     try:
-        d = json.loads(text, parse_constant=_no_number, parse_float=_float)
+        d = json.loads(text, object_pairs_hook=once, parse_constant=_no_number, parse_float=_float)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: not JSON ({reason}); get or write the file again.") from error
     if not isinstance(d, dict):
         raise UserError(f"{path}: found a {type(d).__name__}, expected a JSON object; correct the file.")
     return d
+
+
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return the object of a JSON text; an `object_pairs_hook`. Raises ValueError for a key that stands in it twice."""
+    d = dict(pairs)
+    if len(d) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+    return d
+
+
+def refuse_mistyped(names: Iterable[str], d: Mapping[str, object], source: str) -> None:
+    """Raise a UserError for a key that is almost one of `names`, where that one is absent; `source` names the file."""
+    names = list(names)
+    others = [key for key in d if key not in ALIKE and key not in names]
+    for name in names:
+        mistyped = "" if name in d else next((key for key in others if _is_almost(key, name)), "")
+        if mistyped:
+            raise UserError(f"{source}: found key {mistyped!r}, expected {name!r}; correct its spelling.")
+
+
+def _is_almost(key, name):
+    """Whether two names are alike, or one is the other with a piece put into it."""
+    short, long = sorted((key.lower(), name.lower()), key=len)
+    pieces = (long.startswith(short[:i]) and long.endswith(short[i:]) for i in range(1, len(short)))
+    return SequenceMatcher(None, short, long).ratio() >= ALIKE_FROM or (len(short) >= SHORT and any(pieces))
 
 
 def _float(text):

@@ -1,24 +1,23 @@
-"""CLIP's tokenizer: byte-level BPE, read from the two files `vocab.json` and `merges.txt`.
+"""CLIP's tokenizer: byte-level BPE with the vocabulary of `files/vocabulary.py`.
 
 A text is put into Unicode form C, each run of white space becomes one blank, and all is lowercased. The pattern
 below cuts it into words and drops the white space between them. Each UTF-8 byte of a word becomes one printable
-symbol, and the last symbol of a word carries `</w>`. Merges join neighbours in the order of `merges.txt`.
+symbol, and the last symbol of a word carries `</w>`. Merges join neighbours, the first of the list first.
 """
 
 import hashlib
 import json
+from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import LongTensor
 
 from fairref.errors import UserError
+from fairref.files.vocabulary import BOS, END_OF_WORD, EOS, Vocabulary
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-END_OF_WORD = "</w>"
 # Special tokens, English clitics, a run of letters, one digit, a run of anything else that isn't white space.
 WORD = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
@@ -45,22 +44,27 @@ def word_splitter() -> pre_tokenizers.PreTokenizer:
 
 
 class Tokenizer:
-    """Turns texts into ids (B, length): BOS, tokens, EOS, and EOS again as padding, as in SD-1.5.
+    """Turns texts into ids (B, length): BOS, tokens, EOS, and padding, which in SD-1.5 is EOS again.
 
-    `bos`, `eos`, `pad` are ids, `vocab_size` is one more than the largest id. Raises UserError for files that
-    are missing or aren't a CLIP vocabulary.
+    `bos`, `eos`, `pad` are ids, `vocab_size` is one more than the largest id. Raises UserError for a vocabulary that
+    the merges do not make.
     """
 
-    def __init__(self, vocab_path: str | Path, merges_path: str | Path, length: int = 77) -> None:
+    def __init__(self, vocabulary: Vocabulary, length: int = 77) -> None:
         if length < 2:
             raise UserError(f"token length is {length}, but BOS and EOS alone need 2: use 77")
-        vocab, merges = _read_files(Path(vocab_path), Path(merges_path))
-        self.length = length
-        self.bos, self.eos, self.pad = vocab[BOS], vocab[EOS], vocab[EOS]
-        self.vocab_size = max(vocab.values()) + 1
-        self._backend = _backend(vocab, merges, vocab_path, merges_path)
+        if (vocabulary.max_length or length) < length:
+            raise UserError(
+                f"{vocabulary.source}: model_max_length beside it is {vocabulary.max_length}; expected {length}, as"
+                " many as the text encoder takes: use this model's files."
+            )
+        ids = vocabulary.ids
+        self.length, self.source = length, vocabulary.source
+        self.bos, self.eos, self.pad = ids[BOS], ids[EOS], ids[vocabulary.pad]
+        self.vocab_size = len(ids)
+        self._backend = _backend(vocabulary)
         self._backend.enable_truncation(length)
-        self._backend.enable_padding(length=length, pad_id=self.pad, pad_token=EOS)
+        self._backend.enable_padding(length=length, pad_id=self.pad, pad_token=vocabulary.pad)
 
     def __call__(self, texts: list[str]) -> LongTensor:
         """Return ids (B, length). The end of a text that is too long is dropped; `cut` returns it."""
@@ -81,11 +85,20 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of all that makes a text's ids: vocabulary, merges, special tokens, length."""
-        merges = json.loads(self._backend.to_str())["model"]["merges"]  # pairs, in older libraries texts
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        held = json.loads(self._backend.to_str())
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in held["model"]["merges"]]
         ids = sorted(self._backend.get_vocab().items())
-        content = [ids, merges, self.bos, self.eos, self.pad, self.length]
+        content = [ids, merges, held["added_tokens"], self.bos, self.eos, self.pad, self.length]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def check_rows(tokenizer: Tokenizer, rows: int, source: str) -> None:
+    """Raise a UserError if the tokenizer has more tokens than the embedding has rows; `source` names the latter."""
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens ({tokenizer.source}); expected at most {rows},"
+            " as many as the text encoder: put this model's vocab.json and merges.txt there."
+        )
 
 
 def _checked(texts):
@@ -99,55 +112,25 @@ def _checked(texts):
     return list(texts)
 
 
-def _read_files(vocab_path, merges_path):
-    for path in (vocab_path, merges_path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; a tokenizer needs CLIP's vocab.json and merges.txt")
-    try:
-        vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{vocab_path}: not JSON ({error}); CLIP's vocab.json is expected") from error
-    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
-        raise UserError(f"{vocab_path}: expected one object of token -> id, as in CLIP's vocab.json")
-    missing = [token for token in (BOS, EOS) if token not in vocab]
-    if missing:
-        raise UserError(f"{vocab_path}: has no token {missing[0]}; CLIP's vocab.json is expected")
-    return vocab, _read_merges(merges_path)
-
-
-def _read_merges(path):
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # symbols may hold other line breaks
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; CLIP's merges.txt is expected") from error
-    merges = []
-    for number, line in enumerate(lines, start=1):
-        line = line.rstrip("\r")
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        pair = tuple(line.split(" "))
-        if len(pair) != 2:
-            raise UserError(f"{path}: line {number} is {line!r}; two symbols with one blank are expected")
-        merges.append(pair)
-    return merges
-
-
-def _backend(vocab, merges, vocab_path, merges_path):
+def _backend(vocabulary):
+    ids = vocabulary.ids
     try:
         model = models.BPE(
-            vocab=vocab,
-            merges=merges,
+            vocab=ids,
+            merges=vocabulary.merges,
             continuing_subword_prefix="",
             end_of_word_suffix=END_OF_WORD,
             unk_token=EOS,
         )
     except Exception as error:  # the library has no exception class of its own
-        raise UserError(f"{merges_path}: doesn't belong to {vocab_path} ({error})") from error
+        raise UserError(
+            f"{vocabulary.source}: doesn't belong to its merges ({error}); take both from one model."
+        ) from error
     backend = Backend(model)
     backend.normalizer = normaliser()
     backend.pre_tokenizer = word_splitter()
-    backend.add_special_tokens([BOS, EOS])
+    backend.add_tokens([AddedToken(**asdict(token)) for token in vocabulary.added])
     backend.post_processor = processors.RobertaProcessing(
-        (EOS, vocab[EOS]), (BOS, vocab[BOS]), trim_offsets=False, add_prefix_space=False
+        (EOS, ids[EOS]), (BOS, ids[BOS]), trim_offsets=False, add_prefix_space=False
     )
     return backend

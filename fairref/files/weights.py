@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -15,13 +17,18 @@ from torch import Tensor, nn
 
 from fairref.errors import UserError
 from fairref.files.names import ignored, some
-from fairref.files.paths import read_json, write_file
+from fairref.files.paths import once, read_json, write_file
+from fairref.progress import note
 
 Network = TypeVar("Network", bound=nn.Module)
+# what torch's reader says of a pickle that is more than tensors
+CODE = re.compile(r"Unsupported (global|class)|allowed global|Trying to|Can only")
 PICKLES = (".pth", ".pt", ".bin")
 # the one key of our files' metadata; the order of several would differ between runs. Its JSON: {"info", "sha256"}, in
 # older files info alone
 INFO = "fairref"
+# what follows the stem of a file of weights: .VARIANT.safetensors, or an index of a split one in either spelling
+VARIANT = r"(?:\.([\w-]+))?\.safetensors(?:\.index\.json)?|\.safetensors\.index\.(\w+)\.json"
 
 
 def index_of(path: Path) -> Path:
@@ -29,23 +36,38 @@ def index_of(path: Path) -> Path:
     return path.parent / f"{path.name}.index.json"
 
 
-def exists(path: Path) -> bool:
-    """Return whether `read` finds the file, whole or split."""
-    return path.is_file() or index_of(path).is_file()
+def find(folder: Path, stem: str) -> Path:
+    """Return the path of STEM.safetensors in a folder, or of a variant as STEM.fp16.safetensors; it may be split.
+
+    Full precision comes first, then float16, bfloat16, and others in the order of their names. Where there is none the
+    path is that of STEM.safetensors.
+    """
+    variants = {}
+    for place in folder.glob(f"{stem}.*"):
+        if match := re.fullmatch(VARIANT, place.name.removeprefix(stem)):
+            variants[next(filter(None, match.groups()), "")] = None
+    order = ("", "fp16", "bf16")
+    names = sorted(variants, key=lambda v: (order.index(v) if v in order else len(order), v))
+    best = names[0] if names else ""
+    if best not in ("", "fp16"):
+        note(f"{folder}: reads the weights of the variant {best!r}, for there are no others.")
+    return folder / f"{stem}{best and '.'}{best}.safetensors"
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, on the CPU. Raises UserError; never unpickles.
 
-    A split file has `PATH.index.json` in its place, with the file of each tensor.
+    A split file has `PATH.index.json` in its place, with the file of each tensor; of a variant, as
+    STEM.fp16.safetensors, it can also be called STEM.safetensors.index.fp16.json.
     """
     path = Path(path)
-    if not path.is_file() and index_of(path).is_file():
-        return _read_split(index_of(path))
+    stem, _, variant = path.name.removesuffix(".safetensors").rpartition(".")
+    spellings = [index_of(path), path.with_name(f"{stem}.safetensors.index.{variant}.json")]
+    index = next((index for index in spellings if index.is_file()), None)
+    if not path.is_file() and index:
+        return _read_split(index)
     if not path.is_file():
-        pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".ckpt", ".pt"))
-        beside = f" ({pickles[0]} is a pickle, which could run code and isn't read)" if pickles else ""
-        raise UserError(f"{path}: no such file{beside}; put the safetensors file there or correct the path.")
+        raise UserError(f"{path}: no such file{_beside(path.parent)}; put it there or correct the path.")
     try:
         _check_header(path)
         with safe_open(path, "pt") as file:
@@ -60,6 +82,21 @@ def read(path: str | Path) -> dict[str, Tensor]:
             f"{path}: damaged: its SHA-256 is not the one that was written with it; get it again."
         )
     return tensors
+
+
+def _beside(folder):
+    """What else a folder has, for a message."""
+    names = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".safetensors"))
+    if not names:
+        return ""
+    is_pickle = not names[0].endswith(".safetensors")
+    return f" ({names[0]} is {'a pickle, which could run code and is not read' if is_pickle else 'there'})"
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return what a safetensors file says beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], info: Mapping[str, object]) -> None:
@@ -143,14 +180,28 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
     Of a training checkpoint it takes "state_dict" or "model". Raises UserError for a file that needs more than that.
     """
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise UserError(
+                f"{path}: {damaged} in it has another checksum than it should; get the file again."
+            )
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        _, _, reason = str(error).partition("WeightsUnpickler error: ")
+        if not CODE.search(reason):
+            line = next(
+                iter(reason.split("\n\n")[0].strip().splitlines() or str(error).splitlines()), "no pickle"
+            )
+            raise UserError(f"{path}: can't be read ({line}); get the file again.") from None
         raise UserError(
             f"{path}: holds more than tensors, which could run code and isn't read; where you trust it, write its"
             ' tensors anew: safetensors.torch.save_file(network.state_dict(), "model.safetensors").'
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # of a damaged file torch's reader raises almost any
+        reason = (
+            f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+        )
         raise UserError(f"{path}: can't be read ({reason}); get the file again.") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -196,25 +247,41 @@ def _check_header(path):
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there.")
         raise UserError(f"{path}: not a safetensors file ({size} bytes); get or convert the file again.")
-    expected = 8 + length + _data_bytes(header)
+    expected = 8 + length + _data_bytes(header, path)
     if size < expected:
         raise UserError(f"{path}: truncated: {size} bytes, expected {expected}; get the file again.")
 
 
-def _data_bytes(header):
+def _data_bytes(header, path):
+    """How many bytes of data the header speaks of; 0 for one that the library refuses by itself."""
     try:
-        entries = json.loads(header or "{}")
-        return max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return 0  # damaged in another way; the library reports it
+        entries = json.loads(header or "{}", object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged safetensors file (its header: {error}); get it again.") from None
+    try:
+        ends = (e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__")
+        return max((end for end in ends if type(end) is int), default=0)
+    except (LookupError, TypeError, AttributeError):
+        return 0
 
 
 def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy the tensors into the module's parameters and buffers; `source` names the file in errors.
 
-    Raises UserError unless names, shapes and kinds (floating or not) agree both ways and all values are finite.
-    A module on the meta device, which has no memory yet, is placed on the CPU.
+    Raises UserError as `check_fits` does, and unless all values are finite. A module on the meta device, which has no
+    memory yet, is placed on the CPU.
     """
+    check_fits(module, tensors, source)
+    wanted = module.state_dict()
+    # copies, because the tensors that safetensors reads are backed by the file
+    copies = {key: tensors[key].to(value.dtype, copy=True) for key, value in wanted.items()}
+    if broken := [key for key, tensor in copies.items() if not finite(tensor)]:
+        raise UserError(f"{source}: {some(broken)} holds what is no number; get or train the weights again.")
+    module.load_state_dict(copies, strict=True, assign=any(value.is_meta for value in wanted.values()))
+
+
+def check_fits(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Raise a UserError unless names, shapes and kinds (floating or not) of the module and the tensors agree."""
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in tensors]
     unknown = [key for key in tensors if key not in wanted and not ignored(key)]
@@ -234,11 +301,6 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     ]
     if wrong:
         raise UserError(f"{source}: {some(wrong)}; use the configuration and weights that belong together.")
-    # copies, because the tensors that safetensors reads are backed by the file
-    copies = {key: tensors[key].to(value.dtype, copy=True) for key, value in wanted.items()}
-    if broken := [key for key, tensor in copies.items() if not finite(tensor)]:
-        raise UserError(f"{source}: {some(broken)} holds what is no number; get or train the weights again.")
-    module.load_state_dict(copies, strict=True, assign=any(value.is_meta for value in wanted.values()))
 
 
 def finite(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fairref.bundle import judges
 from fairref.bundle.judges import (
     load_classifier,
     load_clip,
@@ -22,6 +23,7 @@ from fairref.bundle.judges import (
 )
 from fairref.bundle.loading import load_bundle
 from fairref.errors import UserError
+from fairref.files.vocabulary import BOS, EOS, Vocabulary
 from fairref.files.weights import read_judge, read_pickled
 from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import MobileNetConfig, MobileNetV3
@@ -59,14 +61,18 @@ def open_clip_folder(folder, config, pickled=False):
     else:
         save_file(weights, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    vocabulary = ["a", "a</w>", "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
     return golden
 
 
+@pytest.fixture
+def few_tokens(monkeypatch):
+    """A vocabulary smaller than all bytes, as the golden model has."""
+    ids = {token: i for i, token in enumerate(["a", "a</w>", BOS, EOS])}
+    monkeypatch.setattr(judges, "read_vocabulary", lambda folder: Vocabulary(ids, []))
+
+
 @pytest.mark.parametrize(("act", "pickled"), [("gelu", False), ("quick_gelu", False), ("gelu", True)])
-def test_open_clips_layout_gives_open_clips_features(tmp_path, act, pickled):
+def test_open_clips_layout_gives_open_clips_features(tmp_path, few_tokens, act, pickled):
     config = {**OPEN_CLIP, "quick_gelu": True} if act == "quick_gelu" else OPEN_CLIP
     golden = open_clip_folder(tmp_path, config, pickled)
     clip, tokenizer = load_clip(tmp_path)

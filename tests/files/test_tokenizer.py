@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairref.emoji.bpe import byte_symbols, train_bpe
+from fairref.emoji.bpe import train_bpe
 from fairref.errors import UserError
-from fairref.files.tokenizer import BOS, EOS, Tokenizer
+from fairref.files.tokenizer import Tokenizer
+from fairref.files.tokenizer_files import read_vocabulary
+from fairref.files.vocabulary import BOS, EOS, byte_symbols, clip_vocabulary
 
 PILOT = "\U0001f469\U0001f3fd\u200d\u2708\ufe0f"  # woman, medium skin tone, joiner, aeroplane
 CORNERS = [
@@ -117,7 +119,7 @@ def own(tmp_path_factory):
 
 
 def load(folder, length=77):
-    return Tokenizer(folder / "vocab.json", folder / "merges.txt", length)
+    return Tokenizer(read_vocabulary(folder), length)
 
 
 def peer_ids(folder, texts, length=77):
@@ -223,13 +225,17 @@ def test_trained_words_become_one_token(small):
         ("vocab.json", None, "vocab.json: no such file"),
         ("merges.txt", None, "merges.txt: no such file"),
         ("vocab.json", b"{", "vocab.json: not JSON"),
-        ("vocab.json", b"\xff\xfe", "vocab.json: not JSON"),
-        ("vocab.json", b"[]", "vocab.json: expected one object"),
+        ("vocab.json", b"\xff\xfe", "vocab.json: is no UTF-8"),
+        ("vocab.json", b"[]", "vocab.json: found a list, expected a JSON object"),
         ("vocab.json", b'{"a": "b"}', "vocab.json: expected one object"),
         ("vocab.json", b'{"a": 0, "<|startoftext|>": 1}', r"vocab.json: has no token <\|endoftext\|>"),
         ("merges.txt", b"#version: 0.2\na b c\n", "merges.txt: line 2 is 'a b c'"),
-        ("merges.txt", b"#version: 0.2\nq\xc4\xa0 zzzz\n", "merges.txt: doesn't belong to"),
-        ("merges.txt", b"\xff\xfe\n", "merges.txt: not UTF-8"),
+        (
+            "merges.txt",
+            b"#version: 0.2\nq\xc4\xa0 zzzz\n",
+            "vocab.json, merges.txt: 700 tokens don't belong to 1 merges",
+        ),
+        ("merges.txt", b"\xff\xfe\n", "merges.txt: is no UTF-8"),
     ],
 )
 def test_a_wrong_file_gets_one_sentence(tmp_path, small, name, content, message):
@@ -242,6 +248,208 @@ def test_a_wrong_file_gets_one_sentence(tmp_path, small, name, content, message)
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+BASE = 700  # tokens of `small`
+CAT = {
+    "content": "<cat>",
+    "lstrip": False,
+    "rstrip": False,
+    "single_word": False,
+    "normalized": True,
+    "special": False,
+}
+
+
+def config(**d):
+    return {"tokenizer_config.json": d}
+
+
+def decoder(**tokens):
+    return config(added_tokens_decoder={i.removeprefix("_"): token for i, token in tokens.items()})
+
+
+def special(content, normalized):
+    flags = {"lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
+    return {"__type": "AddedToken", "content": content, **flags}
+
+
+SD15 = {  # as in stable-diffusion-v1-5's tokenizer/
+    "tokenizer_config.json": {
+        "add_prefix_space": False,
+        "bos_token": special(BOS, True),
+        "do_lower_case": True,
+        "eos_token": special(EOS, True),
+        "errors": "replace",
+        "model_max_length": 77,
+        "name_or_path": "openai/clip-vit-large-patch14",
+        "pad_token": EOS,
+        "special_tokens_map_file": "./special_tokens_map.json",
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": special(EOS, True),
+    },
+    "special_tokens_map.json": {
+        "bos_token": {k: v for k, v in special(BOS, True).items() if k != "__type"},
+        "eos_token": {k: v for k, v in special(EOS, True).items() if k != "__type"},
+        "pad_token": EOS,
+        "unk_token": {k: v for k, v in special(EOS, True).items() if k != "__type"},
+    },
+}
+LAYOUTS = {  # name -> what stands beside vocab.json and merges.txt
+    "pad of the configuration": config(pad_token="!"),
+    "pad of the special tokens": {"special_tokens_map.json": {"pad_token": "!"}},
+    "the special tokens' pad wins": {**config(pad_token=EOS), "special_tokens_map.json": {"pad_token": "!"}},
+    "unless tokens are added": {
+        **config(pad_token=EOS, added_tokens_decoder={"700": CAT}),
+        "special_tokens_map.json": {"pad_token": "!"},
+    },
+    "a new pad": config(pad_token="[PAD]"),
+    "a pad with flags": config(pad_token={**CAT, "content": "!", "__type": "AddedToken"}),
+    "added tokens": {"added_tokens.json": {"<cat>": 700, "<dog>": 701}},
+    "added tokens and a pad among them": {"added_tokens.json": {"<cat>": 700}, **config(pad_token="<cat>")},
+    "added tokens with flags": decoder(
+        _700=CAT, _701={**CAT, "content": "<dog>", "special": True, "lstrip": True}
+    ),
+    "BOS and EOS with flags": decoder(
+        _698={**CAT, "content": BOS, "special": True}, _699={**CAT, "content": EOS, "special": True}
+    ),
+    "SD-1.5's": SD15,
+    "SD-1.5's configuration": {"tokenizer_config.json": SD15["tokenizer_config.json"]},
+    "SD-2's": {**SD15, "special_tokens_map.json": {**SD15["special_tokens_map.json"], "pad_token": "!"}},
+    "byte order marks": {"added_tokens.json": {"<cat>": 700}},
+}
+TRICKY = [
+    "a <Cat> pilot <cat>s a<cat> <dog>  b",
+    "hello! ! world!!",
+    "a<|ENDOFTEXT|>b",
+    "[PAD] [pad]",
+    *CORNERS,
+]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_files_beside_the_vocabulary_count_as_in_transformers(tmp_path, small, name):
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).write_bytes((small / file).read_bytes())
+    for file, content in LAYOUTS[name].items():
+        (tmp_path / file).write_text(json.dumps(content))
+    expected = peer_ids(tmp_path, TRICKY)
+    if "marks" in name:
+        for path in tmp_path.iterdir():
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    ids = load(tmp_path)(TRICKY)
+    assert [text for text, a, b in zip(TRICKY, ids, expected, strict=True) if not torch.equal(a, b)] == []
+    if "BOS" not in name and "SD-1.5" not in name:
+        assert not torch.equal(ids, load(small)(TRICKY)), "the layout changes nothing"
+
+
+@pytest.mark.parametrize("merges", ["pairs", "strings"])
+@pytest.mark.parametrize("added", [(), ("<cat>", "<dog>")])
+def test_tokenizer_json_alone_is_enough(tmp_path, small, merges, added):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.CLIPTokenizer.from_pretrained(small)
+    peer.add_tokens(list(added))
+    peer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    assert not (tmp_path / "vocab.json").exists()
+    if merges == "strings":
+        d = json.loads(path.read_text(encoding="utf-8"))
+        d["model"]["merges"] = [" ".join(pair) for pair in d["model"]["merges"]]
+        path.write_text(json.dumps(d), encoding="utf-8")
+    tokenizer = load(tmp_path)
+    assert torch.equal(tokenizer(TRICKY), peer_ids(tmp_path, TRICKY))
+    assert tokenizer.vocab_size == BASE + len(added)
+
+
+def test_clips_vocabulary_comes_with_the_package(own):
+    assert clip_vocabulary().ids == json.loads((own / "vocab.json").read_text(encoding="utf-8"))
+    assert torch.equal(Tokenizer(clip_vocabulary())(TRICKY), load(own)(TRICKY))
+
+
+def edit(path, change):
+    d = json.loads(path.read_text(encoding="utf-8"))
+    change(d)
+    path.write_text(json.dumps(d), encoding="utf-8")
+
+
+def halve(folder):
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "merges.txt").write_text("\n".join(lines[: len(lines) // 2]), encoding="utf-8")
+
+
+def repeat(folder):
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "merges.txt").write_text("\n".join([*lines[:-1], lines[1], ""]), encoding="utf-8")
+
+
+def swap(d):
+    d["a"], d["b"] = d["b"], d["a"]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (halve, r"merges.txt: 700 tokens don't belong to 93 merges, which make 607: 512 of bytes, one for"),
+        (repeat, "has the merge .* twice"),
+        (lambda f: edit(f / "vocab.json", swap), r"with 'a' as 64, found 65"),
+        (lambda f: edit(f / "vocab.json", lambda d: d.update(more=700)), "with 'more' as None, found 700"),
+        (lambda f: edit(f / "vocab.json", lambda d: d.update(a=1e30)), "expected one object of token -> id"),
+        (
+            lambda f: (f / "added_tokens.json").write_text('{"<cat>": 703}'),
+            "'<cat>' has the id 703; expected 700",
+        ),
+        (lambda f: (f / "added_tokens.json").write_text('{"a": 700}'), "'a' has the id 700; expected 64"),
+        (lambda f: (f / "added_tokens.json").write_text('{"a": null}'), "has the added token"),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": "x"}'),
+            "bos_token is 'x'; expected",
+        ),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"padding_side": "left"}'),
+            "padding_side is 'left'",
+        ),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'),
+            "T5Tokenizer",
+        ),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"pad_token": 3}'), "pad_token is 3"),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"model_max_length": 40}'),
+            "is 40; expected 77",
+        ),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"model_max_length": "abc"}'),
+            "is 'abc'; expected 77",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, small, spoil, message):
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).write_bytes((small / file).read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d["model"].update(end_of_word_suffix="@"), "end_of_word_suffix is '@'"),
+        (lambda d: d["model"].update(dropout=0.1), "dropout is 0.1"),
+        (lambda d: d["model"]["merges"].pop(3), "699|700 tokens don't belong to"),
+        (lambda d: d["model"].update(merges=None), 'its "model" is no BPE'),
+        (lambda d: d["model"].update(merges=["a b c"]), "merge 0 is 'a b c'"),
+        (lambda d: d.update(normalizer=None), r"its normalizer is \[\]; expected \['NFC'"),
+        (lambda d: d["normalizer"]["normalizers"].pop(), "its normalizer is"),
+        (lambda d: d.update(added_tokens=[{"id": 1}]), "has the added token"),
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, small, change, message):
+    transformers = pytest.importorskip("transformers")
+    transformers.CLIPTokenizer.from_pretrained(small).save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer.json", change)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
 
 
 def test_a_length_without_room_is_refused(small):

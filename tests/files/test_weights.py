@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from torch import nn
 
 from fairref.errors import UserError
 from fairref.files import weights as weights_io
-from fairref.files.names import ignored, ldm_split, rename, unet_table, vae_table
-from fairref.files.paths import read_json
+from fairref.files.ldm import ldm_split
+from fairref.files.names import ignored, rename, squeeze_vae_attention, unet_table, vae_table
+from fairref.files.paths import read_json, refuse_mistyped
 from fairref.files.weights import load_strict, read
 
 # Names of the public SD-1.5 checkpoint and of its diffusers conversion, one of each kind.
@@ -96,24 +98,66 @@ def test_single_file_is_split_and_the_attention_squeezed():
         "first_stage_model.loss.logvar": torch.ones(()),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
     }
-    parts = ldm_split({**ldm_tensors(), **extra}, "file")
+    parts, outside = ldm_split({**ldm_tensors(), **extra}, "file")
+    assert outside == [
+        *("model_ema.decay", "model_ema.diffusion_modeloutweight", "betas", "sqrt_recipm1_alphas_cumprod"),
+        "first_stage_model.loss.logvar",
+    ]
     assert {part: list(tensors) for part, tensors in parts.items()} == {
-        "unet": ["conv_out.weight"],
-        "vae": ["encoder.mid_block.attentions.0.to_q.weight", "quant_conv.weight"],
-        "text_encoder": ["text_model.final_layer_norm.weight"],
+        "unet": ["out.2.weight"],
+        "vae": ["encoder.mid.attn_1.q.weight", "quant_conv.weight"],
+        "text_encoder": [
+            "text_model.final_layer_norm.weight",
+            "text_model.embeddings.position_ids",
+        ],
     }
-    assert parts["vae"]["encoder.mid_block.attentions.0.to_q.weight"].tolist() == [[0, 1], [2, 3]]
-    assert parts["vae"]["quant_conv.weight"].shape == (2, 2, 1, 1)
+    weight = {
+        f"encoder.mid_block.attentions.0.{name}.weight": torch.ones(2, 2, 1, 1) for name in ("to_q", "x")
+    }
+    assert {tuple(value.shape) for value in squeeze_vae_attention(weight).values()} == {(2, 2)}
 
 
-def test_single_file_of_another_model_is_refused():
+@pytest.mark.parametrize(
+    "key, shape, kind",
+    [
+        ("conditioner.embedders.0.weight", 1, "SDXL"),
+        ("model.diffusion_model.joint_blocks.0.context_block.mlp.fc1.weight", 1, "SD-3"),
+        ("model.diffusion_model.double_blocks.0.img_attn.proj.weight", 1, "Flux"),
+        ("double_blocks.0.img_attn.proj.weight", 1, "Flux"),
+        ("cond_stage_model.model.ln_final.weight", 1, "SD-2"),
+        ("control_model.out.2.weight", 1, "a ControlNet"),
+        ("lora_unet_down_blocks_0.lora_up.weight", 1, "a LoRA"),
+        ("emb_params", 1, "an embedding"),
+        ("v_pred", 0, "a model that predicts v, not the noise"),
+        ("ztsnr", 0, "a model of a schedule that ends in pure noise"),
+        (
+            "model.diffusion_model.input_blocks.0.0.weight",
+            9,
+            "an inpainting or edit model, whose U-Net takes 9",
+        ),
+        (
+            "model.diffusion_model.input_blocks.0.0.weight",
+            8,
+            "an inpainting or edit model, whose U-Net takes 8",
+        ),
+    ],
+)
+def test_single_file_of_another_model_is_refused_by_its_name(key, shape, kind):
+    for wrapper in ("", "state_dict."):
+        tensors = {
+            wrapper + name: value
+            for name, value in {**ldm_tensors(), key: torch.ones(4, shape, 3, 3)}.items()
+        }
+        with pytest.raises(UserError, match=f"^xl.safetensors: is {re.escape(kind)}"):
+            ldm_split(tensors, "xl.safetensors")
+
+
+def test_a_tensor_that_stands_in_it_twice_is_refused():
+    twice = {f"state_dict.{name}": value for name, value in ldm_tensors().items()} | ldm_tensors()
     with pytest.raises(
-        UserError, match=r"^xl.safetensors: found conditioner.embedders.0.weight, expected model.d"
+        UserError, match=r"^a.safetensors: two tensors for model.diffusion_model.out.2.weight"
     ):
-        ldm_split({**ldm_tensors(), "conditioner.embedders.0.weight": torch.ones(1)}, "xl.safetensors")
-    no_vae = {key: value for key, value in ldm_tensors().items() if not key.startswith("first_stage")}
-    with pytest.raises(UserError, match=r"^pruned.safetensors: found no first_stage_model\.\*, expected"):
-        ldm_split(no_vae, "pruned.safetensors")
+        ldm_split(twice, "a.safetensors")
 
 
 class Small(nn.Module):
@@ -268,7 +312,7 @@ def test_every_file_that_is_not_whole_safetensors_gets_one_sentence(tmp_path, wh
 
 def test_a_missing_file_is_named_with_the_pickle_beside_it(tmp_path):
     path = tmp_path / "model.safetensors"
-    with pytest.raises(UserError, match="no such file; put the safetensors file there"):
+    with pytest.raises(UserError, match="no such file; put it there or correct the path"):
         read(path)
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path)
@@ -311,12 +355,38 @@ def test_json_files(tmp_path):
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[1]", "found a list, expected a JSON object"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands in it twice"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             read_json(path)
-    path.write_text('{"a": [1]}')
-    assert read_json(path) == {"a": [1]}
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        read_json(path)
+    for mark in ("", "\ufeff"):
+        path.write_text(mark + '{"a": [1]}', encoding="utf-8")
+        assert read_json(path) == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    "key, mistyped",
+    [
+        *(
+            ("scaling_factr", True),
+            ("SCALING_FACTOR", True),
+            ("scalinging_factor", True),
+            ("sca_factor", True),
+        ),
+        *(("scaling", False), ("factor", False), ("latents_mean", False)),
+    ],
+)
+def test_a_key_that_is_mistyped_is_refused_where_the_right_one_is_absent(key, mistyped):
+    refuse_mistyped(["scaling_factor"], {key: 1, "scaling_factor": 2}, "file")
+    if mistyped:
+        with pytest.raises(UserError, match=f"^file: found key '{key}', expected 'scaling_factor'"):
+            refuse_mistyped(["scaling_factor"], {key: 1}, "file")
+    else:
+        refuse_mistyped(["scaling_factor"], {key: 1}, "file")
 
 
 def test_ignored_names_are_whole_names():
