@@ -1,6 +1,5 @@
 """What is to be made fair: attributes, their classes, and the distribution a user wants of them."""
 
-import json
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fairref.errors import UserError
+from fairref.files.paths import read_json
 
 SUM_TOLERANCE = 1e-6  # how far the numbers of a target may sum from 1
 
@@ -172,11 +172,8 @@ def wanted_target(
 
 def read_joint_target(path: Path, attributes: dict[str, tuple[str, ...]]) -> JointTarget:
     """The joint table of a JSON file, as in `parse_targets`. Raises UserError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: found {error}; expected a joint target in JSON.") from None
-    if not isinstance(content, dict) or set(content) != {"attributes", "shares"}:
+    content = read_json(path)
+    if set(content) != {"attributes", "shares"}:
         raise UserError(f'{path}: expected an object with the keys "attributes" and "shares".')
     names = content["attributes"]
     known_names = isinstance(names, list) and all(isinstance(n, str) and n in attributes for n in names)

@@ -106,8 +106,8 @@ def gender_and_age(shares):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("no json", "expected a joint target in JSON"),
-        ([1], "expected an object with the keys"),
+        ("no json", "not JSON"),
+        ([1], "found a list, expected a JSON object"),
         ({"attributes": ["gender"]}, "expected an object with the keys"),
         ({"attributes": ["height"], "shares": {}}, "expected some of: gender, age"),
         ({"attributes": [], "shares": {}}, "expected some of"),
