@@ -406,7 +406,6 @@ def test_kill_in_the_middle_of_writing_a_checkpoint(folder, whole, tmp_path):
         code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from fairref.files import weights
 from fairref.commands import train
 real = os.replace
 def replace(old, new):
@@ -415,7 +414,7 @@ def replace(old, new):
             os.truncate(old, os.path.getsize(old) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     real(old, new)
-weights.os.replace = replace
+os.replace = replace
 train.main({argv!r} + {list(LONG)!r})
 """
         (process,) = start(1, "-c", code, **PIPES)

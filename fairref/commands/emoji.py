@@ -6,6 +6,7 @@ from pathlib import Path
 from fairref.commands import cli
 from fairref.emoji import build, check, sheet
 from fairref.errors import UserError
+from fairref.files.paths import check_writable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--font is {options.font}, which is no file; give NotoColorEmoji.ttf.")
         print(*sheet.write_sheets(options.font), sep="\n")
         return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    check_writable(options.out / "bundle.json")  # hours before it is written
     build.export(build.train(options.work), options.work, options.out)
     print(options.out)
     return 0

@@ -399,7 +399,7 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         ([], "--attr is missing"),
         (["--attr", "gender=1,0", "--target", "gender=0.2,0.8"], "both give shares"),
         (["--target", "gender=1"], "has 1 numbers but there are 2 classes"),
-        (["--target", "nowhere.json"], "nowhere.json: found"),
+        (["--target", "nowhere.json"], "nowhere.json: can't be read (no such file)"),
         (["--attr", "height", "--target", "gender=0.2,0.8"], 'names the attribute "height"'),
         (
             ["--attr", "skin_tone", "--target", "gender=0.2,0.8"],
