@@ -235,6 +235,7 @@ def template_settings(vae: VAE) -> dict[str, object]:
 
 def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     """Write the bundle: diffusers' layout, the judges beside it, and the manifest."""
+    out.mkdir(parents=True, exist_ok=True)
     parts = {
         "vae": (
             {**stages.VAE_CONFIG, "scaling_factor": networks["vae"].config.scaling_factor},
@@ -245,6 +246,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
         "clip": (stages.CLIP_CONFIG, "model"),
     }
     for name, (config, file) in parts.items():
+        (out / name).mkdir(exist_ok=True)
         write_json(out / name / "config.json", config)
         save_half(networks[name], out / name / f"{file}.safetensors")
     for role in judging.CLASSIFIER_CONFIG:
@@ -255,6 +257,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
         "dino": judging.DINO_CONFIG,
     }
     for name, config in judges.items():
+        (out / name).mkdir(exist_ok=True)
         write_json(out / name / "config.json", config)
         save_half(networks[name], out / name / "model.safetensors")
     features = judging.face_features(load_embedder(out / "embedder"))  # of the weights as they are saved
@@ -262,6 +265,7 @@ def export(networks: dict[str, nn.Module], folder: Path, out: Path) -> None:
     write_tokenizer(folder / "tokenizer", out / "tokenizer")
     write_json(out / "tokenizer" / "tokenizer_config.json", TOKENIZER)
     write_tokenizer(folder / "tokenizer", out / "clip")
+    (out / "scheduler").mkdir(exist_ok=True)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", MODEL_INDEX)
     write_json(out / "templates.json", template_settings(networks["vae"]))

@@ -62,6 +62,7 @@ def write_configs(bundle: Bundle, folder: Path) -> None:
     bundle.json says how fairref draws with it.
     """
     for name, config in _configs(bundle).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, config)
     _write_tokenizer(bundle, folder / "tokenizer")
 

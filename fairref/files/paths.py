@@ -111,8 +111,7 @@ def _no_number(text):
 
 
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
-    """Write a JSON file as `write_file` does. Makes the folder if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a JSON file as `write_file` does."""
     write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -272,6 +272,7 @@ def main():
             print(f"{name:22} {'to do' if name in missing else 'done':6} {RUNS[name].command}")
         return
     failed = []
+    reports.mkdir(parents=True, exist_ok=True)
     if missing and not options.tables:
         evaluator = Evaluator(load_bundle(DEFAULT, choose_device(options.device)))
         for name in missing:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from waiting import ROOT, wait_for
 
 from fairref.commands import cli, train
 from fairref.errors import DEBUG, UserError
+from fairref.evaluation import before_after
 from fairref.training import loop
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -91,16 +93,17 @@ def test_very_long_values_make_no_long_sentence(capsys):
     assert message.startswith("begin xxx") and message.endswith(" end\n") and len(message) < 3000
 
 
-def test_a_runs_folder_that_has_gone_is_one_sentence(tiny_folder, tmp_path, capsys, monkeypatch):
-    import shutil
+@pytest.mark.parametrize("module, name", [(loop, "update"), (before_after, "evaluate_part")])
+def test_a_runs_folder_that_has_gone_is_one_sentence(
+    tiny_folder, tmp_path, capsys, monkeypatch, module, name
+):
+    real, out = getattr(module, name), tmp_path / "run"
 
-    real, out = loop.update, tmp_path / "run"
-
-    def update(*args):
-        shutil.rmtree(out)
+    def without_folder(*args):
+        shutil.rmtree(out, ignore_errors=True)
         return real(*args)
 
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(module, name, without_folder)
     options = [*SHORT.split(), "--weights", str(tiny_folder), "--out", str(out)]
     assert cli.run(train.main, options) == 2
     assert f"{out}: the run's folder has gone while it ran" in capsys.readouterr().err.splitlines()[-1]

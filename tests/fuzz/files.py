@@ -630,7 +630,8 @@ def says_something_else(kind: Kind, whole: bytes, damaged: bytes) -> bool:
             return is_part(structure(json.loads(damaged)), structure(json.loads(whole)))
         except (ValueError, RecursionError):
             return False
-    return whole[8:9] == b"{" and header(damaged) == header(whole)
+    is_sealed = b"sha256" in whole[: 8 + int.from_bytes(whole[:8], "little")]  # a file of fairref's own
+    return whole[8:9] == b"{" and not is_sealed and header(damaged) == header(whole)
 
 
 def header(content):
