@@ -15,7 +15,6 @@ import json
 import os
 import random
 import resource
-import shlex
 import signal
 import sys
 import tempfile
@@ -157,6 +156,8 @@ BASES = {  # command -> a command line that works, and is quick; {i} is the case
     "evaluate": "--weights tiny -n 1 --steps 2 --explicit-images 1 --device cpu --out out{i}.json",
     "verify": "--json out{i}.json --weights tiny",
     "bundle": "check tiny",
+    "export": "run --to kohya --weights tiny --out out{i}",
+    "import": "kohya/fairref-gender.safetensors --weights tiny --out out{i}.safetensors",
     "classifier": "--data fairface --root fairface --attr gender --kind small --width 0.25 --input-size 32 --epochs 1"
     " --batch 2 --device cpu --out out{i}",
     "faces": "--images images --weights faces --device cpu --out out{i}.safetensors",
@@ -202,8 +203,9 @@ def prepare() -> None:
             rows.append(f"{part}/{n}.jpg,20-29,{('Male', 'Female')[n % 2]},{('White', 'Black')[n // 2]},True")
         Path(f"fairface/fairface_label_{part}.csv").write_text("\n".join(rows) + "\n")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-        code = console.main(["train", *shlex.split(BASES["train"].replace("out{i}", "run"))])
-    assert code == 0, said.getvalue()
+        for name, out in (("train", "run"), ("export", "kohya")):
+            code = console.main([name, *BASES[name].replace("out{i}", out).split()])
+            assert code == 0, said.getvalue()
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
