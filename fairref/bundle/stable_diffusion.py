@@ -187,7 +187,9 @@ def _weights(path, single, configs):
 
 def _schedule(folder, single, sampler):
     path = folder / "scheduler" / "scheduler_config.json"
-    return Schedule() if single and not path.is_file() else read_schedule(read_json(path), str(path), sampler)
+    if single and not path.is_file():
+        return Schedule()
+    return read_schedule(read_json(path, finite=False), str(path), sampler)  # lambda_min_clipped is -Infinity
 
 
 def _tokenizer(path, single, text):

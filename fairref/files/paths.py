@@ -58,14 +58,18 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{str(path)!r}: can't be read ({error}); correct the path.") from None
 
 
-def read_json(path: str | Path) -> dict[str, object]:
-    """Return the object of a JSON file, whose numbers are finite and whose keys stand once. Raises UserError."""
+def read_json(path: str | Path, finite: bool = True) -> dict[str, object]:
+    """Return the object of a JSON file, in which no key stands twice. Raises UserError.
+
+    Its numbers must be finite, unless it is of a library that writes others, as diffusers does.
+    """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path}: is a device or a pipe; give a file.")
     text = read_text(path)
     try:
-        d = json.loads(text, object_pairs_hook=once, parse_constant=_no_number, parse_float=_float)
+        kinds = {"parse_constant": _no_number, "parse_float": _float} if finite else {}
+        d = json.loads(text, object_pairs_hook=once, **kinds)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: not JSON ({reason}); get or write the file again.") from error

@@ -1,10 +1,12 @@
 """What scheduler_config.json says of the model is taken or refused, and what it says of a sampler is said."""
 
 import logging
+import shutil
 
 import pytest
 
 from fairref.bundle.scheduler import read_schedule
+from fairref.bundle.stable_diffusion import load_stable_diffusion
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
 from fairref.progress import note
@@ -38,13 +40,21 @@ def test_fairrefs_own_sampler_needs_no_word(notes):
     assert read_schedule({**SD15, "beta_schedule": "linear"}, "file") == Schedule(kind="linear")
 
 
-def test_the_defaults_are_those_of_diffusers(notes):
+@pytest.mark.parametrize(
+    "name",
+    ["DPMSolverMultistep", "PNDM", "DDIM", "EulerDiscrete", "LMSDiscrete", "UniPCMultistep", "DDPM", "Heun"],
+)
+def test_what_diffusers_saves_is_read(tiny_folder, tmp_path, notes, name):
+    """In a whole folder; only its own sampler, with the defaults there, needs no word."""
     diffusers = pytest.importorskip("diffusers")
-    read_schedule(
-        dict(diffusers.DPMSolverMultistepScheduler(**{k: v for k, v in SD15.items() if k[0] != "_"}).config),
-        "x",
-    )
-    assert not notes.messages
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_folder, copy)
+    kind = getattr(diffusers, f"{name}Scheduler", None) or getattr(diffusers, f"{name}DiscreteScheduler")
+    of_model = {k: v for k, v in SD15.items() if k not in ("_class_name", "steps_offset")}
+    kind(**of_model).save_pretrained(copy / "scheduler")
+    (copy / "model_index.json").unlink(missing_ok=True)
+    assert load_stable_diffusion(copy).schedule == Schedule()
+    assert [kind.__name__ in message for message in notes.messages] == [True] * (name != "DPMSolverMultistep")
 
 
 @pytest.mark.parametrize(
