@@ -34,9 +34,13 @@ def read_single(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str
     """
     tensors = read(path)
     _check_metadata(path)
-    for configuration in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
-        if configuration.is_file():
-            _check_yaml(configuration)
+    for beside in path.parent.iterdir():
+        if beside.stem == path.stem and beside.suffix.lower() in (".yaml", ".yml"):
+            _check_yaml(beside)
+        if beside.name in (f"{path.stem}.vae.pt", f"{path.stem}.vae.ckpt"):
+            note(
+                f"{beside}: is not read, for it is a pickle; web UIs draw with it in the place of the file's VAE."
+            )
     parts, outside = ldm_split(tensors, str(path))
     say_ignored(path, outside)
     sources = {name: f"{path} ({name})" for name in parts}
@@ -81,7 +85,7 @@ def _check_metadata(path):
 def _check_yaml(path):
     """Raise a UserError for an LDM configuration that says another model than SD-1.5 of the single file."""
     for key, value in re.findall(
-        r"^[ \t-]*(\w+):[ \t]*[\"']?([^\s\"'#]+)", read_text(path), flags=re.MULTILINE
+        r"(\w+)[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#,{}]+)", re.sub("#.*", "", read_text(path))
     ):
         allowed = YAML.get(key)
         if allowed is None:

@@ -146,6 +146,10 @@ def _config(name, d, path):
         if kind:
             raise UserError(f"{path}: is of {kind}; use a model of Stable Diffusion 1.x.")
         refuse_mistyped(("sample_size",), d, str(path))
+    if (
+        name == "text_encoder" and d.get("model_type") == "clip"
+    ):  # of a whole CLIPModel, as transformers takes it
+        d = d.get("text_config") or {}
     return read_config(NETWORKS[name].config, d, str(path))
 
 

@@ -90,7 +90,7 @@ def read_file(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def check_kind(source: Path, names: Iterable[str], header: Mapping[str, str]) -> None:
     """Refuses what is for another model than Stable Diffusion 1.x, or in a format that is no low-rank pair."""
     model = header.get("modelspec.architecture") or header.get("ss_base_model_version")
-    if model and not re.match(r"stable-diffusion-v1|sd_v1", model):
+    if model and not re.match(r"stable-diffusion-v1|(sd|ss)?[-_ ]?v?1(\.\d)?([-_/]|$)", model, re.IGNORECASE):
         raise UserError(f"{source}: its header says {model}; expected an adapter for Stable Diffusion 1.x.")
     for name in sorted(names):
         start = next((start for start in OTHERS if name.startswith(start)), None)

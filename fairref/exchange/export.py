@@ -74,8 +74,8 @@ def to_merged(export: Export) -> None:
 def to_single_file(export: Export) -> None:
     """Writes all networks, changed, as one LDM checkpoint, and beside it what says their sizes."""
     states, bundle = merged(export), export.bundle
-    write_configs(bundle, export.folder)
     path = export.folder / f"{export.name}.safetensors"
+    write_configs(bundle, export.folder, path.name)
     write_tensors(path, to_ldm(states, bundle.unet.config, bundle.vae.config), PYTORCH)
     _compare_networks(path, states)
 
@@ -109,7 +109,7 @@ def export_adapter(
 
     `to`: of FORMATS. `half`: merged and single-file in float16. `any_base`: as in `load_adapter`.
     """
-    adapter, out = read_adapter(path), expanded(out)
+    adapter, out = read_adapter(path), Path(os.path.realpath(expanded(out)))
     check_format(adapter, to, half)
     check_trained(adapter)
     part = out.with_name(f"{out.name}.part-{os.getpid()}")

@@ -56,18 +56,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
         file.write(memoryview(data)[8 + length :])
 
 
-def write_configs(bundle: Bundle, folder: Path) -> None:
+def write_configs(bundle: Bundle, folder: Path, weights: str = ".") -> None:
     """Write all of a diffusers folder but the weights: the networks' sizes, the tokenizer, the scheduler, an index.
 
-    bundle.json says how fairref draws with it.
+    bundle.json says how fairref draws with it; `weights` is the single file in the folder, or the folder itself.
     """
-    for name, config in _configs(bundle).items():
+    for name, config in _configs(bundle, weights).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, config)
     _write_tokenizer(bundle, folder / "tokenizer")
 
 
-def _configs(bundle):
+def _configs(bundle, weights):
     """File -> its content."""
     unet, vae, text, schedule = (
         bundle.unet.config,
@@ -118,6 +118,7 @@ def _configs(bundle):
             "final_sigmas_type": recipe.end,
         },
         MANIFEST: {
+            "stable_diffusion": weights,
             "resolution": bundle.resolution,
             "recipe": {
                 "eval_steps": recipe.eval_steps,

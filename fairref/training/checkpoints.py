@@ -218,6 +218,8 @@ def cut_metrics(folder: Path, iterations: int) -> str:
     kept = [i for i in range(iterations) if i in lines]
     if path.is_file():
         write_file(path, b"".join(lines[i] + b"\n" for i in kept))
+    if lines and not iterations:
+        return f"{folder}: has no checkpoint, so the run begins anew; {len(lines)} iterations are repeated"
     if len(kept) == iterations:
         return ""
     lost = _spans(sorted(set(range(iterations)) - set(kept)))

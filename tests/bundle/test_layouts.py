@@ -149,7 +149,7 @@ def with_more(*names):
 
 
 def whole_clip(folder):
-    """The text encoder's file as a CLIPModel's, with the image tower and the projections."""
+    """The text encoder's files as a CLIPModel's, with the image tower and the projections."""
     vision = {f"vision_model.x.{i}": torch.ones(2) for i in range(3)}
     others = {"logit_scale": torch.ones(()), "text_projection.weight": torch.ones(2, 2)}
 
@@ -158,6 +158,9 @@ def whole_clip(folder):
         return {**named, **vision, **others, "visual_projection.weight": torch.ones(2, 2)}
 
     rewrite(folder / FILES["text_encoder"], change)
+    place = folder / "text_encoder" / "config.json"
+    config = {"model_type": "clip", "projection_dim": 2, "text_config": json.loads(place.read_text())}
+    place.write_text(json.dumps(config))
     return folder
 
 
@@ -397,6 +400,10 @@ REFUSED = {  # layout -> (folder -> what is loaded, a part of the sentence)
     "v by NAME.yaml": (
         lambda f: single(written("model.yaml", 'model:\n  params:\n    parameterization: "v"\n', f)),
         "model.yaml: parameterization is v; expected eps",
+    ),
+    "v by NAME.YAML in one line": (
+        lambda f: single(written("model.YAML", "{model: {params: {parameterization: v}}}", f)),
+        "model.YAML: parameterization is v; expected eps",
     ),
     "v by a marker": (lambda f: single(f, with_more("v_pred")), "predicts v, not the noise"),
     "another schedule by NAME.yaml": (

@@ -161,8 +161,7 @@ def test_diffusers_draws_what_sample_draws(loaded_emoji, runs, exported, loaded,
     assert apart(ours(loaded_emoji), wanted) > 2
     assert apart(theirs(loaded(component, to, half), loaded_emoji, prompt), wanted) < near
     if to in WHOLE:
-        folder = exported(component, to, half)
-        again = load_bundle(folder if to == "merged" else folder / f"{NAME}.safetensors")
+        again = load_bundle(exported(component, to, half))
         assert apart(ours(again), wanted) < near and again.resolution == loaded_emoji.resolution
 
 
