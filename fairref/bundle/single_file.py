@@ -73,7 +73,7 @@ def say_ignored(source: str | Path, names: list[str]) -> None:
 def _check_metadata(path):
     """Raise a UserError for a file whose own header says that it is of another kind."""
     said = read_metadata(path)
-    prediction = said.get("modelspec.prediction_type", EPSILON[0])
+    prediction = said.get("modelspec.prediction_type", said.get("modelspec.predict_key", EPSILON[0]))
     architecture = said.get("modelspec.architecture", ARCHITECTURE)
     if prediction not in EPSILON or not architecture.startswith(ARCHITECTURE):
         raise UserError(

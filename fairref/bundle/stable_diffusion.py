@@ -56,6 +56,7 @@ NETWORKS: dict[str, Network] = {
         ["transformers", "CLIPTextModel"],
     ),
 }
+SD_2 = 1024  # cross_attention_dim of its U-Nets
 SD15_SAMPLE_SIZE = 64  # height and width of z
 MAX_SIDE = 1024  # of z
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of model_index.json
@@ -143,6 +144,8 @@ def _config(name, d, path):
             kind = f"an inpainting or edit model, whose U-Net takes {channels} channels"
         if d.get("addition_embed_type") == "text_time":
             kind = "SDXL"
+        if d.get("cross_attention_dim") == SD_2:
+            kind = "SD-2"
         if kind:
             raise UserError(f"{path}: is of {kind}; use a model of Stable Diffusion 1.x.")
         refuse_mistyped(("sample_size",), d, str(path))
@@ -196,13 +199,18 @@ def _schedule(folder, single, sampler):
     return read_schedule(read_json(path, finite=False), str(path), sampler)  # lambda_min_clipped is -Infinity
 
 
+def tokenizer_folder(path: Path) -> Path | None:
+    """Where the tokenizer of a folder or a single file is; None where there is none."""
+    places = [path.parent, path.parent / "tokenizer"] if path.is_file() else [path / "tokenizer"]
+    return next((place for place in places if has_tokenizer(place)), None)
+
+
 def _tokenizer(path, single, text):
     """The tokenizer beside it, or CLIP's own for a single file that has none; its ids must be rows of the embedding."""
-    places = [path.parent, path.parent / "tokenizer"] if single else [path / "tokenizer"]
-    place = next((p for p in places if has_tokenizer(p)), None)
+    place = tokenizer_folder(path)
     if place is None and not single:
         raise UserError(
-            f"{path}: no tokenizer with it; put CLIP's vocab.json and merges.txt into {places[0]}."
+            f"{path}: no tokenizer with it; put CLIP's vocab.json and merges.txt into {path / 'tokenizer'}."
         )
     vocabulary = clip_vocabulary() if place is None else read_vocabulary(place)
     tokenizer = Tokenizer(vocabulary, text.max_position_embeddings)

@@ -6,6 +6,7 @@ from fairref import settings
 from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
 from fairref.exchange.export import FORMATS, export_adapter
+from fairref.exchange.exported import WHOLE
 
 
 def parser() -> cli.Parser:
@@ -41,6 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     bundle = load_bundle(options.weights)
     folder = export_adapter(bundle, options.adapter, options.to, options.out, options.half, options.any_base)
-    base = "" if options.to in ("merged", "single-file") else " BASE, the folder or id of the base model"
+    base = "" if options.to in WHOLE else " BASE, the folder or id of the base model"
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     print(f"README.md says how to load it. Check it: python {folder / 'check.py'}{base}")

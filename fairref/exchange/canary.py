@@ -20,7 +20,7 @@ ROUNDING = 1e-4  # of the largest value: what other hardware may differ by
 @torch.no_grad()
 def recorded(export: Export, after: Bundle) -> str:
     """What check.py compares, as JSON. `after` is the base with the adapter."""
-    whole = export.to in ("merged", "single-file")
+    whole = export.is_whole
     if whole:
         place = export.folder if export.to == "merged" else export.folder / f"{export.name}.safetensors"
         after = load_bundle(place)

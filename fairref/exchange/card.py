@@ -11,12 +11,11 @@ from fairref.evaluation.statistics import joint_names
 from fairref.exchange.canary import PROMPT, recorded
 from fairref.exchange.exported import Export
 from fairref.files.paths import read_json
-from fairref.generation.adapters import FILE
+from fairref.generation.adapters import FILE, FORMAT
 from fairref.nets.unet import SD15
 
 TEMPLATES = Path(__file__).with_name("templates")
 GRID = "before_after.png"
-WHOLE = ("merged", "single-file")
 WORDS = {"text_encoder": "the text encoder", "unet": "the U-Net"}
 AVERAGES = {FILE: "ema", "adapter_raw.safetensors": "raw", "adapter_best.safetensors": "best"}
 JUDGES = {"classifier": "a classifier", "templates": "the nearest of all possible pictures"}
@@ -64,14 +63,14 @@ def _facts(export):
     info, is_sd15 = adapter.info, bundle.unet.config == SD15
     name = str(info.get("weights") or bundle.manifest.get("name") or bundle.path.name)
     what, tag, relation = EXPLAINED[export.to]
-    classes, rows = _classes(info), _measured(adapter.file)
+    classes, rows = _classes(info), _measured(_run_of(adapter), adapter.file)
     layers = [*adapter.pairs, *adapter.matrices]
     return {
         "export": export,
         "what": what,
         "tag": tag,
         "relation": relation,
-        "whole": export.to in WHOLE,
+        "whole": export.is_whole,
         "base": Path(name).name,
         "used": bundle.path.name,
         "fingerprints": info["base"] if isinstance(info.get("base"), dict) else {},
@@ -83,7 +82,7 @@ def _facts(export):
         "iterations": info.get("iterations"),
         "rows": rows,
         "grid": bool(rows) and rows[0]["is_first"] and (adapter.file.parent / GRID).is_file(),
-        "recipe": _recipe(adapter.file),
+        "recipe": _recipe(_run_of(adapter)),
         "networks": [WORDS[part] for part in WORDS if any(layer.startswith(f"{part}.") for layer in layers)],
         "ranks": sorted({len(down) for down, _ in adapter.pairs.values()}),
         "prompt": PROMPT,
@@ -97,10 +96,17 @@ def _classes(info):
     return classes if isinstance(classes, dict) and all(isinstance(c, list) for c in classes.values()) else {}
 
 
-def _recipe(file):
-    """The settings of the run that the file is in; {} elsewhere."""
-    path = file.parent / "settings.json"
-    recipe = read_json(path).get("recipe") if file.name in AVERAGES and path.is_file() else None
+def _run_of(adapter):
+    """The folder of the run that wrote the adapter; None for another one's."""
+    is_own = adapter.file.name in AVERAGES and adapter.info.get("format") == FORMAT
+    return adapter.file.parent if is_own else None
+
+
+def _recipe(run):
+    """The settings of a run; {} without one."""
+    recipe = (
+        read_json(run / "settings.json").get("recipe") if run and (run / "settings.json").is_file() else None
+    )
     wanted = ("steps", "guidance", "eval_steps", "eval_guidance")
     return recipe if isinstance(recipe, dict) and all(key in recipe for key in wanted) else {}
 
@@ -113,10 +119,10 @@ def _target(classes, table):
     return [] if len(set(shares)) == 1 else list(zip(joint_names(classes), shares, strict=True))
 
 
-def _measured(file):
-    """Rows of the bias before and after, from the evaluation of the run that the file is in. Raises UserError."""
+def _measured(run, file):
+    """Rows of the bias before and after, from the evaluation of a run, of which this is a file. Raises UserError."""
     path = file.parent / "evaluation.json"
-    results = read_json(path) if file.name in AVERAGES and path.is_file() else {}
+    results = read_json(path) if run and path.is_file() else {}
     label = f"after ({AVERAGES.get(file.name)})"
     try:
         return [

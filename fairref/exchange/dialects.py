@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from fairref.errors import UserError
 from fairref.files.paths import read_json
-from fairref.files.weights import INFO, PICKLES, read, read_pickled
+from fairref.files.weights import INFO, PICKLES, read, read_metadata, read_pickled
 from fairref.generation.adapters import DOWN, UP, WHOLE
 from fairref.generation.lora import LAYERS
 
@@ -56,6 +55,10 @@ OTHERS = {
     "lora_transformer_": "SD-3 or Flux",
     "transformer.": "SD-3 or Flux",
 }
+# what a header says of a model that is no SD-1.x
+OTHER_MODEL = re.compile(
+    r"sd[-_ ]?v?[23]|diffusion[-_ ]?v?[23]|xl|flux|cascade|chroma|wan|qwen", re.IGNORECASE
+)
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's starts of LoRA that move the base's weights
 # without these the rest of the layer means something else, so that they can't be left out
 INSEPARABLE = ("dora_scale", "lora_magnitude_vector", "lora_mid.weight")
@@ -79,9 +82,7 @@ def read_file(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     if source.suffix != ".safetensors":
         return read_pickled(source), {}
-    tensors = read(source)
-    with safe_open(source, "pt") as file:
-        header = file.metadata() or {}
+    tensors, header = read(source), read_metadata(source)
     if INFO in header:
         raise UserError(f"{source}: fairref wrote it; give it to --adapter as it is.")
     return tensors, header
@@ -89,9 +90,11 @@ def read_file(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def check_kind(source: Path, names: Iterable[str], header: Mapping[str, str]) -> None:
     """Refuses what is for another model than Stable Diffusion 1.x, or in a format that is no low-rank pair."""
-    model = header.get("modelspec.architecture") or header.get("ss_base_model_version")
-    if model and not re.match(r"stable-diffusion-v1|(sd|ss)?[-_ ]?v?1(\.\d)?([-_/]|$)", model, re.IGNORECASE):
-        raise UserError(f"{source}: its header says {model}; expected an adapter for Stable Diffusion 1.x.")
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        if OTHER_MODEL.search(header.get(key, "")):
+            raise UserError(
+                f"{source}: its header says {header[key]}; expected an adapter for Stable Diffusion 1.x."
+            )
     for name in sorted(names):
         start = next((start for start in OTHERS if name.startswith(start)), None)
         if start:

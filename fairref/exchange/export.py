@@ -19,7 +19,7 @@ from fairref.bundle.loading import Bundle
 from fairref.bundle.stable_diffusion import NETWORKS, load_stable_diffusion
 from fairref.errors import UserError
 from fairref.exchange.card import write_card
-from fairref.exchange.exported import Export
+from fairref.exchange.exported import WHOLE, Export
 from fairref.exchange.folder import write_configs, write_tensors
 from fairref.exchange.importing import read_foreign
 from fairref.exchange.layouts import Pairs, to_kohya, to_ldm, to_peft
@@ -112,10 +112,10 @@ def export_adapter(
     adapter, out = read_adapter(path), Path(os.path.realpath(expanded(out)))
     check_format(adapter, to, half)
     check_trained(adapter)
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
+        raise UserError(f"--out is {out}, which is there and not an empty folder elsewhere; give a new one.")
     part = out.with_name(f"{out.name}.part-{os.getpid()}")
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out is {out}, which is there and not an empty folder; give a new one.")
         part.mkdir(parents=True)
         # refuses names, shapes and numbers that don't fit the base's layers
         after = load_adapters(bundle, [(adapter, 1.0)], any_base)
@@ -139,7 +139,7 @@ def check_format(adapter: AdapterFile, to: str, half: bool) -> None:
             f"{adapter.file}: has {KINDS[strangers[0]]}, but --to {to} {FORMATS[to].otherwise};"
             f" give --to {' or '.join(fitting)}."
         )
-    if half and "matrices" not in FORMATS[to].holds:
+    if half and to not in WHOLE:
         raise UserError(f"--half is for --to merged and single-file; leave it out with --to {to}.")
 
 

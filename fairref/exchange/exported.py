@@ -6,6 +6,8 @@ from pathlib import Path
 from fairref.bundle.loading import Bundle
 from fairref.generation.adapters import AdapterFile
 
+WHOLE = ("merged", "single-file")  # formats of whole networks
+
 
 @dataclass(frozen=True)
 class Export:
@@ -17,6 +19,11 @@ class Export:
     folder: Path  # where the files go
     name: str  # of the file that users choose by its name
     half: bool  # whether whole networks are written in float16
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether whole networks are written, not what an adapter adds to them."""
+        return self.to in WHOLE
 
     @property
     def token(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fairref.bundle.loading import Bundle
 from fairref.bundle.manifest import MANIFEST
 from fairref.bundle.recipe import resolve
+from fairref.bundle.stable_diffusion import tokenizer_folder
 from fairref.files.paths import read_json, write_json
 from fairref.files.vocabulary import BOS, EOS
 
@@ -130,17 +131,14 @@ def _configs(bundle, weights):
 
 
 def _write_tokenizer(bundle, folder):
-    """The base's own tokenizer files; written anew where it has none in a folder."""
-    place = bundle.path / bundle.manifest.get("stable_diffusion", ".")
-    place = place.parent if place.is_file() else place
-    found = [place / sub / name for sub in ("tokenizer", ".") for name in TOKENIZER_FILES]
-    found = [path for path in found if path.is_file()]
+    """The base's own tokenizer files; written anew where it has none."""
+    place = tokenizer_folder(bundle.path / bundle.manifest.get("stable_diffusion", "."))
     folder.mkdir(parents=True, exist_ok=True)
-    for path in found:
-        if path.parent == found[0].parent:
-            shutil.copyfile(path, folder / path.name)
-    if not found:
-        bundle.tokenizer._backend.model.save(str(folder))
+    for name in TOKENIZER_FILES if place else ():
+        if (place / name).is_file():
+            shutil.copyfile(place / name, folder / name)
+    if not place:
+        bundle.tokenizer.save(folder)
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         write_json(
@@ -151,7 +149,7 @@ def _write_tokenizer(bundle, folder):
                 "bos_token": BOS,
                 "eos_token": EOS,
                 "unk_token": EOS,
-                "pad_token": EOS,
+                "pad_token": bundle.tokenizer.pad_token,
             },
         )
     else:

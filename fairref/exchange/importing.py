@@ -27,6 +27,7 @@ from fairref.files.paths import expanded
 from fairref.files.weights import finite
 from fairref.generation.adapters import DOWN, FILE, IMPORTED, UP, WHOLE, save_adapter
 from fairref.generation.lora import LAYERS, is_layer
+from fairref.training.checkpoints import SETTINGS
 
 PREFIX = "token_embedding.weight"  # the released code's: a row of zeros, then the soft tokens
 POSITIONS = "position_embedding.weight"  # beside it, the base's
@@ -62,8 +63,9 @@ def import_adapter(
     """
     source, out = find_file(expanded(path)), expanded(out)
     target = out if out.suffix == ".safetensors" else out / FILE
-    if target.exists() and target.resolve() == source.resolve():
-        raise UserError(f"--out is {target}, the file that is imported; give another.")
+    if target.exists() or (out / SETTINGS).exists():
+        what = f"{target} is there already" if target.exists() else "a run is in it"
+        raise UserError(f"--out is {out}, but {what}; give another.")
     imported = read_foreign(source, bundle, drop)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from fairref.errors import UserError
 
 # keys of diffusers' and transformers' files that are no mistyped others
 ALIKE = {
-    *("bos_token_id", "pad_token_id", "max_length"),
+    *("bos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "max_length", "add_special_tokens"),
     *("cross_attention_norm", "timestep_scaling", "threshold", "solver_p", "clip_sample_range"),
 }
 ALIKE_FROM = 0.81  # likeness from which on one name is taken for another, mistyped

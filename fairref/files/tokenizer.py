@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
@@ -82,13 +83,25 @@ class Tokenizer:
             lost.append(text[start[0] :].strip() if start else "")
         return lost
 
+    @property
+    def pad_token(self) -> str:
+        """The token that fills up a text that is too short."""
+        return self._backend.id_to_token(self.pad)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes vocab.json and merges.txt into a folder that is there."""
+        self._backend.model.save(str(folder))
+
     @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of all that makes a text's ids: vocabulary, merges, special tokens, length."""
         held = json.loads(self._backend.to_str())
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in held["model"]["merges"]]
         ids = sorted(self._backend.get_vocab().items())
-        content = [ids, merges, held["added_tokens"], self.bos, self.eos, self.pad, self.length]
+        added = [
+            token for token in held["added_tokens"] if token["content"] not in (BOS, EOS)
+        ]  # their flags vary
+        content = [ids, merges, added, self.bos, self.eos, self.pad, self.length]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -382,6 +382,10 @@ REFUSED = {  # layout -> (folder -> what is loaded, a part of the sentence)
         lambda f: edit(f / "text_encoder/config.json", lambda d: d.update(use_attention_mask=True)) or f,
         "use_attention_mask = True, expected None or False",
     ),
+    "SD-2's U-Net": (
+        lambda f: edit(f / "unet/config.json", lambda d: d.update(cross_attention_dim=1024)) or f,
+        "is of SD-2; use a model of Stable Diffusion 1.x",
+    ),
     "SDXL's U-Net": (
         lambda f: edit(f / "unet/config.json", lambda d: d.update(addition_embed_type="text_time")) or f,
         "config.json: is of SDXL",
@@ -464,6 +468,7 @@ def test_the_header_of_a_file_says_its_kind(folder):
     tensors = load_file(path)
     for said in (
         {"modelspec.prediction_type": "v"},
+        {"modelspec.predict_key": "v"},
         {"modelspec.architecture": "stable-diffusion-xl-v1-base"},
     ):
         save_file(tensors, path, metadata=said)

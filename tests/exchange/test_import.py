@@ -1,6 +1,7 @@
 """What an imported adapter adds to each layer is what diffusers and PEFT add when they load the same file."""
 
 import json
+import re
 
 import diffusers
 import peft
@@ -171,7 +172,7 @@ def test_a_folder_of_peft(loaded_tiny, peers, tmp_path, options, suffix):
     assert target == tmp_path / "ours" / "adapter.safetensors"
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"no adapter_config\.json beside it, which says alpha"):
-        import_adapter(tmp_path, tmp_path / "ours", loaded_tiny)
+        import_adapter(tmp_path, tmp_path / "again", loaded_tiny)
 
 
 def released(bundle, part):
@@ -239,7 +240,7 @@ def test_whole_matrices_as_uce_writes_them(tiny_folder, loaded_tiny, tmp_path):
     save_file({name: state[name] for name in names}, tmp_path / "uce.safetensors")
     torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "whole.pt")
     for file in ("uce.safetensors", "whole.pt"):
-        target, imported = import_adapter(tmp_path / file, tmp_path / "ours", loaded_tiny)
+        target, imported = import_adapter(tmp_path / file, tmp_path / f"ours {file}", loaded_tiny)
         assert imported.summary == f"{len(names)} whole matrices" and not imported.dropped
         assert set(read_adapter(target).matrices) == {f"unet.{n.removesuffix('.weight')}" for n in names}
         z, c = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 32)
@@ -297,6 +298,45 @@ def test_what_is_refused(tmp_path, change, metadata, expected):
     with pytest.raises(UserError, match=expected) as error:
         read_foreign(tmp_path / "a.safetensors")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["modelspec.architecture", "ss_base_model_version"])
+def test_a_header_may_spell_sd15_in_any_way(tmp_path, key):
+    for said in (
+        "stable-diffusion-v1/lora",
+        "sd_v1",
+        "sd_1.5",
+        "ss_v1",
+        "sd15",
+        "Stable Diffusion 1.5",
+        "Unknown",
+    ):
+        save_file(GOOD, tmp_path / "a.safetensors", {key: said})
+        assert len(read_foreign(tmp_path / "a.safetensors").tensors) == 2
+    others = (
+        "sd_v2_768_v",
+        "stable-diffusion-v2-512",
+        "stable-diffusion-xl-v1-base/lora",
+        "SDXL",
+        "sd3_m",
+        "Flux.1-dev",
+    )
+    for said in others:
+        save_file(GOOD, tmp_path / "a.safetensors", {key: said})
+        with pytest.raises(UserError, match=re.escape(f"header says {said}")):
+            read_foreign(tmp_path / "a.safetensors")
+
+
+def test_what_is_there_is_never_written_over(tmp_path):
+    save_file(GOOD, tmp_path / "a.safetensors")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_text("{}")
+    for out, why in (("a.safetensors", "is there already"), ("run", "a run is in it")):
+        before = sorted((path, path.read_bytes()) for path in tmp_path.rglob("*.*"))
+        with pytest.raises(UserError, match=why):
+            import_adapter(tmp_path / "a.safetensors", tmp_path / out)
+        assert before == sorted((path, path.read_bytes()) for path in tmp_path.rglob("*.*"))
 
 
 def test_drop_leaves_out_what_belongs_to_no_layer_and_says_so(tmp_path, capsys):

@@ -356,6 +356,14 @@ def test_tokenizer_json_alone_is_enough(tmp_path, small, merges, added):
     assert tokenizer.vocab_size == BASE + len(added)
 
 
+def test_one_tokenizer_has_one_fingerprint_in_every_layout(own, small, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.CLIPTokenizer.from_pretrained(own).save_pretrained(tmp_path)
+    made = load(own).fingerprint
+    assert made == load(tmp_path).fingerprint == Tokenizer(clip_vocabulary()).fingerprint
+    assert len({made, load(small).fingerprint, load(own, 12).fingerprint}) == 3
+
+
 def test_clips_vocabulary_comes_with_the_package(own):
     lines = gzip.decompress(CLIP_MERGES.read_bytes()).decode("utf-8").split("\n")[1:-1]
     # of lines 2 to 48,895 of bpe_simple_vocab_16e6.txt.gz in open_clip_torch 3.3.0
