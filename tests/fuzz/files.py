@@ -14,7 +14,7 @@ When does a damaged file say something else that is as valid? Only when nothing 
 - numbers in a safetensors file whose header has the same names, dtypes and shapes (the format has no checksum, and says
   once which number belongs to which tensor). A .pth file has checksums, so there a difference is a fault;
 - values of a file of settings (`settings`), if the file still has the same structure: each value has the type that it
-  had, and no key is new. A key that is absent means its default there, as it does in diffusers and transformers;
+  had (RANGES have several; a run says how many steps its schedule allows), and no key is new. A key that is absent means its default there, as it does in diffusers and transformers;
   A run whose settings ask for more iterations may take longer, too;
 - texts and rows of data (`data`): prompts, labels, added tokens, lines of metrics.
 A vocabulary, its merges, an index, the shapes in a config.json and the names in a header are said twice. There, each
@@ -72,6 +72,7 @@ from tests.ldm_layout import FILES, to_ldm
 from tests.tiny_bundle import write_tiny_bundle
 
 SECONDS = 20  # of a case
+RANGES = ("steps", "guidance")  # of a recipe: 20, "19:23"
 NAMES = ("attributes", "classes", "logits")  # keys of objects whose own keys are a user's names
 TEXTS = ["a photo of the face of a pilot, a person", "two nurses <cat>!"]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -603,6 +604,8 @@ def listening() -> Iterator[list[str]]:
 
 def structure(d, key=""):
     """A JSON content without its values and without a user's own names: types remain."""
+    if key in RANGES and not isinstance(d, list):
+        return "range"
     if isinstance(d, dict) and key in NAMES:
         return sorted(json.dumps(structure(value)) for value in d.values())
     if isinstance(d, dict):
