@@ -14,8 +14,9 @@ When does a damaged file say something else that is as valid? Only when nothing 
 - numbers in a safetensors file whose header has the same names, dtypes and shapes (the format has no checksum, and says
   once which number belongs to which tensor). A .pth file has checksums, so there a difference is a fault;
 - values of a file of settings (`settings`), if the file still has the same structure: each value has the type that it
-  had (RANGES have several; a run says how many steps its schedule allows), and no key is new. A key that is absent means its default there, as it does in diffusers and transformers;
-  A run whose settings ask for more iterations may take longer, too;
+  had (RANGES have several; a run says how many steps its schedule allows), and no key is new. A key that is absent
+  means its default there, as it does in diffusers and transformers. A run whose settings ask for more iterations may
+  take longer, too;
 - texts and rows of data (`data`): prompts, labels, added tokens, lines of metrics.
 A vocabulary, its merges, an index, the shapes in a config.json and the names in a header are said twice. There, each
 difference is a fault.
