@@ -172,7 +172,10 @@ def test_half_precision_keeps_the_statistics(tmp_path):
         ("{}", '"attributes" is None'),
         ('{"attributes": {"gender": ["woman"]}}', "two or more classes"),
         ('{"attributes": {"gender": ["a", "b"]}, "kind": "medium"}', "'medium'; choose one of large, small"),
-        ('{"attributes": {"gender": ["a", "b"]}, "depth": 3}', '"depth" is unknown'),
+        (
+            '{"attributes": {"gender": ["a", "b"]}, "depth": 3}',
+            "found key 'depth'; MobileNet has no such option",
+        ),
         ('{"attributes": {"gender": ["a", "b"]}, "width": 0}', "must be positive"),
         ('{"attributes": {"gender": ["a", "b"]}, "width": "wide"}', "config.json"),
         ('{"attributes": {"gender": ["a", "b"]}, "width": 0.5}', "unknown tensors|expected"),
