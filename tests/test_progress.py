@@ -1,7 +1,6 @@
 """The progress bar on a terminal, a narrow one too, and in a file."""
 
 import io
-import os
 
 import pytest
 
@@ -27,7 +26,7 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("columns, lines", [(300, 1), (80, 2), (40, 4)])
 def test_all_of_a_note_is_seen_however_narrow_the_terminal(monkeypatch, columns, lines):
     monkeypatch.setattr(progress.sys, "stderr", Terminal())
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setenv("COLUMNS", str(columns))
     with Progress(10, "finetuning") as bar:
         bar.step(NOTE)
         bar.step("short")
