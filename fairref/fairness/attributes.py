@@ -152,6 +152,11 @@ def wanted_target(
 ) -> JointTarget:
     """What --attr and --target ask of a bundle, `where`, together: --attr says which, in which order, and --target
     the shares; an attribute without shares gets equal ones, in every group of the others. Raises UserError."""
+    if not attributes and (attr or targets):
+        raise UserError(
+            f"{where}: has no judge, so no attribute can be told; name classifiers in its bundle.json, as"
+            " docs/sd15.md says."
+        )
     if not attr and not targets:
         known = ", ".join(attributes) or "none"
         raise UserError(f"--attr is missing: it says what to make fair; {where} knows: {known}.")
