@@ -1,5 +1,6 @@
 """fairref export: an adapter as diffusers, ComfyUI and web UIs take it."""
 
+import shlex
 from collections.abc import Sequence
 
 from fairref import settings
@@ -44,4 +45,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = export_adapter(bundle, options.adapter, options.to, options.out, options.half, options.any_base)
     base = "" if options.to in WHOLE else " BASE, the folder or id of the base model"
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    print(f"README.md says how to load it. Check it: python {folder / 'check.py'}{base}")
+    print(f"README.md says how to load it. Check it: python {shlex.quote(str(folder / 'check.py'))}{base}")

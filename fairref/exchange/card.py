@@ -63,7 +63,11 @@ def _facts(export):
     info, is_sd15 = adapter.info, bundle.unet.config == SD15
     name = str(info.get("weights") or bundle.manifest.get("name") or bundle.path.name)
     what, tag, relation = EXPLAINED[export.to]
-    classes, rows = _classes(info), _measured(_run_of(adapter), adapter.file)
+    classes = _classes(info)
+    derived = bool(
+        set(adapter.other_parts(bundle) or ()) - {"vae"}
+    )  # its numbers and pictures are of another base
+    rows = [] if derived else _measured(_run_of(adapter), adapter.file)
     layers = [*adapter.pairs, *adapter.matrices]
     return {
         "export": export,
@@ -73,6 +77,7 @@ def _facts(export):
         "whole": export.is_whole,
         "base": Path(name).name,
         "used": bundle.path.name,
+        "derived": derived,
         "fingerprints": info["base"] if isinstance(info.get("base"), dict) else {},
         "is_sd15": is_sd15,
         "licence": LICENCES.get(name, "creativeml-openrail-m" if is_sd15 else "other"),

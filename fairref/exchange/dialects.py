@@ -68,7 +68,10 @@ PEFT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "
 def find_file(path: Path) -> Path:
     """The file itself, or the adapter's in a folder as PEFT and diffusers write it."""
     if path.is_dir():
-        path = next((path / name for name in PEFT_FILES if (path / name).is_file()), path / PEFT_FILES[0])
+        files = [path / name for name in PEFT_FILES if (path / name).is_file()]
+        if not files:
+            raise UserError(f"{path}: has no {' or '.join(PEFT_FILES)}; give the adapter's file itself.")
+        path = files[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file; give another tool's adapter.")
     return path
@@ -78,7 +81,8 @@ def read_file(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, and the header of a safetensors file. Raises UserError."""
     if source.suffix not in (".safetensors", *PICKLES):
         raise UserError(
-            f"{source}: expected a .safetensors file, or {', '.join(PICKLES)}; give one of these."
+            f"{source}: expected .safetensors, or {', '.join(PICKLES)}; a .ckpt is a pickle, which could run code:"
+            " make it safetensors."
         )
     if source.suffix != ".safetensors":
         return read_pickled(source), {}

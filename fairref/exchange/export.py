@@ -112,8 +112,10 @@ def export_adapter(
     adapter, out = read_adapter(path), Path(os.path.realpath(expanded(out)))
     check_format(adapter, to, half)
     check_trained(adapter)
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
-        raise UserError(f"--out is {out}, which is there and not an empty folder elsewhere; give a new one.")
+    if out == Path.cwd():
+        raise UserError(f"--out is {out}, the folder that you are in; give a new one.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out is {out}, which is there and not an empty folder; give a new one.")
     part = out.with_name(f"{out.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
@@ -219,4 +221,5 @@ def _name(adapter):
     info, file = adapter.info, adapter.file
     words = list(info["classes"]) if isinstance(info.get("classes"), dict) else []
     words = words or [Path(str(info.get("imported_from") or file.parent.name)).stem]
-    return re.sub(r"[^a-z0-9]+", "-", f"fairref-{'-'.join(map(str, words))}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, words)).lower()).strip("-")
+    return f"fairref-{name.removeprefix('fairref-')}"

@@ -162,8 +162,8 @@ def _fitted(source, name, tensor, shape):
     if not tensor.numel() or not sides or not (tensor.is_floating_point() or shape == ()):
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         raise UserError(
-            f"{source}: {name} is {found}, expected float {list(shape)}; take an adapter for this model (without"
-            " --weights: for SD-1.5)."
+            f"{source}: {name} is {found}, expected float {list(shape)}; give the weights that it was made from as"
+            " --weights (without: Stable Diffusion 1.5's layers)."
         )
     return tensor.reshape(shape)
 

@@ -186,11 +186,12 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
             )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        _, _, reason = str(error).partition("WeightsUnpickler error: ")
+        # between torch's advice to read it unsafely and the address of its documentation
+        reason = re.split(r"WeightsUnpickler error: |trusted source\.", str(error))[-1].split(
+            "Check the doc"
+        )[0]
         if not CODE.search(reason):
-            line = next(
-                iter(reason.split("\n\n")[0].strip().splitlines() or str(error).splitlines()), "no pickle"
-            )
+            line = next(iter(reason.strip().splitlines()), "no pickle")
             raise UserError(f"{path}: can't be read ({line}); get the file again.") from None
         raise UserError(
             f"{path}: holds more than tensors, which could run code and isn't read; where you trust it, write its"

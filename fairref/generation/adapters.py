@@ -92,7 +92,10 @@ def adapter_file(path: str | Path) -> Path:
         raise UserError(f"{path}: no such adapter; give a run's folder or its {FILE}.")
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{path}: no {FILE} in it (yet); give the folder of a finished run.")
+        raise UserError(
+            f"{path}: no {FILE} in it (yet); give the folder of a finished run, or what `fairref import` makes of"
+            " another tool's file."
+        )
     return file
 
 

@@ -15,6 +15,8 @@ def pair_strengths(
     if len(strengths) == 1 and len(adapters) > 1:
         strengths = [1.0 if adapter.prefix is not None else strengths[0] for adapter in adapters]
     strengths = strengths or [1.0] * len(adapters)
+    if strengths and not adapters:
+        raise UserError("--strength is of an --adapter; give one, or leave it out.")
     if len(strengths) != len(adapters):
         raise UserError(
             f"{len(strengths)} strengths for {len(adapters)} adapters; give one --strength for each --adapter, in"

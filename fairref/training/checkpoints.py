@@ -83,12 +83,12 @@ def restore(folder: Path, state: State) -> str:
 
     Without any checkpoint the state stays as it is. Raises UserError where all are broken.
     """
-    broken: dict[Path, UserError] = {}
+    broken: dict[Path, str] = {}
     for path in reversed(saved(folder)):
         try:
             tensors, info = _whole(path, state)
         except UserError as error:
-            broken[path] = error
+            broken[path] = str(error).removesuffix("; get it again.").rstrip(".") + "."  # it is nowhere else
             continue
         for name in NUMBERS:
             setattr(state, name, info[name])
@@ -104,7 +104,7 @@ def restore(folder: Path, state: State) -> str:
         done = int(CHECKPOINT.fullmatch(next(iter(broken)).name)[1])
         repeated = _spans(range(state.iteration + 1, done + 1))
         taken = f"{path}: is taken instead; iterations that are repeated: {repeated}"
-        return "\n".join([*map(str, broken.values()), taken])
+        return "\n".join([*broken.values(), taken])
     if broken:
         raise UserError(f"{next(iter(broken.values()))} No checkpoint before it is whole: start a new run.")
     return ""

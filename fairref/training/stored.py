@@ -105,9 +105,12 @@ def refuse_another(settings: Settings, bundle: Bundle) -> None:
     found = bundle.all_fingerprints
     known = settings.get("fingerprints", found)
     if parts := sorted(key for key in known | found if known.get(key) != found.get(key)):
+        copy = (
+            "" if all("tokenizer" in part for part in parts) else " (a bfloat16 copy counts as another one)"
+        )
         raise UserError(
-            f"{bundle.path}: {', '.join(parts)} {'is' if len(parts) == 1 else 'are'} not what the run was made from (a"
-            " bfloat16 copy counts as another one); give the same weights with --weights, or start a new run."
+            f"{bundle.path}: {', '.join(parts)} {'is' if len(parts) == 1 else 'are'} not what the run was made from"
+            f"{copy}; give the same weights with --weights, or start a new run."
         )
 
 

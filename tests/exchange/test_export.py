@@ -605,6 +605,21 @@ def test_the_card_of_another_of_the_runs_adapters_has_its_own_numbers(loaded_emo
     assert ".83" not in text and "was not evaluated" in text and "steps, guidance" not in text
 
 
+@pytest.mark.parametrize("to, model", [("kohya", "emoji"), ("merged", "derived")])
+def test_the_card_on_another_base_claims_nothing_of_it(loaded_emoji, evaluated, tmp_path, to, model):
+    other = copy.deepcopy(loaded_emoji.unet)
+    other.conv_in.weight.data += 1
+    del other.fingerprint
+    derived = replace(loaded_emoji, unet=other, path=loaded_emoji.path.with_name("derived"))
+    if to == "merged":  # which copies the tokenizer's files
+        derived = replace(derived, manifest={**derived.manifest, "stable_diffusion": str(loaded_emoji.path)})
+    folder = export_adapter(derived, evaluated, to, tmp_path / "out", any_base=True)
+    text = (folder / "README.md").read_text()
+    assert ModelCard(text).data.base_model == model and "Here it was put on derived, another model." in text
+    assert ".83" not in text and "what it does to derived was not evaluated" in text
+    assert not (folder / "before_after.png").exists() and "before_after.png" not in text
+
+
 def test_the_card_of_an_imported_adapter_does_not_say_that_fairref_made_it(loaded_emoji, whole, tmp_path):
     adapter = read_adapter(whole)
     info = {"imported_from": "Some UCE.safetensors"}
