@@ -222,7 +222,7 @@ def test_strengths_and_a_derived_model_from_the_command_line(weights, run_folder
     (used,) = json.loads(capsys.readouterr().out)["adapters"]
     assert (used["strength"], used["base"]) == (0.5, "another unet")
     assert cli.run(sample.main, [PROMPT, *options[:4], "--strength", "1"]) == 2
-    assert "1 strengths for 0 adapters" in capsys.readouterr().err
+    assert "--strength is of an --adapter" in capsys.readouterr().err
 
 
 def test_an_image_is_the_same_alone_and_among_others(weights, tmp_path):
