@@ -14,6 +14,7 @@ from fairref.evaluation.statistics import likeness, lines
 from fairref.files.images import save_png, to_image
 from fairref.files.paths import write_json
 from fairref.files.sheets import Pair, enlarged, sheet
+from fairref.files.weights import fingerprint, read
 from fairref.generation.adapters import load_adapter
 from fairref.prompts.sets import Prompts, evenly
 
@@ -39,6 +40,7 @@ def before_after(
 ) -> Results:
     """Evaluates the frozen model and each adapter on unseen and on finetuning prompts, prints it, and writes
     evaluation.json and before_after.png (same noise) into the folder."""
+    made_of = {f"after ({name})": fingerprint(read(file)) for name, file in adapters.items()}
     models = {"before": settings.bundle}
     models |= {f"after ({name})": load_adapter(settings.bundle, file) for name, file in adapters.items()}
     results, originals = {}, {}
@@ -50,7 +52,8 @@ def before_after(
             explicit = EXPLICIT_IMAGES if part == "test" else 0
             report, judged = evaluate_part(settings, model, prompts, part, n, label, explicit)
             originals.setdefault(key, judged)
-            report |= {} if label == "before" else likeness(judged, originals[key])
+            if label != "before":
+                report |= {"fingerprint": made_of[label], **likeness(judged, originals[key])}
             results.setdefault(label, {})[key] = report
             if settings.processes.first:
                 write_json(folder / SO_FAR, results)  # what there is, should the run be stopped

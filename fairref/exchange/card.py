@@ -11,6 +11,7 @@ from fairref.evaluation.statistics import joint_names
 from fairref.exchange.canary import PROMPT, recorded
 from fairref.exchange.exported import Export
 from fairref.files.paths import read_json
+from fairref.files.weights import fingerprint
 from fairref.generation.adapters import FILE, FORMAT
 from fairref.nets.unet import SD15
 
@@ -67,7 +68,7 @@ def _facts(export):
     derived = bool(
         set(adapter.other_parts(bundle) or ()) - {"vae"}
     )  # its numbers and pictures are of another base
-    rows = [] if derived else _measured(_run_of(adapter), adapter.file)
+    rows = [] if derived else _measured(_run_of(adapter), adapter)
     layers = [*adapter.pairs, *adapter.matrices]
     return {
         "export": export,
@@ -124,8 +125,9 @@ def _target(classes, table):
     return [] if len(set(shares)) == 1 else list(zip(joint_names(classes), shares, strict=True))
 
 
-def _measured(run, file):
-    """Rows of the bias before and after, from the evaluation of a run, of which this is a file. Raises UserError."""
+def _measured(run, adapter):
+    """Rows of the bias before and after, from the evaluation of a run, of this very adapter. Raises UserError."""
+    file, made = adapter.file, fingerprint(adapter.tensors)
     path = file.parent / "evaluation.json"
     results = read_json(path) if run and path.is_file() else {}
     label = f"after ({AVERAGES.get(file.name)})"
@@ -134,6 +136,7 @@ def _measured(run, file):
             {**_row(before, results[label][key], judge), "is_first": list(results)[1] == label}
             for key, before in results.get("before", {}).items()
             if key in results.get(label, {})
+            and results[label][key].get("fingerprint", made) == made  # older evaluations have none
             for judge in before["judges"]
         ]
     except (AttributeError, LookupError, TypeError):

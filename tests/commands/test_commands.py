@@ -22,7 +22,7 @@ from fairref.evaluation.judging import EvaluationSettings, draw_images
 from fairref.fairness.attributes import parse_targets
 from fairref.files.images import to_image
 from fairref.files.sheets import COLOURS, SIDE, Layout, enlarged
-from fairref.files.weights import read, read_info, write
+from fairref.files.weights import fingerprint, read, read_info, write
 from fairref.generation.adapters import load_adapter
 from fairref.generation.drawing import Drawing
 from fairref.settings import Recipe, RunOptions
@@ -100,6 +100,9 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
     assert set(evaluation) == {"before", "after (ema)", "after (raw)"}
     assert set(evaluation["before"]) == {"test", "train"}
     assert evaluation["after (raw)"]["test"]["clip_i"] < 1
+    for name, file in (("ema", "adapter"), ("raw", "adapter_raw")):
+        made = fingerprint(read(run_folder / f"{file}.safetensors"))
+        assert evaluation[f"after ({name})"]["train"]["fingerprint"] == made
 
 
 def test_the_last_picture_has_a_row_before_and_a_row_after_from_the_same_noise(run_folder, loaded_tiny):

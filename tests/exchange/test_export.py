@@ -25,6 +25,7 @@ from fairref.exchange.export import EMBEDDING_FILE, FORMATS, PEFT_FILE, export_a
 from fairref.exchange.exported import Export
 from fairref.exchange.folder import write_configs, write_tensors
 from fairref.exchange.layouts import to_kohya, to_ldm, to_peft
+from fairref.files.weights import fingerprint
 from fairref.generation.adapters import FILE, IMPORTED, load_adapter, read_adapter, save_adapter
 from fairref.generation.lora import adapt, trained_layers
 from fairref.generation.rollout import first_noise
@@ -603,6 +604,16 @@ def test_the_card_of_another_of_the_runs_adapters_has_its_own_numbers(loaded_emo
     assert "woman 0.30, man 0.70." in text
     text = (export_adapter(loaded_emoji, elsewhere, "kohya", tmp_path / "out") / "README.md").read_text()
     assert ".83" not in text and "was not evaluated" in text and "steps, guidance" not in text
+
+
+def test_the_card_shows_the_evaluation_of_this_very_adapter(loaded_emoji, evaluated, tmp_path):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    results = json.loads((run / "evaluation.json").read_text())
+    for of_adapter, is_shown in ((fingerprint(read_adapter(run).tensors), True), ("0" * 64, False)):
+        results["after (ema)"]["test"]["fingerprint"] = of_adapter
+        (run / "evaluation.json").write_text(json.dumps(results))
+        card = export_adapter(loaded_emoji, run, "kohya", tmp_path / str(is_shown)) / "README.md"
+        assert (".83 ± .17" in card.read_text()) == is_shown == ("before_after.png" in card.read_text())
 
 
 @pytest.mark.parametrize("to, model", [("kohya", "emoji"), ("merged", "derived")])
