@@ -136,8 +136,13 @@ def add_adapters(parser: Parser) -> None:
         help="how much an adapter changes, 0 to 1.5; one for each --adapter, in their order, or one for all LoRAs"
         " (None: 1)",
     )
+    add_any_base(parser)
+
+
+def add_any_base(parser: Parser) -> None:
+    """--any-base."""
     parser.add_argument(
-        "--any-base", action="store_true", help="take adapters that were made from other weights, too"
+        "--any-base", action="store_true", help="go on where an adapter was made from other weights"
     )
 
 

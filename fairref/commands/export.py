@@ -32,9 +32,7 @@ def parser() -> cli.Parser:
         action="store_true",
         help="write a whole model in float16: half the size, nearly the same images",
     )
-    parser.add_argument(
-        "--any-base", action="store_true", help="go on where the adapter was made from other weights"
-    )
+    cli.add_any_base(parser)
     return parser
 
 
