@@ -1,6 +1,6 @@
 """Checks of the gradients of other papers: each mode against autograd of its algorithm as published.
 
-The algorithms differ in where they detach. docs/derivation.md, "Other published gradients", says what each paper does.
+The algorithms differ in where they detach. docs/derivation.md, step 7, says what each paper does.
 """
 
 import math
