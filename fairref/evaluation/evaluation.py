@@ -98,7 +98,7 @@ def evaluate(
     bundle: Bundle,
     adapter: str | Path | Sequence[str | Path] | None = None,
     attr: str | None = "gender",
-    images: int | None = 60,
+    images: int | None = None,
     *,
     strength: float | Sequence[float] | None = None,
     any_base: bool = False,

@@ -25,9 +25,8 @@ class JudgedImages:
     classes: dict[str, dict[str, Tensor]]  # judge -> attribute -> (n,) long; -1: the judge can't tell
     # judge -> attribute -> (n, K_a) float32, NaN without a face; a judge that compares images has none
     probabilities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    boxes: Tensor | None = (
-        None  # (n, 4) of the face that counts, in pixels, NaN without one; None: no detector
-    )
+    # (n, 4) of the face that counts, in pixels, NaN without one; None: no detector
+    boxes: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
     colours: dict[str, Tensor] = field(default_factory=dict)  # of COLOURED -> (n, 3), NaN: not known
 

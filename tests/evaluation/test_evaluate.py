@@ -1,6 +1,5 @@
 """What evaluation reports is what the pictures are."""
 
-import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -208,9 +207,7 @@ def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
     expected, _ = evaluate_part(
         replace(settings, drawing=drawing), bundle, occupations, "test", RECIPE["eval_images"]
     )
-    report = evaluate(bundle, images=None)
-    default = inspect.signature(evaluate).parameters["images"].default
-    assert default == 60  # images of each prompt, where nothing is said
+    report = evaluate(bundle)
     assert report == {"adapters": [], **expected} and set(report["explicit"]) == {"images", "classifier"}
     both = evaluate(bundle, images=1, prompts="occupations,sports", explicit_images=0, steps=1)
     assert {name: (r["images"], r["steps"], r["concept"]) for name, r in both.items()} == {
