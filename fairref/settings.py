@@ -174,11 +174,15 @@ class Recipe:
     end: str = setting("zero", "end of the solver: zero or sigma_min", choices=("zero", "sigma_min"))
     gradient: str = setting(
         "paper",
-        "gradient of the sampling process. exact: backpropagation through all steps. paper, solver, none: adjusted"
-        " gradients with different weights of the steps",
+        "gradient of the sampling process. exact: backpropagation through all steps; last:K: through the last K;"
+        " random:K: through up to K, drawn anew in each iteration; bernoulli: each step drawn, late ones more often."
+        " paper, solver, none: adjusted gradients with different weights of the steps; drtune:M: none's, of M steps."
+        " couple:ALPHA: from none (0) to exact (1). docs/derivation.md has the papers",
     )
     grad_steps: int = setting(
-        0, "sampling steps that are drawn for the adjusted gradient, which stays unbiased; 0: all of them"
+        0,
+        "sampling steps that are drawn for the adjusted gradient, which stays unbiased; 0: all of them",
+        only_with={"gradient": ("paper", "solver", "none")},
     )
     micro_batch: int = setting(
         0,

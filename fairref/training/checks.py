@@ -18,12 +18,13 @@ def check(setup: Setup) -> None:
     require_parts(setup)
     mode = gradient_mode(recipe.gradient)
     for S in recipe.steps:
-        mode.table(bundle.schedule, S, recipe.end)
-    solver_table(bundle.schedule, recipe.eval_steps, recipe.end)
-    if mode.coupled and recipe.grad_steps:
+        solver_table(bundle.schedule, S, recipe.end)
+    if mode.takes > recipe.steps.low:
         raise UserError(
-            f"recipe: grad_steps draws steps of an adjusted gradient; {recipe.gradient} needs all: leave it out."
+            f"recipe: gradient is '{recipe.gradient}', but a run may have {recipe.steps.low} sampling steps only; take"
+            " fewer of them, or raise --steps."
         )
+    solver_table(bundle.schedule, recipe.eval_steps, recipe.end)
     for own in setup.own_losses:
         own.check(bundle, setup.prompts[0][0])
     require_gradients(setup)
