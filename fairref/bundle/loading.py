@@ -101,6 +101,11 @@ class Bundle:
             return role in getattr(self, group, {})
         return getattr(self, role, self.others.get(role)) is not None
 
+    def named(self, key: str) -> list[str]:
+        """What each place of a part is called by --judge, or else by bundle.json."""
+        own = self.own_judges.get(key.rpartition(".")[2], ())
+        return [source.short for source in own] or places_of(self.manifest, key) or []
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of each network of Stable Diffusion: what tells two of one shape apart; takes seconds at SD-1.5's size."""

@@ -3,8 +3,8 @@
 loader(device, dtype) gives a function of images x (n, 3, H, W) in [-1, 1], which are at least float32. In the place
 of a classifier it gives {attribute: logits (n, K)} and has `.classes`, attribute -> class names in the order of the
 logits; in that of dino or embedder it gives features (n, D). Where the bundle finds faces, a classifier sees squares
-around them of `.input_size` pixels a side (without it: 224), else whole images, as dino does. An embedder sees
-aligned faces (without `.input_size`: 112 pixels).
+around them of `.input_size` pixels a side (without it: 224), or the whole images of those that have a face if this is
+None; else all whole images, as dino does. An embedder sees aligned faces (without `.input_size`: 112 pixels).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +28,10 @@ class OwnSource(Protocol):
     def place(self) -> str:
         """As a command line names it."""
 
+    @property
+    def short(self) -> str:
+        """The same without a folder of this machine."""
+
     def to_dict(self) -> dict[str, str]:
         """What settings.json keeps of it."""
 
@@ -39,7 +43,7 @@ class OwnClassifier:
     source: OwnSource
     function: Callable[[Tensor], dict[str, Tensor]]
     classes: dict[str, tuple[str, ...]]
-    input_size: int
+    input_size: int | None
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """x (n, 3, H, W) -> {attribute: logits (n, K)}."""
@@ -99,17 +103,19 @@ def load_own(
     """
     option = f"--judge {part.role}"
     loader = load_function(option, text)
-    sees_whole_images = part.key == "dino" or (part.group == "classifiers" and "detector" not in manifest)
+    is_classifier = part.group == "classifiers"
     try:
         judge = loader(torch.device(device), dtype)
         if not callable(judge):
             raise TypeError(f"the loader gives {describe(judge)}, expected a judge")
-        side = int(getattr(judge, "input_size", ALIGNED if part.key == "embedder" else CROP))
-        seen = resolution if sees_whole_images else side
+        side = getattr(judge, "input_size", ALIGNED if part.key == "embedder" else CROP)
+        side = None if side is None and is_classifier else int(side)
+        sees_whole = part.key == "dino" or (is_classifier and (side is None or "detector" not in manifest))
+        seen = resolution if sees_whole else side
         answer = judge(torch.full((1, 3, seen, seen), -1.0, device=device))
     except Exception as error:  # whatever a user's code does
         raise UserError(f"{option}: {text} ends with {said(error)}; correct the file.") from error
-    if part.group != "classifiers":
+    if not is_classifier:
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != 1:
             raise UserError(
                 f"{option}: {text} gives {describe(answer)} for one image; expected features (1, D)."

@@ -1,9 +1,9 @@
 """CLIP as a classifier that nobody trained: `--judge evaluate=clip:glasses=a person with glasses|a person without`.
 
 One text for each class. A class's logit is exp(logit_scale) of the bundle's own CLIP, a number in its checkpoint, times
-the cosine of the image and the text. As any classifier, it sees squares around faces where the bundle finds faces, else
-whole images. A class is called what stands before the text's first colon. Without a colon it is called as the bundle
-calls it, if the text has this name in it, and else by its whole text.
+the cosine of the image and the text. It sees whole images, as CLIP did when it was trained, also where others see faces
+alone; an image without a face is left out there all the same. A class is called what stands before the text's first
+colon. Without a colon it is called as the bundle calls it, if the text has this name in it, and else by its whole text.
 """
 
 import re
@@ -33,6 +33,11 @@ class ClipTexts:
     def place(self) -> str:
         """As a command line names it."""
         return PREFIX + self.text
+
+    @property
+    def short(self) -> str:
+        """The same: it names no folder."""
+        return self.place
 
     def to_dict(self) -> dict[str, str]:
         """What settings.json keeps of it."""
@@ -82,7 +87,7 @@ def load_zero_shot(
         ClipTexts(text.removeprefix(PREFIX)),
         ZeroShot(attribute, network, features),
         {attribute: names},
-        network.vision_config.image_size,
+        input_size=None,  # whole images
     )
 
 

@@ -126,9 +126,9 @@ def _own_judges(settings):
     rows = settings.get("judge")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     return [
-        f'CLIP without training, by the texts "{" ".join(str(row["clip"]).split())}"'
+        f"`clip:{' '.join(str(row['clip']).split())}`, which is CLIP without training"
         if "clip" in row
-        else f"`{row.get('name')}` of `{Path(str(row.get('path'))).name}`"
+        else f"`{Path(str(row.get('path'))).name}:{row.get('name')}`"
         for row in rows
         if row.get("role") == "evaluate"
     ]

@@ -33,7 +33,7 @@ def test_its_logits_are_those_of_transformers(tiny_folder, images):
     bundle = load_bundle(tiny_folder, judges={"evaluate": f"clip:look={'|'.join(TEXTS)}"})
     (classifier,) = bundle.classifiers["evaluate"]
     assert classifier.classes == {"look": tuple(TEXTS)} == {"look": bundle.attributes["look"]}
-    assert classifier.input_size == 32  # of the image tower
+    assert classifier.input_size is None  # it sees whole images
     torch.testing.assert_close(classifier(images)["look"], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -101,3 +101,14 @@ def test_finetuning_follows_it_and_resumes_and_evaluation_asks_it(tiny_folder, t
     report = json.loads(capsys.readouterr().out)
     assert report["judge"] == [{"role": "evaluate", "clip": GLASSES.removeprefix("clip:")}]
     assert set(report["judges"]["classifier"]["share"]) == {"a person with glasses", "a person without"}
+
+
+def test_a_judge_of_something_else_is_refused(tiny_folder, capsys):
+    weights, judges = ["--weights", str(tiny_folder), "-n", "1"], ["--judge", f"evaluate={GLASSES}"]
+    gender = ["--judge", "evaluate=clip:gender=a woman|a man"]
+    assert cli.run(evaluate.main, [*weights, *judges, *gender]) == 2
+    message = capsys.readouterr().err
+    assert (
+        message.startswith(f"--judge evaluate={GLASSES} judges glasses and not gender")
+        and message.count("\n") == 1
+    )

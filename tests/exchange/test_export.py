@@ -626,7 +626,7 @@ def test_the_card_names_the_judges_that_took_the_bundles_place(loaded_emoji, eva
     rows += [{"role": "evaluate", "path": "/x/own.py", "name": "loader", "sha256": "0"}]
     (run / "settings.json").write_text(json.dumps({**settings, "judge": rows}))
     text = (export_adapter(loaded_emoji, run, "kohya", tmp_path / "out") / "README.md").read_text()
-    said = 'classifier judged CLIP without training, by the texts "hat=a hat|a head"; `loader` of `own.py`.'
+    said = "classifier judged `clip:hat=a hat|a head`, which is CLIP without training; `own.py:loader`."
     assert said in text and "/x/" not in text
 
 
