@@ -66,9 +66,13 @@ def require_gradients(setup: Setup) -> None:
     for judge in judges if names else ():
         if not isinstance(judge, OwnClassifier | OwnFeatures):
             continue
-        is_whole = judge is bundle.dino or (bundle.detector is None and isinstance(judge, OwnClassifier))
         side = judge.input_size if isinstance(judge, OwnClassifier) else judge.side
-        side = bundle.resolution if is_whole else side
+        if (
+            judge is bundle.dino
+            or side is None
+            or (bundle.detector is None and isinstance(judge, OwnClassifier))
+        ):
+            side = bundle.resolution  # it sees whole images
         with torch.enable_grad():
             seen = judge(torch.zeros(1, 3, side, side, device=bundle.device, requires_grad=True))
         answers = [seen[name] for name in names if name in seen] if isinstance(seen, dict) else [seen]
