@@ -75,6 +75,9 @@ class Bundle:
     face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
     dino: Features | None = None  # images -> features
     prefix: Tensor | None = None  # soft prompt (P, D) of an adapter
+    adapters: tuple[
+        tuple[str, float], ...
+    ] = ()  # fingerprint and strength of each that changes what it draws
     own_judges: Mapping[str, OwnFunction] = field(default_factory=dict)  # role -> what made a user's own
     others: Mapping[str, object] = field(
         default_factory=dict
