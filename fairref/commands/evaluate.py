@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 
 from fairref import settings
 from fairref.bundle.loading import load_bundle
@@ -150,8 +151,12 @@ def _give(options, bundle, report):
     reports = [report] if "judges" in report else list(report.values())
     text = "\n".join(line for one in reports for line in lines(one))
     own = [
-        {"role": role, **source.to_dict(), "path": source.path.name}
-        for role, source in bundle.own_judges.items()
+        {
+            "role": role,
+            **{key: Path(said).name if key == "path" else said for key, said in source.to_dict().items()},
+        }
+        for role, sources in bundle.own_judges.items()
+        for source in sources
     ]
     made_by = {"weights": bundle.path.name}
     report = {**made_by, **({"judge": own} if own else {}), **report}

@@ -45,6 +45,20 @@ class EvaluationSettings:
             )
         require_attributes(self.bundle, "evaluate", self.target)
 
+    @property
+    def judged_by(self) -> dict[str, dict[str, str]]:
+        """Judge -> attribute of the target -> what judges it, as bundle.json or --judge names it."""
+        named, names = self.bundle.named("classifiers.evaluate"), self.target.classes
+        found = {
+            judge: {name: named[place] for place, mine in places.items() for name in mine if name in names}
+            for judge, places in turns(self.bundle).items()
+            if max(places) < len(named)  # classifiers of a program may have no name
+        }
+        if self.bundle.templates is not None:
+            known = [name for name in names if name in self.bundle.templates.attributes]
+            found["templates"] = dict.fromkeys(known, *self.bundle.named("templates"))
+        return {judge: attributes for judge, attributes in found.items() if attributes}
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -80,22 +94,40 @@ def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int
     return x
 
 
+def turns(bundle: Bundle) -> dict[str, dict[int, list[str]]]:
+    """Judge -> the place of a classifier in the bundle's list -> the attributes that it judges for this judge.
+
+    "classifier" judges each attribute by the first that knows it, "classifier 2" by the second, and so on.
+    """
+    judges: dict[str, dict[int, list[str]]] = {}
+    classifiers = bundle.classifiers["evaluate"]
+    for name in dict.fromkeys(name for classifier in classifiers for name in classifier.classes):
+        knowing = [place for place, classifier in enumerate(classifiers) if name in classifier.classes]
+        for turn, place in enumerate(knowing, 1):
+            of_judge = judges.setdefault("classifier" if turn == 1 else f"classifier {turn}", {})
+            of_judge.setdefault(place, []).append(name)
+    return judges
+
+
 def judge(settings: EvaluationSettings, x: Tensor) -> JudgedImages:
-    """Both judges, CLIP and DINO on n images, by the target's attributes."""
+    """All judges, CLIP and DINO on n images, by the target's attributes."""
     return judge_all(settings.bundle, x).of(settings.target.classes)
 
 
 @torch.no_grad()
 def judge_all(bundle: Bundle, x: Tensor) -> JudgedImages:
     """The same, by every attribute that a judge can tell: what is kept serves other targets, too."""
-    classifiers = bundle.classifiers["evaluate"]
     faces = faces_of(bundle, x)
     has_face = None if faces is None else faces.has_face
-    names = list(dict.fromkeys(name for classifier in classifiers for name in classifier.classes))
-    logits = classify(classifiers, names, x, faces)  # (M, K_a) each
-    classes = {"classifier": {a: scatter_to_images(v.argmax(1), has_face, -1) for a, v in logits.items()}}
-    probabilities = {a: scatter_to_images(v.softmax(1), has_face, torch.nan) for a, v in logits.items()}
-    features, colours = {}, {}
+    classes, probabilities, features, colours = {}, {}, {}, {}
+    for name, places in turns(bundle).items():
+        logits = {}  # attribute -> (M, K_a)
+        for place, mine in places.items():
+            logits |= classify([bundle.classifiers["evaluate"][place]], mine, x, faces)
+        classes[name] = {a: scatter_to_images(v.argmax(1), has_face, -1) for a, v in logits.items()}
+        probabilities[name] = {
+            a: scatter_to_images(v.softmax(1).float(), has_face, torch.nan) for a, v in logits.items()
+        }
     if bundle.templates is not None:
         verdict = bundle.templates(x)
         classes["templates"] = {
@@ -107,7 +139,6 @@ def judge_all(bundle: Bundle, x: Tensor) -> JudgedImages:
     if bundle.dino is not None:
         features["dino"] = F.normalize(bundle.dino(x).float(), dim=1)
     boxes = None if faces is None else scatter_to_images(faces.boxes.float(), has_face, torch.nan)
-    probabilities = {"classifier": {a: rows.float() for a, rows in probabilities.items()}}
     judged = JudgedImages(classes, probabilities, boxes, features, colours)
     return JudgedImages.from_tensors({name: rows.cpu() for name, rows in judged.tensors().items()})
 

@@ -92,7 +92,7 @@ def judges_of(bundle: Bundle) -> dict[str, object] | None:
     for key in LOOKING:
         own = bundle.own_judges.get(key.rpartition(".")[2])
         if own is not None:
-            found[key] = {name: said for name, said in own.to_dict().items() if name != "path"}
+            found[key] = [{k: v for k, v in source.to_dict().items() if k != "path"} for source in own]
         elif key in bundle.manifest if key == "templates" else bundle.has(key):
             found[key] = bundle.all_fingerprints.get(key)
             if found[key] is None:

@@ -70,15 +70,12 @@ def obedience(judged: Sequence[JudgedImages], asked: Sequence[tuple[str, str, in
 
     asked: (prompt, attribute, class index).
     """
-    images = sum(map(len, judged))
-    right = {
-        j: sum(
-            int(((s.classes[j][name] == k) & s.known(j)).sum())
-            for s, (_, name, k) in zip(judged, asked, strict=True)
-        )
-        for j in judged[0].classes
-    }
-    return {"images": images, **{j: count / images for j, count in right.items()}}
+    shares = {}
+    for j in judged[0].classes:
+        told = [(s, name, k) for s, (_, name, k) in zip(judged, asked, strict=True) if name in s.classes[j]]
+        right = sum(int(((s.classes[j][name] == k) & s.known(j)).sum()) for s, name, k in told)
+        shares[j] = right / sum(len(s) for s, *_ in told)
+    return {"images": sum(map(len, judged)), **shares}
 
 
 def evaluate_part(settings: EvaluationSettings, source: ImageSource, part: PromptPart) -> Evaluated:
@@ -95,6 +92,7 @@ def evaluate_part(settings: EvaluationSettings, source: ImageSource, part: Promp
         "guidance": settings.drawing.guidance,
         "padding": settings.drawing.padding,
         "seed": settings.seed,
+        "judged_by": settings.judged_by,
         **bias_report(judged, list(map(concept.short, prompts)), target.classes, part.images, target.table),
         "clip_t": clip_t(settings, judged, prompts),
     }
