@@ -19,7 +19,7 @@ from fairref.reporting import gradient_study as study
 from fairref.verification import sampling, verify
 from fairref.verification.checks import CHECKS
 
-S, R = 4, 3
+S, R = 3, 2
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +27,45 @@ def bundle(tmp_path_factory):
     return load_bundle(write_tiny_bundle(tmp_path_factory.mktemp("bundle")), dtype=torch.float64)
 
 
-def by_autograd(bundle, prompt, image):
-    """|R A_t B_t dε/dc|, |R A_t dε/dc|, |R dε/dc| of one image in run order, by autograd with a leaf a step."""
+def leaves_of(bundle, over, prompt):
+    """theta of one step, of its own: the function that embeds the prompt, the U-Net and the leaves."""
+    if over == "c":
+        pair = [x.clone().requires_grad_() for x in embed(bundle, prompt).detach().split(1)]
+        return (lambda: pair), bundle.unet, pair
+    adapted, adapter = adapt(bundle, over, generator=torch.Generator().manual_seed(study.ADAPTER))
+    return (lambda: embed(adapted, prompt).split(1)), adapted.unet, list(adapter.parameters())
+
+
+def by_autograd(bundle, over, prompt, image, guidance):
+    """|R A_t B_t dε/dθ|, |R A_t dε/dθ|, |R dε/dθ| of one image in run order, by autograd with leaves of each step."""
     table = ancestral_table(bundle.schedule, S)
-    c, c_empty = embed(bundle, prompt).detach().split(1)
-    leaves = [(c.clone().requires_grad_(), c_empty.clone().requires_grad_()) for _ in range(S)]
+
+    def predict(of, z, t):
+        text, unet, _ = of
+        of_prompt, of_empty = (unet(z, t, x) for x in text())
+        return of_empty + guidance * (of_prompt - of_empty)
+
+    def norm(y, of, cotangent):
+        gradients = torch.autograd.grad(y, of[2], cotangent, retain_graph=True)
+        return sum(float(g.square().sum()) for g in gradients) ** 0.5
+
+    steps = [leaves_of(bundle, over, prompt) for _ in range(S)]
     z = noise(0, study.NOISE, [image], (4, 8, 8)).double()
     cotangent = 1e-2 * noise(0, study.NOISE - 1, [image], (4, 8, 8)).double()
-    eps_of = []
-    for i, t in enumerate(table.timesteps.tolist()):
-        both = [bundle.unet(z, t, x) for x in leaves[i]]
-        eps = both[1] + study.GUIDANCE * (both[0] - both[1])
-        eps_of.append((z.detach(), t, eps))
-        w = noise(0, study.NOISE + 1 + i, [image], (4, 8, 8)).double()
-        z = table.p[i] * z + table.q[i] * eps + table.sigma[i] * w
-    exact = [
-        torch.stack(torch.autograd.grad(z, pair, cotangent, retain_graph=True)).norm() for pair in leaves
-    ]
     alone = []
-    for z_i, t, _ in eps_of:
-        pair = [c.clone().requires_grad_(), c_empty.clone().requires_grad_()]
-        both = [bundle.unet(z_i, t, x) for x in pair]
-        eps = both[1] + study.GUIDANCE * (both[0] - both[1])
-        alone.append(torch.stack(torch.autograd.grad(eps, pair, cotangent)).norm())
-    exact, alone = torch.stack(exact), torch.stack(alone)
-    return exact.numpy(), (table.k.abs() * alone).numpy(), alone.numpy()
+    for i, (t, of) in enumerate(zip(table.timesteps.tolist(), steps, strict=True)):
+        alone.append(norm(predict(of, z.detach(), t), of, cotangent))
+        w = noise(0, study.NOISE + 1 + i, [image], (4, 8, 8)).double()
+        z = table.p[i] * z + table.q[i] * predict(of, z, t) + table.sigma[i] * w
+    return [norm(z, of, cotangent) for of in steps], (table.k.abs().numpy() * alone), alone
 
 
-def test_the_scales_are_those_of_autograd(bundle):
-    curves = study.by_curve(study.scales(bundle, "a photo of a cook", S, R))
-    expected = np.stack([by_autograd(bundle, "a photo of a cook", n) for n in range(R)])  # (R, 3, S)
+@pytest.mark.parametrize("over, guidance", [("c", 3.0), ("text_encoder", 7.5), ("unet", 3.0)])
+def test_the_scales_are_those_of_autograd(bundle, over, guidance):
+    curves = study.by_curve(study.scales(bundle, "a photo of a cook", S, R, over=over, guidance=guidance))
+    expected = np.stack(  # (R, 3, S)
+        [by_autograd(bundle, over, "a photo of a cook", n, guidance) for n in range(R)]
+    )
     assert len(curves) == 3
     for j, rows in enumerate(curves.values()):
         times = [row["t"] for row in rows]
