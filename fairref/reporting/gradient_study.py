@@ -1,14 +1,9 @@
 """The numbers of the paper's figures 6a and 6b: the gradient of the sampling process on a bundle.
 
-    fairref verify --figures DIR
-
 S evaluations, R runs, N images of one prompt.
 """
 
-import csv
-import io
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,7 +15,6 @@ from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import ancestral_table, solver_table
 from fairref.fairness.losses import image_loss
-from fairref.files.paths import write_file
 from fairref.generation.lora import LoRALayer, adapt
 from fairref.generation.rollout import (
     decode,
@@ -32,9 +26,8 @@ from fairref.generation.rollout import (
 )
 from fairref.progress import Progress
 from fairref.prompts import occupation_prompt
-from fairref.reporting import figures
-from fairref.reporting.figures import Row
 
+Row = dict[str, str | float | None]  # of a table of numbers: column -> value
 MODES = ("exact", "paper", "solver", "none")
 GUIDANCE = 3.0
 CONFIDENCE = 0.9  # of the bands over runs of figure 6b
@@ -192,35 +185,3 @@ def descent(
         for mode, values in losses.items()
         for i in range(iterations)
     ]
-
-
-def by_curve(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the rows of each curve, in the order of the curves."""
-    return {
-        name: [row for row in rows if row["curve"] == name]
-        for name in dict.fromkeys(r["curve"] for r in rows)
-    }
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write a table: one line for each row, and the keys of the first row on top."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
-
-
-def draw_figures(bundle: Bundle, folder: Path) -> None:
-    """Write figures 6a, 6b and 7 as PNG, and the numbers of 6a and 6b as CSV."""
-    figures.gradient_paths(folder / "fig7.png")
-    rows = scales(bundle)
-    write_csv(folder / "fig6b.csv", rows)
-    labels = ("diffusion time t", "norm, mean and 90 % band of 20 runs")
-    title = "Scale of the gradient by time"
-    figures.curves(folder / "fig6b.png", by_curve(rows), "t", labels, title, log=True)
-    rows = descent(bundle)
-    write_csv(folder / "fig6a.csv", rows)
-    labels = ("iteration", "1 - cos, mean and range of 3 seeds")
-    title = "Distance in CLIP to one fixed image, by gradient"
-    figures.curves(folder / "fig6a.png", by_curve(rows), "iteration", labels, title)

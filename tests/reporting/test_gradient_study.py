@@ -1,23 +1,18 @@
 """Figures 6a and 6b as numbers, on the tiny bundle: each curve against a computation of its own."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
 from tiny_bundle import write_tiny_bundle
 
 from fairref.bundle.loading import load_bundle
-from fairref.commands import cli
-from fairref.commands import verify as command
 from fairref.diffusion.gradient import C_i
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import ancestral_table, solver_table, step
 from fairref.generation.lora import adapt
 from fairref.generation.rollout import embed
 from fairref.reporting import gradient_study as study
-from fairref.verification import sampling, verify
-from fairref.verification.checks import CHECKS
+from fairref.reporting.figures import by_curve
 
 S, R = 3, 2
 
@@ -62,7 +57,7 @@ def by_autograd(bundle, over, prompt, image, guidance):
 
 @pytest.mark.parametrize("over, guidance", [("c", 3.0), ("text_encoder", 7.5), ("unet", 3.0)])
 def test_the_scales_are_those_of_autograd(bundle, over, guidance):
-    curves = study.by_curve(study.scales(bundle, "a photo of a cook", S, R, over=over, guidance=guidance))
+    curves = by_curve(study.scales(bundle, "a photo of a cook", S, R, over=over, guidance=guidance), "t")
     expected = np.stack(  # (R, 3, S)
         [by_autograd(bundle, over, "a photo of a cook", n, guidance) for n in range(R)]
     )
@@ -76,18 +71,15 @@ def test_the_scales_are_those_of_autograd(bundle, over, guidance):
             assert row["high"] == pytest.approx(np.quantile(values, 0.95), rel=1e-9)
 
 
-def test_the_descent_starts_the_same_in_all_modes_and_then_differs(bundle, tmp_path):
+def test_the_descent_starts_the_same_in_all_modes_and_then_differs(bundle):
     rows = study.descent(bundle, "a photo of a cook", "a photo of a nurse", iterations=3, seeds=2, N=2, S=3)
-    curves = study.by_curve(rows)
+    curves = by_curve(rows, "iteration")
     assert tuple(curves) == study.MODES
     first = [rows[0]["mean"] for rows in curves.values()]
     assert first == pytest.approx([first[0]] * 4, rel=1e-12)
     assert len({round(rows[-1]["mean"], 9) for rows in curves.values()}) == 4
     for row in rows:
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 2
-    study.write_csv(tmp_path / "a.csv", rows)
-    read = list(csv.DictReader((tmp_path / "a.csv").open(encoding="utf-8")))
-    assert len(read) == 12 and float(read[5]["mean"]) == rows[5]["mean"]
 
 
 @pytest.mark.parametrize("mode", ["exact", "paper"])
@@ -131,36 +123,3 @@ def test_the_descent_follows_the_gradient_it_is_named_for(bundle, monkeypatch, m
     for found, wanted in zip(taken[0], expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()) + 1e-14)
     assert any(float(wanted.abs().max()) > 1e-6 for wanted in expected)
-
-
-def test_verify_draws_the_figures(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    weights = str(write_tiny_bundle(tmp_path / "bundle"))
-    scales, descent = study.scales, study.descent
-    monkeypatch.setattr(study, "scales", lambda bundle: scales(bundle, S=2, R=2))
-    monkeypatch.setattr(study, "descent", lambda bundle: descent(bundle, iterations=2, seeds=1, N=1, S=2))
-    for module in verify.MODULES:
-        monkeypatch.setitem(CHECKS, module.__name__, CHECKS[module.__name__][: module is sampling])
-    assert cli.run(command.main, ["--weights", weights, "--figures", str(tmp_path / "a" / "b")]) == 0
-    names = {path.name for path in (tmp_path / "a" / "b").iterdir()}
-    assert names == {"fig6a.csv", "fig6a.png", "fig6b.csv", "fig6b.png", "fig7.png"}
-
-    (tmp_path / "file").write_text("")
-    for wrong, said in (
-        (["--figures", str(tmp_path / "file")], "can't be made"),
-        (["--figures", str(tmp_path / "c"), "--weights", "nowhere"], "no such weights"),
-        (["--json", str(tmp_path / "none" / "x.json")], "its folder doesn't exist"),
-    ):
-        capsys.readouterr()
-        assert cli.run(command.main, ["--weights", weights, *wrong]) == 2
-        captured = capsys.readouterr()
-        assert said in captured.err and "pass" not in captured.out
-
-
-def test_pictures_of_curves_and_paths(tmp_path):
-    figures = pytest.importorskip("fairref.reporting.figures")
-    pytest.importorskip("matplotlib")
-    rows = {name: [{"t": t, "mean": t, "low": t / 2, "high": 2 * t} for t in (1, 10, 100)] for name in "ab"}
-    figures.curves(tmp_path / "c.png", rows, "t", ("time", "size"), "A title", log=True)
-    figures.gradient_paths(tmp_path / "p.png")
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("c.png", "p.png"))
