@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_run import make_setup, moved
 
@@ -17,6 +18,7 @@ from fairref.commands import cli
 from fairref.commands import figures as command
 from fairref.evaluation.evaluation import evaluate
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
+from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget, parse_targets
 from fairref.files.images import to_image
 from fairref.files.weights import fingerprint, read
@@ -129,23 +131,21 @@ def test_figure_9_says_what_the_evaluation_of_the_run_counted(run_folder, tmp_pa
     (run_folder / "evaluation.json").unlink()
 
 
-def test_figure_8_shows_each_image_with_its_face_and_what_the_classifier_sees(tmp_path, tiny_faces_folder):
+def test_figure_8_shows_each_image_with_what_the_classifier_sees(tmp_path, loaded_tiny):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a nurse\n")
-    few = ("--weights", tiny_faces_folder, "--prompts", prompts, "-n", 2, "--steps", 2, "--seed", 7)
-    assert run("8", *few, "--attr", "gender,skin_tone", "--out", tmp_path / "out") == 0
-    bundle = load_bundle(tiny_faces_folder)
-    target = parse_targets(["gender", "skin_tone"], bundle.attributes)
-    settings = EvaluationSettings(bundle, target, Drawing(2, bundle.recipe.get("eval_guidance", 7.5)), 7)
-    x = draw_images(settings, bundle, "a photo of a nurse", 2)
+    few = ("--weights", loaded_tiny.path, "--prompts", prompts, "-n", 2, "--steps", 2, "--seed", 7)
+    assert run("8", *few, "--attr", "gender,skin_tone", "--guidance", 3, "--out", tmp_path / "out") == 0
+    target = parse_targets(["gender", "skin_tone"], loaded_tiny.attributes)
+    settings = EvaluationSettings(loaded_tiny, target, Drawing(2, 3.0), 7)
+    x = draw_images(settings, loaded_tiny, "a photo of a nurse", 2)
     judged = judge(settings, x)
     embedded = [
         Image.open(io.BytesIO(base64.b64decode(e.get("href").split(",")[1])))
         for e in svg(tmp_path / "out" / "fig8.svg").iter(f"{SVG}image")
     ]
-    assert len(embedded) == 2 and all(
-        np.array_equal(a, to_image(b)) for a, b in zip(embedded, x, strict=True)
-    )
+    assert len(embedded) == 2
+    assert all(np.array_equal(a, to_image(b)) for a, b in zip(embedded, x, strict=True))
     rows = table(tmp_path / "out" / "fig8.csv")
     assert [(row["image"], row["attribute"]) for row in rows] == [
         (str(i), name) for i in range(2) for name in target.classes
@@ -153,12 +153,18 @@ def test_figure_8_shows_each_image_with_its_face_and_what_the_classifier_sees(tm
     for row in rows:
         i, names = int(row["image"]), target.classes[row["attribute"]]
         k = int(judged.classes["classifier"][row["attribute"]][i])
-        assert row["class"] == ("" if k < 0 else names[k]) and (row["left"] == "") == (k < 0)
-        if k >= 0:
-            probabilities = judged.probabilities["classifier"][row["attribute"]]
-            assert float(row["probability"]) == float(probabilities[i, k])
-            edges = [float(row[edge]) for edge in ("left", "top", "right", "bottom")]
-            assert edges == judged.boxes[i].tolist()
+        probabilities = judged.probabilities["classifier"][row["attribute"]]
+        assert row["class"] == names[k] and float(row["probability"]) == float(probabilities[i, k])
+
+
+def test_a_picture_has_the_box_of_its_face_and_no_class_without_one():
+    classes = {"classifier": {"gender": torch.tensor([1, -1])}}
+    probabilities = {"classifier": {"gender": torch.tensor([[0.2, 0.8], [torch.nan] * 2])}}
+    boxes = torch.tensor([[1.0, 2.0, 3.0, 4.0], [torch.nan] * 4])
+    judged = JudgedImages(classes, probabilities, boxes)
+    one, two = comparison.pictures_of(torch.zeros(2, 3, 8, 8), judged, {"gender": ("woman", "man")})
+    assert one.box == [1, 2, 3, 4] and one.seen == {"gender": ("man", pytest.approx(0.8))}
+    assert two.box is None and two.seen == {}
 
 
 def test_a_gallery_places_boxes_and_bars_by_their_numbers():
