@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "finetune a bundle for fairness (train.py is the same)",
     "sample": "draw images of a prompt (sample.py is the same)",
     "evaluate": "measure how fair, and how faithful, a model's images are",
+    "report": "show what runs measured on one page",
     "verify": "check every equation of the method",
     "bundle": "say what a folder of weights has and lacks",
     "export": "write an adapter for diffusers, ComfyUI and web UIs",
