@@ -228,7 +228,8 @@ class Recipe:
     eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py", high=MAX_NUMBER)
     eval_images: int = setting(
         60,
-        "images of each unseen prompt in evaluation",
+        "images of each unseen prompt in evaluation. The method takes 80 for race or skin_tone, 160 for several"
+        " attributes",
         low=1,
         high=MAX_COUNT,
         only_with={"evaluate": EVALUATED},

@@ -44,7 +44,8 @@ def parser() -> cli.Parser:
         "--num-images",
         "-n",
         type=cli.whole(1, settings.MAX_COUNT),
-        help="images of each prompt (None: the bundle's)",
+        help="images of each prompt (None: the bundle's, else 60, for race or skin_tone 80, for several attributes"
+        " 160)",
     )
     parser.add_argument(
         "--explicit-images",

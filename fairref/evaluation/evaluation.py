@@ -32,8 +32,8 @@ def clip_t(
     if bundle.clip is None or len(prompts) < 2:
         return None
     with torch.no_grad():
-        ids = bundle.clip_tokenizer(list(prompts)).to(judged[0].features["clip"].device)
-        texts = bundle.clip.encode_text(ids).float()  # (P, D)
+        ids = bundle.clip_tokenizer(list(prompts)).to(bundle.device)
+        texts = bundle.clip.encode_text(ids).float().cpu()  # (P, D)
     # all are of unit norm, so the mean cosine with a text is the product with the mean feature
     cosines = torch.stack([s.features["clip"].mean(0) for s in judged]) @ texts.T  # (P, P)
     P = len(prompts)
@@ -45,14 +45,14 @@ def obedience(
     settings: EvaluationSettings, model: Bundle, prompts: Prompts, part: str, n: int, label: str
 ) -> dict[str, float]:
     """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
-    asked, axes = prompts.explicit(part, settings.target.classes), list(settings.target.classes)
+    asked = prompts.explicit(part, settings.target.classes)
     judged = judge_prompts(settings, model, [prompt for prompt, *_ in asked], n, label)
     right = {
         j: sum(
-            int(s.counts[j].take(k, axes.index(name)).sum())
+            int(((s.classes[j][name] == k) & s.known(j)).sum())
             for s, (_, name, k) in zip(judged, asked, strict=True)
         )
-        for j in judged[0].counts
+        for j in judged[0].classes
     }
     return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
 
@@ -98,7 +98,7 @@ def evaluate(
     bundle: Bundle,
     adapter: str | Path | Sequence[str | Path] | None = None,
     attr: str | None = "gender",
-    images: int | None = 60,
+    images: int | None = None,
     *,
     strength: float | Sequence[float] | None = None,
     any_base: bool = False,

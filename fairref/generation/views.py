@@ -54,11 +54,11 @@ def select_faces(rows: Tensor, has_face: Tensor | None) -> Tensor:
     return rows if has_face is None else rows[has_face]
 
 
-def scatter_to_images(values: Tensor, has_face: Tensor | None) -> Tensor:
-    """One value a face (M, ...) -> one an image (n, ...), zero or False where there is none."""
+def scatter_to_images(values: Tensor, has_face: Tensor | None, fill: float = 0) -> Tensor:
+    """One value a face (M, ...) -> one an image (n, ...), `fill` or False where there is none."""
     if has_face is None:
         return values
-    rows = values.new_zeros(len(has_face), *values.shape[1:])
+    rows = values.new_full((len(has_face), *values.shape[1:]), fill)
     rows[has_face] = values
     return rows
 

@@ -106,7 +106,7 @@ def test_an_attribute_of_ones_own_is_known_to_the_bundle(tiny_folder, loaded_tin
     settings = EvaluationSettings(bundle, parse_targets(["colour"], bundle.attributes), Drawing(2, 2.0))
     x = draw_images(settings, bundle, "a pilot", 6)
     red = int(is_man(x).sum())
-    assert judge(settings, x).counts["classifier"].tolist() == [6 - red, red]
+    assert judge(settings, x).counts("classifier", settings.target.classes).tolist() == [6 - red, red]
 
 
 def test_features_stand_in_the_place_of_dino(tiny_folder, loaded_tiny, own):

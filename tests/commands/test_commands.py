@@ -761,19 +761,20 @@ def test_the_defaults_are_the_methods():
 
 
 @pytest.mark.parametrize(
-    "attributes, N, C, face, image, shares_2, shares_3, iterations",  # the rows of docs/method.md §6
+    "attributes, N, C, face, image, shares_2, shares_3, iterations, judged",  # the rows of docs/method.md §6, §8
     [
-        (("gender",), 24, 0.8, 1, 8, (0.2,), (0.2,), 10_000),
-        (("race",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000),
-        (("skin_tone",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000),
-        (("gender", "race"), 32, 0.6, 0.1, 8, (0.2, 0.6), (0.2, 0.3), 14_000),
-        (("skin_tone", "gender"), 32, 0.6, 0.1, 8, (0.6, 0.2), (0.3, 0.2), 14_000),
-        (("gender", "race", "age"), 40, 0.8, 0.1, 8, (0.2, 0.6, 0.6), (0.2, 0.3, 0.3), 15_000),
+        (("gender",), 24, 0.8, 1, 8, (0.2,), (0.2,), 10_000, 60),
+        (("race",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000, 80),
+        (("skin_tone",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000, 80),
+        (("gender", "race"), 32, 0.6, 0.1, 8, (0.2, 0.6), (0.2, 0.3), 14_000, 160),
+        (("skin_tone", "gender"), 32, 0.6, 0.1, 8, (0.6, 0.2), (0.3, 0.2), 14_000, 160),
+        (("gender", "race", "age"), 40, 0.8, 0.1, 8, (0.2, 0.6, 0.6), (0.2, 0.3, 0.3), 15_000, 160),
     ],
 )
-def test_the_methods_runs(attributes, N, C, face, image, shares_2, shares_3, iterations):
+def test_the_methods_runs(attributes, N, C, face, image, shares_2, shares_3, iterations, judged):
     r = resolve(attributes, {}, {})
     assert (r.batch, r.C, r.lambda_face, r.lambda_img, r.iterations) == (N, C, face, image, iterations)
+    assert r.eval_images == judged and resolve(attributes, {"eval_images": 30}, {}).eval_images == 30
     assert r.lambda_2 == dict(zip(attributes, shares_2, strict=True))
     assert r.lambda_3 == dict(zip(attributes, shares_3, strict=True))
 
