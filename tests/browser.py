@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 VARIABLE = "FAIRREF_BROWSER"  # "required": a missing browser is a failure
-SECONDS = 60
+SECONDS = 120  # of silence, after which a test fails
 OPTIONS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -64,18 +65,19 @@ class Browser:
         )
         os.close(to_read)
         os.close(to_write)
-        self.stream = os.fdopen(self.from_it, "rb")
         self.rest = b""
         return self
 
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.wait()
-        self.stream.close()
+        os.close(self.from_it)
         os.close(self.to_it)
         self.folder.cleanup()
 
-    def open(self, file: Path, width: int, dark: bool = False, media: str = "screen", height: int = 1000) -> Page:
+    def open(
+        self, file: Path, width: int, dark: bool = False, media: str = "screen", height: int = 1000
+    ) -> Page:
         """The page of a file in a window of that width, without scripts."""
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -103,9 +105,19 @@ class Browser:
         mine = [event for event in self.events if event.get("sessionId") == session]
         requests = [e["params"]["request"]["url"] for e in mine if e["method"] == "Network.requestWillBeSent"]
         logged = [e["params"]["entry"]["text"] for e in mine if e["method"] == "Log.entryAdded"]
-        thrown = [str(e["params"]) for e in mine if e["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")]
+        thrown = [
+            str(e["params"])
+            for e in mine
+            if e["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+        ]
         self.ask("Target.closeTarget", targetId=target)
-        return Page(requests, logged + thrown, size["width"], size["height"], Image.open(io.BytesIO(image)).convert("RGB"))
+        return Page(
+            requests,
+            logged + thrown,
+            size["width"],
+            size["height"],
+            Image.open(io.BytesIO(image)).convert("RGB"),
+        )
 
     def ask(self, method: str, session: str | None = None, **parameters: object) -> dict:
         """The answer to a command of the protocol; events on the way are kept."""
@@ -124,6 +136,9 @@ class Browser:
     def read(self) -> dict:
         """The next message."""
         while b"\0" not in self.rest:
+            assert select.select([self.from_it], [], [], SECONDS)[0], (
+                f"the browser has said nothing for {SECONDS} s"
+            )
             data = os.read(self.from_it, 1 << 16)
             assert data, "the browser has gone"
             self.rest += data

@@ -11,6 +11,8 @@ from fairref.bundle.loading import Bundle
 from fairref.evaluation.evaluation import EXPLICIT_IMAGES, Report, evaluate_part
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
 from fairref.evaluation.statistics import likeness, lines
+from fairref.evaluation.tiles import FILE as TILES
+from fairref.evaluation.tiles import Row, save_tiles
 from fairref.files.images import save_png, to_image
 from fairref.files.paths import write_json
 from fairref.files.sheets import Pair, enlarged, sheet
@@ -39,7 +41,7 @@ def before_after(
     folder: Path,
 ) -> Results:
     """Evaluates the frozen model and each adapter on unseen and on finetuning prompts, prints it, and writes
-    evaluation.json and before_after.png (same noise) into the folder."""
+    evaluation.json, before_after.png (same noise) and pictures.png (for a report) into the folder."""
     made_of = {f"after ({name})": fingerprint(read(file)) for name, file in adapters.items()}
     models = {"before": settings.bundle}
     models |= {f"after ({name})": load_adapter(settings.bundle, file) for name, file in adapters.items()}
@@ -61,7 +63,8 @@ def before_after(
     if settings.processes.first:
         write_json(folder / "evaluation.json", results)
         (folder / SO_FAR).unlink(missing_ok=True)
-        draw_before_after(settings, models, concepts, results, folder / "before_after.png")
+        rows = draw_before_after(settings, models, concepts, results, folder / "before_after.png")
+        save_tiles(folder / TILES, tuple(models)[:2], settings.target.classes, rows)
     return results
 
 
@@ -71,8 +74,10 @@ def draw_before_after(
     concepts: Sequence[Prompts],
     results: Results,
     path: Path,
-) -> None:
+) -> dict[str, list[Row]]:
     """Draws some prompts: a row of the first model's images, below it the second's from the same noise, and bars.
+
+    Returns each prompt's rows.
 
     `models` have the labels of `results`, which are those of evaluation.json. The bars show what the evaluation
     classifier counted in all images of a prompt; of one that `results` lack, in the images drawn here.
@@ -85,12 +90,14 @@ def draw_before_after(
         for prompt in drawn
     }
     evaluated = {report["images"] for of_prompt in reports.values() for report in of_prompt if report}
-    pairs = []
+    pairs, rows = [], {}
     for prompt in drawn:
         x = [draw_images(settings, model, prompt, GRID[1]) for model in models.values()]
+        judged = [judge(settings, images) for images in x]
         label = concept_of[prompt].short(prompt)
+        rows[label] = [Row(images.cpu(), seen) for images, seen in zip(x, judged, strict=True)]
         if None in reports[prompt]:
-            counts = [judge(settings, images).counts("classifier", settings.target.classes) for images in x]
+            counts = [of_model.counts("classifier", settings.target.classes) for of_model in judged]
         else:
             counts = [report["judges"]["classifier"]["counts"][label] for report in reports[prompt]]
         if None in reports[prompt] and evaluated:
@@ -108,6 +115,7 @@ def draw_before_after(
     image, _ = sheet(pairs, notes, settings.target.classes, targets)
     text = {"prompts": "\n".join(drawn), "rows": f"{before} and {after} of each prompt, same noise"}
     save_png(image, path, {**text, "bars": notes[1], "seed": str(settings.seed)})
+    return rows
 
 
 def _report_of(reports, settings, prompts, prompt):

@@ -8,6 +8,7 @@ from fairref.reporting.tables import (
     Table,
     attribute_words,
     chart,
+    ends,
     interval,
     number,
     percent,
@@ -38,12 +39,10 @@ def bias_tables(part: Part) -> list[Table]:
                 if found is None:
                     continue
                 fair = sure(found).get("fair") or {"p": None, "upper": None}
-                gap = mean_gap(found)
                 rows.append(
                     (
                         f"{judge}, {label}",
-                        spread(bias(found))
-                        + (f" [{number(gap[1])}, {number(gap[2])}]" if gap[1] is not None else ""),
+                        f"{spread(bias(found))} {ends(mean_gap(found))}".rstrip(),
                         spread(floor(view(report, name))),
                         interval(rms_gap(found)),
                         interval(rms_gap(found, corrected=True)),

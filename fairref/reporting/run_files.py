@@ -216,13 +216,7 @@ def _name(kind):
 
 
 def _shown(value):
-    text = (
-        json.dumps(value)
-        if not isinstance(value, int)
-        else f"{value:.3g}"
-        if abs(value) > 1e12
-        else str(value)
-    )
+    text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
@@ -244,7 +238,7 @@ def _check_views(content: object, path: Path) -> None:
 
 
 def _read_metrics(path: Path) -> list[dict[str, object]]:
-    """The lines of metrics.jsonl, by rising iteration. Half a line at its end is of a run that goes on or was killed."""
+    """The lines of metrics.jsonl, by rising iteration. Half a line at its end is of a run that goes on or ended."""
     if not path.exists():
         return []
     _check_size(path)

@@ -67,9 +67,12 @@ def spread(values: Mapping[str, float | None]) -> str:
 
 def interval(values: Interval, said: Callable[[float | None], str] = number) -> str:
     """.22 [.19, .26]; the value alone where no interval is known."""
-    value, low, high = values
-    # no line breaks inside an interval
-    return said(value) + (f"\u00a0[{said(low)},\u00a0{said(high)}]" if None not in values else "")
+    return f"{said(values[0])}\u00a0{ends(values, said)}".rstrip()
+
+
+def ends(values: Interval, said: Callable[[float | None], str] = number) -> str:
+    """[.19, .26], in which no line breaks; nothing where no interval is known."""
+    return "" if None in values else f"[{said(values[1])},\u00a0{said(values[2])}]"
 
 
 def probability(p: float | None) -> str:

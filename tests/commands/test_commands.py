@@ -75,6 +75,8 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
         "checkpoint-000002.safetensors",
         "evaluation.json",
         "before_after.png",
+        "pictures.png",
+        "report.html",
     }
     settings = json.loads((run_folder / "settings.json").read_text())
     assert settings["weights"] == weights and settings["target"]["table"] == [0.5, 0.5]
