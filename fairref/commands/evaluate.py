@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fairref import settings
 from fairref.bundle.loading import load_bundle
@@ -92,8 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = [report] if "judges" in report else list(report.values())
     text = "\n".join(line for one in reports for line in lines(one))
     own = [
-        {"role": role, **source.to_dict(), "path": source.path.name}
-        for role, source in bundle.own_judges.items()
+        {
+            "role": role,
+            **{key: Path(said).name if key == "path" else said for key, said in source.to_dict().items()},
+        }
+        for role, sources in bundle.own_judges.items()
+        for source in sources
     ]
     made_by = {"weights": bundle.path.name}
     report = {**made_by, **({"judge": own} if own else {}), **report}

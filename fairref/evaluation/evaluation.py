@@ -41,20 +41,17 @@ def clip_t(
     return {"matched": float(matched), "shuffled": float((cosines.sum() - cosines.trace()) / (P * (P - 1)))}
 
 
-def obedience(
-    settings: EvaluationSettings, model: Bundle, prompts: Prompts, part: str, n: int, label: str
-) -> dict[str, float]:
-    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
-    asked = prompts.explicit(part, settings.target.classes)
-    judged = judge_prompts(settings, model, [prompt for prompt, *_ in asked], n, label)
-    right = {
-        j: sum(
-            int(((s.classes[j][name] == k) & s.known(j)).sum())
-            for s, (_, name, k) in zip(judged, asked, strict=True)
-        )
-        for j in judged[0].classes
-    }
-    return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
+def obedience(judged: Sequence[JudgedImages], asked: Sequence[tuple[str, str, int]]) -> dict[str, float]:
+    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss).
+
+    `asked`: of each prompt that names a class the prompt, the attribute and the class index.
+    """
+    n, shares = len(next(iter(judged[0].classes["classifier"].values()))), {}
+    for j in judged[0].classes:
+        told = [(s, name, k) for s, (_, name, k) in zip(judged, asked, strict=True) if name in s.classes[j]]
+        right = sum(int(((s.classes[j][name] == k) & s.known(j)).sum()) for s, name, k in told)
+        shares[j] = right / (n * len(told))
+    return {"images": n * len(asked), **shares}
 
 
 def evaluate_part(
@@ -83,13 +80,16 @@ def evaluate_part(
         "guidance": settings.drawing.guidance,
         "padding": settings.drawing.padding,
         "seed": settings.seed,
+        "judged_by": settings.judged_by,
         **bias_report(judged, list(map(prompts.short, texts)), target.classes, n, target.table),
         "clip_t": clip_t(settings, judged, texts),
     }
     if explicit_images and prompts.occupations:
-        report["explicit"] = obedience(
-            settings, model, prompts, part, explicit_images, f"{label}, explicit prompts"
+        asked = prompts.explicit(part, target.classes)
+        shown = judge_prompts(
+            settings, model, [prompt for prompt, *_ in asked], explicit_images, f"{label}, explicit prompts"
         )
+        report["explicit"] = obedience(shown, asked)
     return report, judged
 
 

@@ -7,6 +7,7 @@ depends on (seed, prompt, image), so two models are measured on the same noise, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,33 @@ class EvaluationSettings:
             )
         require_attributes(self.bundle, "evaluate", self.target)
 
+    @cached_property
+    def turns(self) -> dict[str, dict[int, list[str]]]:
+        """Judge -> the place of a classifier in the bundle's list -> the attributes that it judges for this judge.
+
+        "classifier" judges each attribute by the first that knows it, "classifier 2" by the second, and so on.
+        """
+        judges: dict[str, dict[int, list[str]]] = {}
+        for name in self.target.classes:
+            classifiers = enumerate(self.bundle.classifiers["evaluate"])
+            for turn, place in enumerate([i for i, c in classifiers if name in c.classes], 1):
+                of_judge = judges.setdefault("classifier" if turn == 1 else f"classifier {turn}", {})
+                of_judge.setdefault(place, []).append(name)
+        return judges
+
+    @property
+    def judged_by(self) -> dict[str, dict[str, str]]:
+        """Judge -> attribute -> what judges it, as bundle.json or --judge names it."""
+        named = self.bundle.named("classifiers.evaluate")
+        found = {
+            judge: {name: named[place] for place, mine in places.items() for name in mine}
+            for judge, places in self.turns.items()
+            if max(places) < len(named)  # classifiers of a program may have no name
+        }
+        if self.templates is not None:
+            found["templates"] = dict.fromkeys(self.target.classes, *self.bundle.named("templates"))
+        return found
+
     @property
     def templates(self) -> Templates | None:
         """The nearest-template judge, if the bundle has it and it knows all of the attributes."""
@@ -63,14 +91,20 @@ def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int
 
 @torch.no_grad()
 def judge(settings: EvaluationSettings, x: Tensor) -> JudgedImages:
-    """Both judges, CLIP and DINO on n images of one prompt."""
+    """All judges, CLIP and DINO on n images."""
     bundle, names = settings.bundle, tuple(settings.target.classes)
     faces = faces_of(bundle, x)
     has_face = None if faces is None else faces.has_face
-    logits = classify(bundle.classifiers["evaluate"], names, x, faces)  # (M, K_a) each
-    classes = {"classifier": {a: scatter_to_images(v.argmax(1), has_face, -1) for a, v in logits.items()}}
-    probabilities = {a: scatter_to_images(v.softmax(1), has_face, torch.nan) for a, v in logits.items()}
-    features, colours = {}, {}
+    classes, probabilities, features, colours = {}, {}, {}, {}
+    for name, places in settings.turns.items():
+        logits = {}  # attribute -> (M, K_a)
+        for place, mine in places.items():
+            logits |= classify([bundle.classifiers["evaluate"][place]], mine, x, faces)
+        logits = {a: logits[a] for a in names if a in logits}
+        classes[name] = {a: scatter_to_images(v.argmax(1), has_face, -1) for a, v in logits.items()}
+        probabilities[name] = {
+            a: scatter_to_images(v.softmax(1).float(), has_face, torch.nan) for a, v in logits.items()
+        }
     if settings.templates is not None:
         verdict = settings.templates(x)
         classes["templates"] = {a: verdict[a].where(verdict[f"{a}_known"], -1) for a in names}
@@ -80,7 +114,6 @@ def judge(settings: EvaluationSettings, x: Tensor) -> JudgedImages:
     if bundle.dino is not None:
         features["dino"] = F.normalize(bundle.dino(x).float(), dim=1)
     boxes = None if faces is None else scatter_to_images(faces.boxes.float(), has_face, torch.nan)
-    probabilities = {"classifier": {a: rows.float() for a, rows in probabilities.items()}}
     judged = JudgedImages(classes, probabilities, boxes, features, colours)
     return JudgedImages.from_tensors({name: rows.cpu() for name, rows in judged.tensors().items()})
 

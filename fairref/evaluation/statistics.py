@@ -98,20 +98,17 @@ def bias_report(
 ) -> dict[str, object]:
     """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
 
-    Of several attributes, also of each alone, under "attributes". Where the target's joint `table` (K_1, ..., K_A) is
-    not one of equal shares, also "from_target", the same measures with its shares taken from the frequencies, and
-    "target_floor", what a model that meets it measures then.
+    Of several attributes, also of each alone, under "attributes", with the judges that don't know the others. Where the
+    target's joint `table` (K_1, ..., K_A) is not one of equal shares, also "from_target", the same measures with its
+    shares taken from the frequencies, and "target_floor", what a model that meets it measures then.
     """
     axes = range(len(classes))
-    counts = {  # (P, K_1, ..., K_A) each
-        j: np.stack([s.counts(j, classes) for s in judged]) for j in judged[0].classes
-    }
+    counts = _counts(judged, classes)
     report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n, table)}
     if len(classes) > 1:
         report["attributes"] = {}
         for axis, (attribute, class_names) in enumerate(classes.items()):
-            others = tuple(1 + a for a in axes if a != axis)
-            alone = {j: of_judge.sum(others) for j, of_judge in counts.items()}
+            alone = _counts(judged, {attribute: class_names})
             marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
             report["attributes"][attribute] = _biases(alone, names, list(class_names), n, marginal)
     if "templates" in report["judges"]:
@@ -121,6 +118,12 @@ def bias_report(
         n * len(judged) - sum(s.faceless for s in judged), 1
     )
     return report
+
+
+def _counts(judged, classes):
+    """Of each judge that knows all of these attributes, (P, K_1, ..., K_A) images."""
+    knowing = [j for j, known in judged[0].classes.items() if set(classes) <= set(known)]
+    return {j: np.stack([s.counts(j, classes) for s in judged]) for j in knowing}
 
 
 def _biases(counts, names, classes, n, table):
@@ -193,7 +196,7 @@ def lines(report: dict[str, object]) -> list[str]:
         if report.get(key) is not None:
             text.append(f"{what} with the original images: {report[key]:.4f}")
     if "explicit" in report:
-        shares = [f"{report['explicit'][j]:.1%} ({j})" for j in JUDGES if j in report["explicit"]]
+        shares = [f"{share:.1%} ({j})" for j, share in report["explicit"].items() if j != "images"]
         text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")
     return text
 

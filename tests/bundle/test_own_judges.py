@@ -209,7 +209,7 @@ def test_roles_that_are_none_or_given_twice_are_refused(tiny_folder, capsys, tex
 def test_places_that_name_no_function_are_refused(place, words):
     judges = parse_judges([f"evaluate={place}"])
     with pytest.raises(UserError, match=words):
-        load_own(ROLES["evaluate"], judges["evaluate"], {}, SIDE, "cpu", torch.float32)
+        load_own(ROLES["evaluate"], *judges["evaluate"], {}, SIDE, "cpu", torch.float32)
 
 
 def test_the_roles_are_those_of_the_registry():

@@ -127,7 +127,7 @@ def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(settings, monkeypatch
     whole = draw_images(settings, model, PROMPTS[0], 5)
     assert torch.equal(whole, draw_images(settings, model, PROMPTS[0], 5))
     assert group_size(replace(model, resolution=512)) == 8
-    assert group_size(replace(model, resolution=64)) == 64
+    assert group_size(replace(model, resolution=64)) == 32
     monkeypatch.setattr(drawing, "GROUP", 2)
     torch.testing.assert_close(draw_images(settings, model, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
     other = draw_images(replace(settings, seed=1), model, PROMPTS[0], 5)
@@ -177,27 +177,45 @@ def test_the_classifier_is_the_one_for_evaluation(settings):
     assert found != counts_of(other, judge(other, x)).tolist()
 
 
-def test_of_several_classifiers_the_first_that_knows_an_attribute_judges_it(tiny_folder, tmp_path):
+def test_several_classifiers_judge_as_each_does_alone(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "bundle")
     network = MobileNetV3(MobileNetConfig("small", 0.25, 2, RESOLUTION))
     network.classifier[3].weight.data.zero_()
     network.classifier[3].bias.data = torch.tensor([0.0, 9.0])  # everybody is a man
     save_classifier(Classifier(network, CLASSES).eval(), folder / "men")
     manifest = json.loads((folder / "bundle.json").read_text())
-    genders = {}
-    for order in (["men", "evaluate"], ["evaluate", "men"]):
+    alone, judged = {}, {}
+    for order in ("men", "evaluate", ["men", "evaluate"], ["evaluate", "men"]):
         classifiers = manifest["classifiers"] | {"evaluate": order}
         (folder / "bundle.json").write_text(json.dumps(manifest | {"classifiers": classifiers}))
         bundle = load_bundle(folder)
-        target = parse_targets(["gender", "skin_tone"], bundle.attributes)
+        target = parse_targets(["gender"] if order == "men" else ["gender", "skin_tone"], bundle.attributes)
         settings = EvaluationSettings(bundle, target, Drawing(2, 2.0))
         x = draw_images(settings, bundle, PROMPTS[0], 12)
-        whole = bundle.classifiers["evaluate"][order.index("evaluate")](x)  # of both attributes
-        counts = counts_of(settings, judge(settings, x))
-        assert counts.sum(0).tolist() == torch.bincount(whole["skin_tone"].argmax(1), minlength=3).tolist()
-        genders[order[0]] = counts.sum(1).tolist()
-    assert genders["men"] == [0, 12]
-    assert genders["evaluate"] == torch.bincount(whole["gender"].argmax(1), minlength=2).tolist() != [0, 12]
+        if isinstance(order, str):
+            alone[order] = judge(settings, x).classes["classifier"]
+            continue
+        judged = judge(settings, x)
+        first, second = (alone[name] for name in order)
+        expected = {
+            "classifier": {"gender": first["gender"], "skin_tone": alone["evaluate"]["skin_tone"]},
+            "classifier 2": {"gender": second["gender"]},
+        }
+        assert judged.classes.keys() == expected.keys() == judged.probabilities.keys()
+        for name, of_judge in expected.items():
+            assert list(judged.classes[name]) == list(of_judge)
+            assert all(torch.equal(judged.classes[name][a], rows) for a, rows in of_judge.items())
+        by = settings.judged_by
+        assert by["classifier"] == {"gender": order[0], "skin_tone": "evaluate"}
+        assert by["classifier 2"] == {"gender": order[1]}
+    assert (alone["men"]["gender"] == 1).all() and (alone["evaluate"]["gender"] == 0).any()
+    # a judge of one attribute is reported for it alone, and where nothing else is asked
+    report = bias_report([judged], ["a"], target.classes, 12)
+    assert list(report["judges"]) == ["classifier"] == list(report["attributes"]["skin_tone"]["judges"])
+    of_gender = report["attributes"]["gender"]["judges"]
+    assert of_gender["classifier 2"]["counts"] == {"a": [0, 12]} != of_gender["classifier"]["counts"]
+    alike = bias_report([judged], ["a"], {"gender": target.classes["gender"]}, 12)
+    assert alike["judges"] == of_gender
 
 
 def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
@@ -361,8 +379,9 @@ def test_obedience(settings, monkeypatch):
     world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
     names = {occupation_prompt(name): name for name in ("pilot", "nurse")}
     prompts = Prompts("occupations", (), (), (*names, "a person"), names, world)
-    report = obedience(settings, settings.bundle, prompts, "test", 4, "")
-    assert report == {"images": 16, "classifier": 0.75}
+    explicit = prompts.explicit("test", settings.target.classes)
+    shown = drawn(settings, settings.bundle, [prompt for prompt, *_ in explicit], 4, "")
+    assert obedience(shown, explicit) == {"images": 16, "classifier": 0.75}
     assert asked == [
         "a photo of the face of a woman pilot, a person",
         "a male pilot",
