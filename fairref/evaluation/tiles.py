@@ -58,8 +58,10 @@ def _said(row, classes):
         box = None if boxes is None else [edge / size for edge in boxes[i].tolist()]
         seen = {}
         for name, names in classes.items():
-            k = int(row.judged.classes["classifier"][name][i])
-            if k >= 0:
-                seen[name] = [names[k], round(float(row.judged.probabilities["classifier"][name][i, k]), 4)]
+            p = next(of[name] for of in row.judged.probabilities.values() if name in of)[
+                i
+            ]  # of the first judge
+            if p.isfinite().all():
+                seen[name] = [names[int(p.argmax())], round(float(p.max()), 4)]
         said.append({"box": box if box and all(map(math.isfinite, box)) else None, "classes": seen})
     return said

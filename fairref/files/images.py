@@ -75,7 +75,7 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         ) from None
 
 
-def read_square(path: str | Path, side: int) -> Tensor:
+def read_square(path: str | Path, side: int) -> "Tensor":
     """Return an image file as (3, side, side) in [-1, 1]; what is no square lies on a black one. Raises UserError."""
     image = read_image(path)
     if image.width != image.height:
@@ -85,6 +85,8 @@ def read_square(path: str | Path, side: int) -> Tensor:
         image = square
     if image.width != side:
         image = image.resize((side, side), Image.Resampling.BICUBIC)
+    import torch
+
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
 
 

@@ -33,7 +33,7 @@ from fairref.reporting.tables import (
     spread,
 )
 
-BINS = 80  # points of a curve
+BINS = 40  # points of a curve, at most
 TERMS = {"align": "L_align", "image": "L_img", "face": "L_face", "text": "L_text"}
 
 
@@ -90,6 +90,10 @@ def _binned(metrics: Sequence[Mapping[str, object]], key: str) -> list[dict[str,
         low, high = np.quantile(v, (0.05, 0.95)) if count > 1 else (None, None)
         rows.append({"x": float(x.mean()), "mean": float(v.mean()), "low": low, "high": high})
     return rows
+
+
+def _is_shown(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
 
 
 def _cell(row):
