@@ -73,7 +73,7 @@ def facts_of(run: Run, number_of: int, budget: int) -> dict[str, object]:
         "intervals": any(
             "sure" in j for part in evaluated for r in part.reports.values() for j in r["judges"].values()
         ),
-        "evaluated": bool(run.evaluation),
+        "evaluated_in": run.evaluated_in,
         "explicit": kept.explicit_table(evaluated),
         "terms": kept.terms_table(run.evaluation),
         "concepts": kept.concepts_table(evaluated),

@@ -12,7 +12,8 @@ LARGEST_FILE = 64 * 2**20  # bytes
 LARGEST_NUMBER = 1e12  # beyond which a number of a run is a slip, and charts lose their digits
 FILES = {  # what a Run holds -> its file
     "settings": "settings.json",
-    "evaluation": "evaluation.json",
+    "evaluation": "evaluation.json",  # of the run's end
+    "judged": "judged.json",  # of fairref evaluate
     "guidance": "sweep-guidance.json",
     "strength": "sweep-strength.json",
     "baselines": "baselines.json",
@@ -92,6 +93,7 @@ SHAPES = {
         "judge?": [dict],
     },
     "evaluation": {str: {str: (REPORT, TERMS)}},
+    "judged": {str: {str: REPORT}},
     "guidance": {"values": [float], "reports": {str: [REPORT]}},
     "strength": {"values": [float], "reports": {str: [REPORT]}},
     "baselines": {str: {str: REPORT}},
@@ -106,6 +108,7 @@ class Run:
     path: Path
     settings: dict[str, object]
     evaluation: dict[str, dict[str, dict[str, object]]] | None = None
+    evaluated_in: str = ""  # the file that the evaluation is from
     guidance: dict[str, object] | None = None
     strength: dict[str, object] | None = None
     baselines: dict[str, dict[str, dict[str, object]]] | None = None
@@ -142,7 +145,17 @@ def read_run(folder: str | Path) -> Run:
                     f"{path / FILES[what]}: {label!r} has {len(reports)} reports of {len(held[what]['values'])} values;"
                     " make the sweep again."
                 )
+    # evaluation.json has more parts and adapters; but one of an older version has no intervals
+    of = [what for what in ("evaluation", "judged") if what in held]
+    chosen = next((what for what in of if _has_intervals(held[what])), of[0] if of else "evaluation")
+    held |= {"evaluation": held.get(chosen), "evaluated_in": FILES[chosen]}
+    held.pop("judged", None)
     return Run(path, **held, metrics=_read_metrics(path / FILES["metrics"]))
+
+
+def _has_intervals(evaluation):
+    reports = [report for parts in evaluation.values() for report in parts.values()]
+    return any(judge.get("sure") for report in reports for judge in report.get("judges", {}).values())
 
 
 def _read(path: Path, kind: Kind) -> dict[str, object]:
