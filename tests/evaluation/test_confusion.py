@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from scipy.stats import fisher_exact
 
-from fairref.evaluation.confusion import Confusion, confusion, difference, of_explicit, of_photographs
+from fairref.evaluation.confusion import Confusion, confusion, difference, of_explicit
+from fairref.evaluation.folders import judge_labelled
 from fairref.evaluation.judging import EvaluationSettings
 from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import parse_targets
-from fairref.files.datasets import read_labelled
 from fairref.files.images import read_square
 from fairref.generation.drawing import Drawing
 
@@ -48,13 +48,13 @@ def test_explicit_prompts_count_where_the_template_judge_confirms_the_class():
         ),
     ]
     asked = [("a woman", "gender", 0), ("a man", "gender", 1), ("a dark person", "skin_tone", 2)]
-    (judge,) = found = of_explicit(images, asked, CLASSES, "drawn before")
-    assert judge == "classifier" and "drawn before" in found[judge]["gender"].source
+    (judge,) = found = of_explicit(images, asked, CLASSES)
+    assert judge == "classifier"
     assert found[judge]["gender"].counts.tolist() == [[1, 1], [1, 1]]
     assert found[judge]["gender"].untold.tolist() == [1, 0]
     assert found[judge]["skin_tone"].counts.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
     alone = [JudgedImages({"classifier": s.classes["classifier"]}) for s in images]
-    assert of_explicit(alone, asked, CLASSES, "") == {}
+    assert of_explicit(alone, asked, CLASSES) == {}
 
 
 def test_labelled_pictures_are_judged_as_drawn_images_are(loaded_tiny, tmp_path):
@@ -65,10 +65,9 @@ def test_labelled_pictures_are_judged_as_drawn_images_are(loaded_tiny, tmp_path)
         Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
         rows.writerow([f"{i}.png", ("woman", "man", "")[i % 3]])
     (tmp_path / "labels.csv").write_text(table.getvalue())
-    photographs = read_labelled(tmp_path, loaded_tiny.attributes)
     target = parse_targets(["gender", "skin_tone"], loaded_tiny.attributes)
     settings = EvaluationSettings(loaded_tiny, target, Drawing(2, 2.0))
-    found = of_photographs(settings, photographs, "seven pictures")
+    found = judge_labelled(settings, tmp_path)
     (classifier,) = loaded_tiny.classifiers["evaluate"]
     x = torch.stack([read_square(tmp_path / f"{i}.png", 32) for i in range(7)])
     said = classifier(x)["gender"].argmax(1).tolist()
