@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "finetune a bundle for fairness (train.py is the same)",
     "sample": "draw images of a prompt (sample.py is the same)",
     "evaluate": "measure how fair, and how faithful, a model's images are",
+    "report": "show what runs measured on one page",
     "verify": "check every equation of the method",
     "figures": "draw the paper's figures: gradients, images and shares before and after",
     "bundle": "say what a folder of weights has and lacks",
