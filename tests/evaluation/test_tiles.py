@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from tiny_bundle import OCCUPATIONS, RESOLUTION
 
-from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
 from fairref.evaluation import tiles
+from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
 from fairref.evaluation.tiles import GRID, TILES, draw_tiles, save_tiles
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces
