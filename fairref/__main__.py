@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "measure how fair, and how faithful, a model's images are",
     "report": "show what runs measured on one page",
     "verify": "check every equation of the method",
+    "figures": "draw the paper's figures: gradients, images and shares before and after",
     "bundle": "say what a folder of weights has and lacks",
     "export": "write an adapter for diffusers, ComfyUI and web UIs",
     "classifier": "train an attribute classifier on CelebA or FairFace",

@@ -280,13 +280,15 @@ def _curve(rows, x, y, dash):
 
 
 def _dumbbell(x, y, ends):
-    """A row: a disc for each end, a line between two, and pale lines for the intervals, above it and below."""
+    """A row: a ring before, a disc after, a line between them, and pale lines for intervals, above it and below."""
     if len(ends) == 2:
         yield coloured("muted", line(*(p for _, v in ends for p in (x(v[0]), y)), 1.5, stroke_opacity=0.7))
     for shift, (colour, (value, low, high)) in zip(
         (-3.5, 3.5) if len(ends) == 2 else (0,), ends, strict=False
     ):
-        parts = [element("circle", cx=x(value), cy=y, r=4.5)]
+        is_ring = colour == "c0"
+        look = {"fill": "none", "stroke": "currentColor", "stroke_width": 2} if is_ring else {}
+        parts = [element("circle", cx=x(value), cy=y, r=5 if is_ring else 3.5, **look)]
         if is_number(low) and is_number(high):
             parts.insert(0, line(x(low), y + shift, x(high), y + shift, 2.5, stroke_opacity=0.45))
         yield coloured(colour, *parts)

@@ -27,8 +27,8 @@ def head(
         parts += [coloured(colour, swatch), coloured("ink", label(x + 16, y, name, room - 16))]
         x = right = x + need + 14
     y += LINE * SIZE if right > MARGIN else 0
-    if y_label:
-        parts.append(coloured("muted", label(MARGIN, y, y_label, room)))
+    for text in folded(y_label, room) if y_label else ():
+        parts.append(coloured("muted", label(MARGIN, y, text, room)))
         y += LINE * SIZE
     return "".join(parts), y + 4
 
