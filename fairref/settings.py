@@ -174,11 +174,15 @@ class Recipe:
     end: str = setting("zero", "end of the solver: zero or sigma_min", choices=("zero", "sigma_min"))
     gradient: str = setting(
         "paper",
-        "gradient of the sampling process. exact: backpropagation through all steps. paper, solver, none: adjusted"
-        " gradients with different weights of the steps",
+        "gradient of the sampling process. exact: backpropagation through all steps; last:K: through the last K;"
+        " random:K: through up to K, drawn anew in each iteration; bernoulli: each step drawn, late ones more often."
+        " paper, solver, none: adjusted gradients with different weights of the steps; drtune:M: none's, of M steps."
+        " couple:ALPHA: from none (0) to exact (1). docs/derivation.md has the papers",
     )
     grad_steps: int = setting(
-        0, "sampling steps that are drawn for the adjusted gradient, which stays unbiased; 0: all of them"
+        0,
+        "sampling steps that are drawn for the adjusted gradient, which stays unbiased; 0: all of them",
+        only_with={"gradient": ("paper", "solver", "none")},
     )
     micro_batch: int = setting(
         0,
@@ -227,7 +231,8 @@ class Recipe:
     eval_guidance: float = setting(7.5, "guidance scale of evaluation and of sample.py", high=MAX_NUMBER)
     eval_images: int = setting(
         60,
-        "images of each unseen prompt in evaluation",
+        "images of each unseen prompt in evaluation. The method takes 80 for race or skin_tone, 160 for several"
+        " attributes",
         low=1,
         high=MAX_COUNT,
         only_with={"evaluate": EVALUATED},
@@ -299,8 +304,9 @@ class RunOptions:
         kept=list,
     )
     judge: Sequence[str] | None = option(
-        "a judge of your own in the place of the bundle's, as finetune=path/to/file.py:loader. docs/extend.md has an"
-        " example. May be given several times",
+        "a judge in the place of the bundle's: your own, as finetune=path/to/file.py:loader, or CLIP with a text for"
+        " each class, as evaluate='clip:glasses=a person with glasses|a person without'. docs/extend.md has examples."
+        " May be given several times. Several of evaluate or of finetune take the place of all of the bundle's",
         kept=list,
     )
     prompts: str | Sequence[str] | None = option(

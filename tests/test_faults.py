@@ -37,6 +37,7 @@ MTCNN = "fairref/judges/mtcnn.py"
 SOLVER = "fairref/fairness/transport.py"
 
 BY_HAND = f"{LOOP}::test_updates_are_adamw_by_hand"
+LITERAL = f"{LOOP}::test_a_published_gradient_is_autograd_through_its_literal_algorithm"
 KEYS = f"{STREAMS}::test_no_two_draws_of_a_run_have_the_same_key"
 CASES = f"{TERMS}::test_an_iteration_with_faces_is_the_method_case_by_case"
 WEIGHTS = f"{TERMS}::test_each_attribute_has_its_own_weights_in_and_outside_the_face"
@@ -214,22 +215,40 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "draws(0, GRAD_STEPS, i)",
         KEYS,
     ),
+    "a run stops at the same step in all iterations": (
+        STEP,
+        "draws(recipe.seed, STOP, i)",
+        "draws(recipe.seed, STOP, 0)",
+        KEYS,
+    ),
+    "a step of the coupled gradient that is not kept is kept": (
+        STEP,
+        "mode.coupling * kept",
+        "mode.coupling * torch.ones_like(kept)",
+        f"{LITERAL}[last:2-zero]",
+    ),
+    "a step of the adjusted gradient that is not kept is kept": (
+        STEP,
+        "drawn.table) * kept",
+        "drawn.table)",
+        f"{LITERAL}[drtune:2-sigma_min]",
+    ),
     "EXPLICIT is ORDER": (
         STEP,
-        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 6",
-        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 1, 5, 6",
+        "EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7",
+        "EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 1, 5, 6, 7",
         KEYS,
     ),
     "prompts that name a class come in the others' order": (
         STEP,
-        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 6",
-        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 1, 5, 6",
+        "EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7",
+        "EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 1, 5, 6, 7",
         f"{STREAMS}::test_prompts_that_name_a_class_come_in_an_order_of_their_own",
     ),
     "TRANSPORT is STEPS": (
         STEP,
-        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 6",
-        "EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 2",
+        "EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7",
+        "EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 2, 7",
         KEYS,
     ),
     "targets are drawn alike in all iterations": (

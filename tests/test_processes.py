@@ -23,7 +23,9 @@ from waiting import ends, outputs, wait_for
 from fairref import processes as distributed
 from fairref.bundle.loading import load_bundle
 from fairref.errors import UserError
+from fairref.evaluation.judging import EvaluationSettings, judge_prompts
 from fairref.fairness.faces import TEMPLATE, DetectedFaces
+from fairref.generation.drawing import Drawing
 from fairref.training import step as iteration
 from fairref.training.checkpoints import held
 from fairref.training.loop import iterate, new_state, update
@@ -129,6 +131,7 @@ def test_pictures_targets_and_gradients_do_not_depend_on_processes_or_micro_batc
             assert kind != "gradient" or float(wanted.norm()) > 1e-3
 
 
+JUDGED = (1, 3)  # prompts: none in the first of two processes, and one more in the second
 PAIR_N = (4, 5)  # images: as many in each of two processes, and one more in the second
 
 
@@ -195,6 +198,12 @@ def _pair(patch, processes, device, folder):
     seen = start_validation(replace(setup, bundle=replace(bundle, detector=None)))
     measured = [seen.unlike, *seen.measure(model).values()]
     found["validation"] = torch.tensor(measured, dtype=torch.float64)
+    settings = EvaluationSettings(bundle, setup.target, Drawing(2, 2.0), processes=processes)
+    for count in JUDGED:
+        judged = judge_prompts(settings, model, [f"a photo of {i} cooks" for i in range(count)], 3, "")
+        rows = [s.tensors() for s in judged]
+        for name in rows[0]:
+            found[f"judged.{count}.{name}"] = torch.stack([of_prompt[name] for of_prompt in rows])
     return found
 
 
@@ -223,6 +232,25 @@ def test_two_processes_agree_on_flags_and_texts(pairs):
     for found in pairs:
         assert found["any"].tolist() == [True, True, False]
         assert bytes(found["share"].tolist()) == b"of process 0"
+
+
+@pytest.mark.parametrize("count", JUDGED)
+def test_two_processes_judge_the_images_that_one_does(pairs, count):
+    names = {
+        *(f"{kind}/classifier/{a}" for kind in ("classes", "probabilities") for a in ("gender", "skin_tone")),
+        *("boxes", "features/clip", "features/dino"),
+    }
+    for found in pairs:
+        rows = {
+            name.removeprefix(f"judged.{count}."): v
+            for name, v in found.items()
+            if name.startswith(f"judged.{count}.")
+        }
+        assert set(rows) == names and all(v.shape[:2] == (count, 3) for v in rows.values())
+        for name, v in rows.items():
+            torch.testing.assert_close(v, pairs[0][f"judged.{count}.{name}"], equal_nan=True)
+    classes = pairs[0][f"judged.{count}.classes/classifier/gender"]
+    assert bool((classes >= 0).any())
 
 
 @pytest.mark.parametrize("count", PAIR_N)

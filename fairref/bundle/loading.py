@@ -20,9 +20,10 @@ paths are relative to its folder:
      "recipe": {}}                                        finetuning settings that this size asks for
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,13 +31,14 @@ from torch import Tensor
 
 from fairref.bundle.judges import load_templates, read_template_settings
 from fairref.bundle.manifest import MANIFEST, Manifest, places_of, read_manifest
-from fairref.bundle.own_judges import OwnClassifier, OwnFeatures, check_roles, load_own
+from fairref.bundle.own_judges import OwnClassifier, OwnFeatures, OwnSource, check_roles, load_own
 from fairref.bundle.registry import PARTS
 from fairref.bundle.stable_diffusion import NETWORKS
+from fairref.bundle.zero_shot import PREFIX, load_zero_shot
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError, typed
 from fairref.fairness.faces import Detector
-from fairref.files.own_code import OwnFunction, sha256_of
+from fairref.files.own_code import sha256_of
 from fairref.files.paths import expanded
 from fairref.files.tokenizer import Tokenizer
 from fairref.files.weights import fingerprint_of
@@ -75,7 +77,9 @@ class Bundle:
     face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
     dino: Features | None = None  # images -> features
     prefix: Tensor | None = None  # soft prompt (P, D) of an adapter
-    own_judges: Mapping[str, OwnFunction] = field(default_factory=dict)  # role -> what made a user's own
+    own_judges: Mapping[str, Sequence[OwnSource]] = field(
+        default_factory=dict
+    )  # role -> what made the user's own
     others: Mapping[str, object] = field(
         default_factory=dict
     )  # key -> part, of rows of PARTS without a field here
@@ -96,6 +100,11 @@ class Bundle:
         if group:
             return role in getattr(self, group, {})
         return getattr(self, role, self.others.get(role)) is not None
+
+    def named(self, key: str) -> list[str]:
+        """What each place of a part is called by --judge, or else by bundle.json."""
+        own = self.own_judges.get(key.rpartition(".")[2], ())
+        return [source.short for source in own] or places_of(self.manifest, key) or []
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -144,13 +153,15 @@ def load_bundle(
     path: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    judges: Mapping[str, str] | None = None,
+    judges: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Bundle:
     """The networks of a bundle on `device` in `dtype`; `path` as in `bundle_path`, None: DEFAULT. Raises UserError.
 
-    `judges`: the role of a part in PARTS that a user's own code takes -> "file.py:loader" (`own_judges`).
+    `judges`: the role of a part in PARTS -> what takes its place, one or, of classifiers, some: "file.py:loader" of a
+    user's own code (`own_judges`), or "clip:ATTRIBUTE=TEXT|TEXT" (`zero_shot`).
     """
-    check_roles(judges or {})
+    judges = {role: [own] if isinstance(own, str) else own for role, own in (judges or {}).items() if own}
+    check_roles(judges)
     path = bundle_path(DEFAULT if path is None else path).absolute()
     manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).is_file() else {}
     loaded: dict[str, tuple[object, ...]] = {}  # key of a part -> what its places hold
@@ -158,13 +169,20 @@ def load_bundle(
         places = places_of(manifest, part.key)
         if part.key == "stable_diffusion":
             places = [manifest.get("stable_diffusion", ".") if path.is_dir() else ""]
-        if part.role in (judges or {}):
-            resolution = _resolution(path, manifest, loaded["stable_diffusion"][0])
-            loaded[part.key] = (load_own(part, judges[part.role], manifest, resolution, device, dtype),)
-        elif part.key == "templates" and places:
+        if part.key == "templates" and places:
             read_template_settings(path / places[0])  # refused now, made at its first use
-        elif places:
+        elif places and part.role not in judges:
             loaded[part.key] = tuple(part.load(path / place, device, dtype) for place in places)
+    resolution = _resolution(path, manifest, loaded["stable_diffusion"][0])
+    (clip,) = loaded.get("clip", (None,))
+    for part in PARTS:  # what takes a part's place comes last, for it may look through the bundle's CLIP
+        if part.role in judges:
+            loaded[part.key] = tuple(
+                load_zero_shot(part, text, manifest, clip)
+                if text.startswith(PREFIX)
+                else load_own(part, text, manifest, resolution, device, dtype)
+                for text in judges[part.role]
+            )
     return _bundle(path, manifest, loaded)
 
 
@@ -172,12 +190,11 @@ def _bundle(path, manifest, loaded):
     """The parts put together. Raises UserError where they do not fit each other."""
     attributes = {name: tuple(classes) for name, classes in manifest.get("attributes", {}).items()}
     own = {
-        key.rpartition(".")[2]: part
+        key.rpartition(".")[2]: parts
         for key, parts in loaded.items()
-        for part in parts
-        if isinstance(part, OwnClassifier | OwnFeatures)
+        if isinstance(parts[0], OwnClassifier | OwnFeatures)
     }
-    for judge in own.values():  # may bring new attributes
+    for judge in chain.from_iterable(own.values()):  # may bring new attributes
         attributes = {**getattr(judge, "classes", {}), **attributes}
     classifiers = {role: loaded[f"classifiers.{role}"] for role in ROLES if f"classifiers.{role}" in loaded}
     _check_classes(classifiers, attributes, path / MANIFEST, own)
@@ -203,7 +220,7 @@ def _bundle(path, manifest, loaded):
         embedder=one.get("embedder"),
         face_features=one.get("face_features"),
         dino=one.get("dino"),
-        own_judges={role: judge.source for role, judge in own.items()},
+        own_judges={role: [judge.source for judge in judges] for role, judges in own.items()},
         others={key: part for key, part in one.items() if "." not in key and key not in FIELDS},
     )
 

@@ -1,14 +1,15 @@
-"""A user's own judge in the place of a bundle's: `--judge ROLE=file.py:loader`.
+"""A user's own judge in the place of a bundle's: `--judge ROLE=file.py:loader`, or one of some classifiers.
 
 loader(device, dtype) gives a function of images x (n, 3, H, W) in [-1, 1], which are at least float32. In the place
 of a classifier it gives {attribute: logits (n, K)} and has `.classes`, attribute -> class names in the order of the
 logits; in that of dino or embedder it gives features (n, D). Where the bundle finds faces, a classifier sees squares
-around them of `.input_size` pixels a side (without it: 224), else whole images, as dino does. An embedder sees
-aligned faces (without `.input_size`: 112 pixels).
+around them of `.input_size` pixels a side (without it: 224), or the whole images of those that have a face if this is
+None; else all whole images, as dino does. An embedder sees aligned faces (without `.input_size`: 112 pixels).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +18,32 @@ from fairref.bundle.manifest import Manifest
 from fairref.bundle.registry import PARTS, Part
 from fairref.errors import UserError, said
 from fairref.fairness.faces import ALIGNED, CROP
-from fairref.files.own_code import OwnFunction, describe, load_function
+from fairref.files.own_code import describe, load_function
+
+
+class OwnSource(Protocol):
+    """What made a user's own judge."""
+
+    @property
+    def place(self) -> str:
+        """As a command line names it."""
+
+    @property
+    def short(self) -> str:
+        """The same without a folder of this machine."""
+
+    def to_dict(self) -> dict[str, str]:
+        """What settings.json keeps of it."""
 
 
 @dataclass(frozen=True)
 class OwnClassifier:
     """judges.ImageClassifier."""
 
-    source: OwnFunction
+    source: OwnSource
     function: Callable[[Tensor], dict[str, Tensor]]
     classes: dict[str, tuple[str, ...]]
-    input_size: int
+    input_size: int | None
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """x (n, 3, H, W) -> {attribute: logits (n, K)}."""
@@ -38,7 +54,7 @@ class OwnClassifier:
 class OwnFeatures:
     """judges.Features, and judges.Embedder."""
 
-    source: OwnFunction
+    source: OwnSource
     function: Callable[[Tensor], Tensor]
     width: int
     side: int
@@ -48,28 +64,29 @@ class OwnFeatures:
         return self.function(x)
 
 
-def parse_judges(texts: Sequence[str]) -> dict[str, str]:
-    """--judge's texts "ROLE=file.py:loader" as role -> "file.py:loader". Raises UserError."""
+def parse_judges(texts: Sequence[str]) -> dict[str, list[str]]:
+    """--judge's texts "ROLE=PLACE" as role -> places, "file.py:loader" or zero_shot's "clip:...". Raises UserError."""
     known = [part.role for part in PARTS if part.own]
-    judges = {}
+    judges: dict[str, list[str]] = {}
     for text in texts:
         role, equals, place = text.partition("=")
         if not equals or role not in known:
             raise UserError(
                 f"--judge is {text!r}; expected ROLE=file.py:loader, ROLE one of {', '.join(known)}."
             )
-        if role in judges:
-            raise UserError(f"--judge names {role} twice; leave one out.")
-        judges[role] = place
+        judges.setdefault(role, []).append(place)
+    check_roles(judges)
     return judges
 
 
-def check_roles(judges: Mapping[str, str]) -> None:
-    """Refuses a role that no user's own judge can take. Raises UserError."""
-    known = [part.role for part in PARTS if part.own]
-    for role in judges:
+def check_roles(judges: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a role that no own judge can take, and two judges in a place for one. Raises UserError."""
+    known = {part.role: part for part in PARTS if part.own}
+    for role, places in judges.items():
         if role not in known:
             raise UserError(f"--judge {role}: no such role; expected one of {', '.join(known)}.")
+        if len(places) > 1 and not known[role].several:
+            raise UserError(f"--judge names {role} twice; leave one out.")
 
 
 def load_own(
@@ -86,17 +103,19 @@ def load_own(
     """
     option = f"--judge {part.role}"
     loader = load_function(option, text)
-    sees_whole_images = part.key == "dino" or (part.group == "classifiers" and "detector" not in manifest)
+    is_classifier = part.group == "classifiers"
     try:
         judge = loader(torch.device(device), dtype)
         if not callable(judge):
             raise TypeError(f"the loader gives {describe(judge)}, expected a judge")
-        side = int(getattr(judge, "input_size", ALIGNED if part.key == "embedder" else CROP))
-        seen = resolution if sees_whole_images else side
+        side = getattr(judge, "input_size", ALIGNED if part.key == "embedder" else CROP)
+        side = None if side is None and is_classifier else int(side)
+        sees_whole = part.key == "dino" or (is_classifier and (side is None or "detector" not in manifest))
+        seen = resolution if sees_whole else side
         answer = judge(torch.full((1, 3, seen, seen), -1.0, device=device))
     except Exception as error:  # whatever a user's code does
         raise UserError(f"{option}: {text} ends with {said(error)}; correct the file.") from error
-    if part.group != "classifiers":
+    if not is_classifier:
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != 1:
             raise UserError(
                 f"{option}: {text} gives {describe(answer)} for one image; expected features (1, D)."

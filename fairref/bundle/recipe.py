@@ -7,8 +7,9 @@ from pathlib import Path
 from fairref.errors import UserError
 from fairref.settings import Recipe, read_shares
 
-# docs/method.md §6, beside the defaults of Recipe, which are the gender run's. Skin tone stands for the paper's race.
-RACE = {"batch": 32, "lambda_img": 6.0, "lambda_face": 0.1, "iterations": 12_000}
+# docs/method.md §6 and §8, beside the defaults of Recipe, which are the gender run's. Skin tone stands for the paper's
+# race.
+RACE = {"batch": 32, "lambda_img": 6.0, "lambda_face": 0.1, "iterations": 12_000, "eval_images": 80}
 GENDER_RACE = {"batch": 32, "C": 0.6, "lambda_face": 0.1, "iterations": 14_000}
 WITH_AGE = {"batch": 40, "lambda_face": 0.1, "iterations": 15_000}
 RUNS = {
@@ -17,15 +18,17 @@ RUNS = {
     frozenset({"gender", "race"}): GENDER_RACE,
     frozenset({"gender", "race", "age"}): WITH_AGE,
 }
+SEVERAL = {"eval_images": 160}  # attributes of any names
 LAMBDA_2 = {"gender": 0.2, "race": 0.6, "age": 0.6}
 LAMBDA_3 = {"gender": 0.2, "race": 0.3, "age": 0.3}
 
 
 def methods(attributes: tuple[str, ...]) -> dict[str, object]:
-    """What docs/method.md §6 says of a run for these attributes; the gender run's numbers where it says nothing."""
+    """What docs/method.md §6 and §8 say of these attributes; the gender run's numbers where they say nothing."""
     known = {name: "race" if name == "skin_tone" else name for name in attributes}
     return {
         **RUNS.get(frozenset(known.values()), {}),
+        **(SEVERAL if len(known) > 1 else {}),
         "lambda_2": {name: LAMBDA_2.get(of, LAMBDA_2["gender"]) for name, of in known.items()},
         "lambda_3": {name: LAMBDA_3.get(of, LAMBDA_3["gender"]) for name, of in known.items()},
     }

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fairref import settings
 from fairref.bundle.loading import load_bundle
@@ -44,7 +45,8 @@ def parser() -> cli.Parser:
         "--num-images",
         "-n",
         type=cli.whole(1, settings.MAX_COUNT),
-        help="images of each prompt (None: the bundle's)",
+        help="images of each prompt (None: the bundle's, else 60, for race or skin_tone 80, for several attributes"
+        " 160)",
     )
     parser.add_argument(
         "--explicit-images",
@@ -91,8 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = [report] if "judges" in report else list(report.values())
     text = "\n".join(line for one in reports for line in lines(one))
     own = [
-        {"role": role, **source.to_dict(), "path": source.path.name}
-        for role, source in bundle.own_judges.items()
+        {
+            "role": role,
+            **{key: Path(said).name if key == "path" else said for key, said in source.to_dict().items()},
+        }
+        for role, sources in bundle.own_judges.items()
+        for source in sources
     ]
     made_by = {"weights": bundle.path.name}
     report = {**made_by, **({"judge": own} if own else {}), **report}

@@ -8,13 +8,14 @@ vector-Jacobian products, one a step, from the stored z_i and without a graph th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fairref.diffusion.model import Model, zeros_like
 from fairref.diffusion.sampler import Step
 from fairref.diffusion.schedule import Schedule
-from fairref.diffusion.solver import SolverTable, solver_table
+from fairref.diffusion.solver import SolverTable
 from fairref.errors import UserError
 
 
@@ -34,30 +35,66 @@ def geometric_mean(x: Tensor) -> Tensor:
     return x.log().mean().exp()
 
 
+Random = np.random.Generator  # of one iteration, the same in all processes
+LATE = 0.4  # DRTune's run stops at one of so large a share of its steps, the last ones
+
+
+def spread_steps(S: int, M: int, rng: Random) -> Tensor:
+    """(S,) bool: M steps (of fewer, all), S // M apart, from a drawn one on. Not equally likely unless M divides S."""
+    apart = S // min(M, S)
+    after = torch.arange(S) - int(rng.integers(S - (min(M, S) - 1) * apart))
+    return (after >= 0) & (after % apart == 0) & (after < M * apart)
+
+
 @dataclass(frozen=True)
 class GradientMode:
     """One choice of what of eq 9 is kept: steps, their weights, the coupling B, and where the run ends."""
 
-    weights: Callable[[Schedule, SolverTable], Tensor]  # (S,) float64 w_i; 0 leaves a step out
-    coupled: bool = False  # B in full, which brings its own weights; else B = I
-    table: Callable[[Schedule, int, str], SolverTable] = solver_table  # (schedule, S, end) -> the run
+    weights: Callable[[Schedule, SolverTable], Tensor] = lambda _, table: table.k.clone()  # (S,) float64 w_i
+    coupling: float = (
+        0.0  # factor of each d eps/dz in B, from 0, B = I, to 1; above 0 B brings its own weights, k_i
+    )
+    steps: Callable[[int, Random], Tensor] = lambda S, _: torch.ones(S, dtype=torch.bool)  # (S,) those kept
+    stop: Callable[[int, Random], int | None] = lambda S, _: None  # evaluations that run, of S; None: all
+    takes: int = 1  # steps that a run must have
+
+    def __post_init__(self):
+        if self.takes < 1 or not 0 <= self.coupling <= 1:
+            raise ValueError(self)
 
 
-# "solver" is A_t = 1 up to a common factor, for the solver in use; at the end "sigma_min" it turns, from S = 15 on,
-# the sign of two late steps, where k_i > 0.
-MODES = {
-    "paper": GradientMode(lambda schedule, table: C_i(schedule, table) * table.k),
-    "solver": GradientMode(lambda _, table: -geometric_mean(table.k.abs()).expand(table.S).clone()),
-    "none": GradientMode(lambda _, table: table.k.clone()),
-    "exact": GradientMode(lambda _, table: table.k.clone(), coupled=True),
+# docs/derivation.md says which papers they are from. "solver" is A_t = 1 up to a common factor, for the solver in use;
+# at the end "sigma_min" it turns, from S = 15 on, the sign of two late steps, where k_i > 0.
+MODES: dict[str, Callable[..., GradientMode]] = {
+    "paper": lambda: GradientMode(lambda schedule, table: C_i(schedule, table) * table.k),
+    "solver": lambda: GradientMode(lambda _, table: -geometric_mean(table.k.abs()).expand(table.S).clone()),
+    "none": lambda: GradientMode(),
+    "exact": lambda: GradientMode(coupling=1),
+    "couple:ALPHA": lambda alpha: GradientMode(coupling=alpha),
+    "last:K": lambda K: GradientMode(coupling=1, steps=lambda S, _: torch.arange(S) >= S - K, takes=K),
+    "random:K": lambda K: GradientMode(
+        coupling=1, steps=lambda S, rng: torch.arange(S) >= S - 1 - int(rng.integers(K)), takes=K
+    ),
+    "bernoulli": lambda: GradientMode(
+        coupling=1, steps=lambda S, rng: torch.arange(S) >= torch.from_numpy(rng.integers(S + 1, size=S))
+    ),
+    "drtune:M": lambda M: GradientMode(
+        steps=lambda S, rng: spread_steps(S, M, rng),
+        stop=lambda S, rng: S - int(rng.integers(max(1, round(LATE * S)))),
+        takes=M,
+    ),
 }
 
 
 def gradient_mode(name: str) -> GradientMode:
-    """A row of MODES. Raises UserError."""
-    if name not in MODES:
-        raise UserError(f"the gradient is '{name}'; expected one of {', '.join(MODES)}.")
-    return MODES[name]
+    """A row of MODES; a number stands for K, M or ALPHA, as in "last:5". Raises UserError."""
+    kind, *number = name.split(":")
+    row = {form.split(":")[0]: row for form, row in MODES.items()}.get(kind)
+    try:
+        return row(*map(float if kind == "couple" else int, number))
+    except (TypeError, ValueError):  # no such row, no number or too many, not a number, or out of range
+        expected = f"{', '.join(MODES)}, with K and M from 1 up and ALPHA from 0 to 1"
+        raise UserError(f"the gradient is '{name}'; expected one of {expected}.") from None
 
 
 def step_weights(schedule: Schedule, table: SolverTable, mode: str = "paper") -> Tensor:
@@ -101,24 +138,28 @@ def adjusted_gradient(
 
 
 def exact_gradient(
-    model: Model, table: SolverTable, path: Sequence[Step], g: Tensor
+    model: Model, table: SolverTable, path: Sequence[Step], g: Tensor, kappa: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """([dL/d leaf], [dL/d eps_i]): eq 9 in full, as autograd through `sample` gives it, in the memory of one
     step. With v_i = dL/dz_i and e_i = dL/d eps_i (for the ancestral table with S = T: -g^T A_t B_t):
 
         v_S = g,   e_i = q_i v_{i+1} + s_{i+1} v_{i+2},
-        v_i = p_i v_{i+1} + r_{i+1} v_{i+2} + e_i^T d eps_i/d z_i
+        v_i = p_i v_{i+1} + r_{i+1} v_{i+2} + kappa_i e_i^T d eps_i/d z_i
 
-    Arguments as in `adjusted_gradient`."""
+    kappa (S,): 1 (None) is eq 9; less keeps less of the coupling; at 0 eps_i counts as a constant and is not evaluated.
+    Other arguments as in `adjusted_gradient`."""
     p, q, r, s = (x.tolist() for x in (table.p, table.q, table.r, table.s))
+    kappa = [1.0] * table.S if kappa is None else kappa.tolist()
     total = [zeros_like(leaf) for leaf in model.leaves]
     v_next, v_after, cotangents = g, torch.zeros_like(g), []
     for i in reversed(range(table.S)):
         r_next, s_next = (r[i + 1], s[i + 1]) if i + 1 < table.S else (0.0, 0.0)
-        e = q[i] * v_next + s_next * v_after
-        t = table.timesteps[i].expand(len(g)).to(g.device)
-        parts, through_z = model.vjp(path[i].z, t, e, wrt_z=True)
-        total = [a + b for a, b in zip(total, parts, strict=True)]
-        v_next, v_after = p[i] * v_next + r_next * v_after + through_z, v_next
+        e, v = q[i] * v_next + s_next * v_after, p[i] * v_next + r_next * v_after
+        if kappa[i]:
+            t = table.timesteps[i].expand(len(g)).to(g.device)
+            parts, through_z = model.vjp(path[i].z, t, e, wrt_z=True)
+            total = [a + b for a, b in zip(total, parts, strict=True)]
+            v = v + kappa[i] * through_z
+        v_next, v_after = v, v_next
         cotangents.insert(0, e)
     return total, cotangents

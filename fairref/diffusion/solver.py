@@ -40,13 +40,19 @@ class SolverTable:
 
 
 def solver_table(
-    schedule: Schedule, S: int, end: str = "zero", spacing: str = "linspace", steps_offset: int = 0
+    schedule: Schedule,
+    S: int,
+    end: str = "zero",
+    spacing: str = "linspace",
+    steps_offset: int = 0,
+    stop: int | None = None,
 ) -> SolverTable:
     """DPM-Solver++ (2M, midpoint) with S evaluations.
 
     end "zero": the last step goes to noise level 0 and is first order; "sigma_min": it goes to the level of
     t = 1 and is second order from S = 15 on. spacing and steps_offset: see `grid`. An unknown choice is a
-    UserError.
+    UserError. stop: after so many of the S evaluations the run goes to noise level 0 at once, so z_0 is the
+    image predicted there.
 
     With x_i = (z_i - sd_i eps_i) / root_i the predicted image, root = sqrt(alpha_bar),
     sd = sqrt(1 - alpha_bar), lambda = log(root / sd) and h_i = lambda_{i+1} - lambda_i:
@@ -56,15 +62,16 @@ def solver_table(
     with d = h_i / (2 h_{i-1}), and d = 0 where the step is first order."""
     if end not in ("zero", "sigma_min"):
         raise UserError(f"the solver's end is '{end}'; expected 'zero' or 'sigma_min'.")
-    timesteps = grid(schedule.T, S, spacing, steps_offset)
-    last = torch.ones(1, dtype=torch.float64) if end == "zero" else schedule.alpha_bar[:1]
-    alpha_bar = torch.cat([schedule.alpha_bar[timesteps], last])  # (S + 1,)
+    timesteps = grid(schedule.T, S, spacing, steps_offset)[:stop]
+    to_zero = end == "zero" or stop is not None
+    last = torch.ones(1, dtype=torch.float64) if to_zero else schedule.alpha_bar[:1]
+    alpha_bar = torch.cat([schedule.alpha_bar[timesteps], last])  # (S + 1,), from here on S counts what runs
     root, sd = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     h = (root / sd).log().diff()  # (S,), the last one infinite at the end "zero"
 
-    d = torch.zeros(S, dtype=torch.float64)
+    d = torch.zeros_like(h)
     d[1:] = h[1:] / (2 * h[:-1])
-    if end == "zero" or S < SECOND_ORDER_END_FROM:
+    if to_zero or S < SECOND_ORDER_END_FROM:
         d[-1] = 0
 
     gain = root[1:] - sd[1:] * root[:-1] / sd[:-1]  # root_{i+1} (1 - e^-h), finite also where h is not
@@ -76,7 +83,7 @@ def solver_table(
         q=gain * (1 + d) * x_eps,
         r=torch.cat([zero, -gain[1:] * d[1:] * x_z[:-1]]),
         s=torch.cat([zero, -gain[1:] * d[1:] * x_eps[:-1]]),
-        sigma=torch.zeros(S, dtype=torch.float64),
+        sigma=torch.zeros_like(h),
     )
 
 

@@ -197,7 +197,8 @@ def follows_data(bundle: Bundle, settings: EvaluationSettings, images: int, ever
     jobs = occupations()[::every]
     prompts = [occupation_prompt(job.name) for job in jobs]
     seen = judge_prompts(settings, bundle, prompts, images, "guidance 1")
-    share = [s.counts["templates"][0] / max(1, s.counts["templates"].sum()) for s in seen]
+    counts = [s.counts("templates", settings.target.classes) for s in seen]
+    share = [of_prompt[0] / max(1, of_prompt.sum()) for of_prompt in counts]
     correlation = spearmanr(share, [job.share_women for job in jobs]).statistic
     claim = f"share of women at guidance 1 against the table, Spearman, {len(jobs)} occupations x {images}"
     return Gate(claim, float(correlation), 0.9)

@@ -90,7 +90,7 @@ def draw_before_after(
         x = [draw_images(settings, model, prompt, GRID[1]) for model in models.values()]
         label = concept_of[prompt].short(prompt)
         if None in reports[prompt]:
-            counts = [judge(settings, images).counts["classifier"] for images in x]
+            counts = [judge(settings, images).counts("classifier", settings.target.classes) for images in x]
         else:
             counts = [report["judges"]["classifier"]["counts"][label] for report in reports[prompt]]
         if None in reports[prompt] and evaluated:

@@ -32,8 +32,8 @@ def clip_t(
     if bundle.clip is None or len(prompts) < 2:
         return None
     with torch.no_grad():
-        ids = bundle.clip_tokenizer(list(prompts)).to(judged[0].features["clip"].device)
-        texts = bundle.clip.encode_text(ids).float()  # (P, D)
+        ids = bundle.clip_tokenizer(list(prompts)).to(bundle.device)
+        texts = bundle.clip.encode_text(ids).float().cpu()  # (P, D)
     # all are of unit norm, so the mean cosine with a text is the product with the mean feature
     cosines = torch.stack([s.features["clip"].mean(0) for s in judged]) @ texts.T  # (P, P)
     P = len(prompts)
@@ -41,20 +41,17 @@ def clip_t(
     return {"matched": float(matched), "shuffled": float((cosines.sum() - cosines.trace()) / (P * (P - 1)))}
 
 
-def obedience(
-    settings: EvaluationSettings, model: Bundle, prompts: Prompts, part: str, n: int, label: str
-) -> dict[str, float]:
-    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
-    asked, axes = prompts.explicit(part, settings.target.classes), list(settings.target.classes)
-    judged = judge_prompts(settings, model, [prompt for prompt, *_ in asked], n, label)
-    right = {
-        j: sum(
-            int(s.counts[j].take(k, axes.index(name)).sum())
-            for s, (_, name, k) in zip(judged, asked, strict=True)
-        )
-        for j in judged[0].counts
-    }
-    return {"images": n * len(asked), **{j: count / (n * len(asked)) for j, count in right.items()}}
+def obedience(judged: Sequence[JudgedImages], asked: Sequence[tuple[str, str, int]]) -> dict[str, float]:
+    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss).
+
+    `asked`: of each prompt that names a class the prompt, the attribute and the class index.
+    """
+    n, shares = len(next(iter(judged[0].classes["classifier"].values()))), {}
+    for j in judged[0].classes:
+        told = [(s, name, k) for s, (_, name, k) in zip(judged, asked, strict=True) if name in s.classes[j]]
+        right = sum(int(((s.classes[j][name] == k) & s.known(j)).sum()) for s, name, k in told)
+        shares[j] = right / (n * len(told))
+    return {"images": n * len(asked), **shares}
 
 
 def evaluate_part(
@@ -83,13 +80,16 @@ def evaluate_part(
         "guidance": settings.drawing.guidance,
         "padding": settings.drawing.padding,
         "seed": settings.seed,
+        "judged_by": settings.judged_by,
         **bias_report(judged, list(map(prompts.short, texts)), target.classes, n, target.table),
         "clip_t": clip_t(settings, judged, texts),
     }
     if explicit_images and prompts.occupations:
-        report["explicit"] = obedience(
-            settings, model, prompts, part, explicit_images, f"{label}, explicit prompts"
+        asked = prompts.explicit(part, target.classes)
+        shown = judge_prompts(
+            settings, model, [prompt for prompt, *_ in asked], explicit_images, f"{label}, explicit prompts"
         )
+        report["explicit"] = obedience(shown, asked)
     return report, judged
 
 
@@ -98,7 +98,7 @@ def evaluate(
     bundle: Bundle,
     adapter: str | Path | Sequence[str | Path] | None = None,
     attr: str | None = "gender",
-    images: int | None = 60,
+    images: int | None = None,
     *,
     strength: float | Sequence[float] | None = None,
     any_base: bool = False,

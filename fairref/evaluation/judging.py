@@ -7,20 +7,19 @@ depends on (seed, prompt, image), so two models are measured on the same noise, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
-from fairref.evaluation.statistics import COLOURED, JUDGES, JudgedImages
+from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget
-from fairref.fairness.metrics import blends, joint_counts
 from fairref.files.weights import finite
 from fairref.generation.drawing import Drawing, fixed_images
-from fairref.generation.views import classify, faces_of, require_attributes
+from fairref.generation.views import classify, faces_of, require_attributes, scatter_to_images
 from fairref.judges.templates import Templates
 from fairref.processes import Processes
 from fairref.progress import Progress
@@ -45,6 +44,33 @@ class EvaluationSettings:
             )
         require_attributes(self.bundle, "evaluate", self.target)
 
+    @cached_property
+    def turns(self) -> dict[str, dict[int, list[str]]]:
+        """Judge -> the place of a classifier in the bundle's list -> the attributes that it judges for this judge.
+
+        "classifier" judges each attribute by the first that knows it, "classifier 2" by the second, and so on.
+        """
+        judges: dict[str, dict[int, list[str]]] = {}
+        for name in self.target.classes:
+            classifiers = enumerate(self.bundle.classifiers["evaluate"])
+            for turn, place in enumerate([i for i, c in classifiers if name in c.classes], 1):
+                of_judge = judges.setdefault("classifier" if turn == 1 else f"classifier {turn}", {})
+                of_judge.setdefault(place, []).append(name)
+        return judges
+
+    @property
+    def judged_by(self) -> dict[str, dict[str, str]]:
+        """Judge -> attribute -> what judges it, as bundle.json or --judge names it."""
+        named = self.bundle.named("classifiers.evaluate")
+        found = {
+            judge: {name: named[place] for place, mine in places.items() for name in mine}
+            for judge, places in self.turns.items()
+            if max(places) < len(named)  # classifiers of a program may have no name
+        }
+        if self.templates is not None:
+            found["templates"] = dict.fromkeys(self.target.classes, *self.bundle.named("templates"))
+        return found
+
     @property
     def templates(self) -> Templates | None:
         """The nearest-template judge, if the bundle has it and it knows all of the attributes."""
@@ -65,23 +91,31 @@ def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int
 
 @torch.no_grad()
 def judge(settings: EvaluationSettings, x: Tensor) -> JudgedImages:
-    """Both judges, CLIP and DINO on images of one prompt."""
-    bundle, names, shape = settings.bundle, tuple(settings.target.classes), settings.target.table.shape
-    counts, none, features, colours = {}, 0, {}, {}
+    """All judges, CLIP and DINO on n images."""
+    bundle, names = settings.bundle, tuple(settings.target.classes)
     faces = faces_of(bundle, x)
-    logits = list(classify(bundle.classifiers["evaluate"], names, x, faces).values())  # (M, K_a) each
-    counts["classifier"] = joint_counts([of_attribute.argmax(1) for of_attribute in logits], shape)
+    has_face = None if faces is None else faces.has_face
+    classes, probabilities, features, colours = {}, {}, {}, {}
+    for name, places in settings.turns.items():
+        logits = {}  # attribute -> (M, K_a)
+        for place, mine in places.items():
+            logits |= classify([bundle.classifiers["evaluate"][place]], mine, x, faces)
+        logits = {a: logits[a] for a in names if a in logits}
+        classes[name] = {a: scatter_to_images(v.argmax(1), has_face, -1) for a, v in logits.items()}
+        probabilities[name] = {
+            a: scatter_to_images(v.softmax(1).float(), has_face, torch.nan) for a, v in logits.items()
+        }
     if settings.templates is not None:
         verdict = settings.templates(x)
-        known = torch.stack([verdict[f"{name}_known"] for name in names]).all(0)
-        counts["templates"] = joint_counts([verdict[name][known] for name in names], shape)
-        none = int((~known).sum())
+        classes["templates"] = {a: verdict[a].where(verdict[f"{a}_known"], -1) for a in names}
         colours = settings.templates.colours(x, verdict)
     if bundle.clip is not None:
         features["clip"] = bundle.clip.encode_image(x).float()
     if bundle.dino is not None:
         features["dino"] = F.normalize(bundle.dino(x).float(), dim=1)
-    return JudgedImages(counts, none, len(x) - len(logits[0]), blends(logits), features, colours)
+    boxes = None if faces is None else scatter_to_images(faces.boxes.float(), has_face, torch.nan)
+    judged = JudgedImages(classes, probabilities, boxes, features, colours)
+    return JudgedImages.from_tensors({name: rows.cpu() for name, rows in judged.tensors().items()})
 
 
 def judge_prompts(
@@ -99,27 +133,15 @@ def judge_prompts(
 
 def _gathered(settings, judged, P, n):
     """This process's results of its prompts -> those of all P."""
-    bundle, shape, processes = settings.bundle, settings.target.table.shape, settings.processes
-    judges = [j for j in JUDGES if j == "classifier" or settings.templates is not None]
-    K = int(np.prod(shape))
-    numbers = torch.zeros(len(judged), K * len(judges) + 3, dtype=torch.float64)
-    for row, s in zip(numbers, judged, strict=True):
-        counts = np.concatenate([s.counts[j].reshape(-1) for j in judges])
-        row[:] = torch.tensor([*counts, s.none, s.faceless, s.blended])
-    numbers = processes.gather(numbers, P).long().numpy()
-    widths = {} if bundle.clip is None else {"clip": bundle.clip.config.projection_dim}
-    widths |= {} if bundle.dino is None else {"dino": bundle.dino.width}
-    colours = {} if settings.templates is None else dict.fromkeys(COLOURED, 3)
-    gathered = {}
-    for name, D in {**widths, **colours}.items():
-        rows = [{**s.features, **s.colours}[name].float() for s in judged]
-        here = torch.stack(rows) if rows else torch.zeros(0, n, D, device=processes.device)
-        gathered[name] = processes.gather(here, P)  # (P, n, D)
-    return [
-        JudgedImages(
-            {j: row[k * K : (k + 1) * K].reshape(shape) for k, j in enumerate(judges)},
-            *map(int, row[-3:]),
-            *({name: gathered[name][p] for name in kind} for kind in (widths, colours)),
-        )
-        for p, row in enumerate(numbers)
-    ]
+    if judged:
+        rows = [s.tensors() for s in judged]
+        here = {name: torch.stack([r[name] for r in rows]) for name in rows[0]}  # (P_here, n, ...)
+    else:  # more processes than prompts: one black image says what there is of each image
+        side = settings.bundle.resolution
+        x = torch.full((1, 3, side, side), -1.0, device=settings.bundle.device)
+        here = {
+            name: one.expand(n, *one.shape[1:])[None][:0]
+            for name, one in judge(settings, x).tensors().items()
+        }
+    gathered = {name: settings.processes.gather(rows, P) for name, rows in here.items()}
+    return [JudgedImages.from_tensors({name: rows[p] for name, rows in gathered.items()}) for p in range(P)]

@@ -3,6 +3,7 @@
 P prompts, n images of each, K classes.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairref.fairness.metrics import BLEND, bias, mean_cosine, noise_floor
+from fairref.fairness.metrics import BLEND, bias, joint_counts, mean_cosine, noise_floor
 
 JUDGES = ("classifier", "templates")
 COLOURED = ("background", "clothes")  # parts of an image whose colours should stay
@@ -18,14 +19,69 @@ COLOURED = ("background", "clothes")  # parts of an image whose colours should s
 
 @dataclass(frozen=True)
 class JudgedImages:
-    """What n images of one prompt are, to each judge. A judge that the bundle lacks has no entry."""
+    """What n images of one prompt are to each judge, one row an image, on the CPU. A judge that the bundle lacks has no
+    entry."""
 
-    counts: dict[str, np.ndarray]  # judge -> (K_1, ..., K_A) images of each joint class
-    none: int = 0  # images that the template judge leaves out: nobody, or a class that it can't tell
-    faceless: int = 0  # images without a face, which the classifier leaves out where faces count
-    blended: int = 0  # images whose largest class probability is low
+    classes: dict[str, dict[str, Tensor]]  # judge -> attribute -> (n,) long; -1: the judge can't tell
+    # judge -> attribute -> (n, K_a) float32, NaN without a face; a judge that compares images has none
+    probabilities: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    # (n, 4) of the face that counts, in pixels, NaN without one; None: no detector
+    boxes: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
     colours: dict[str, Tensor] = field(default_factory=dict)  # of COLOURED -> (n, 3), NaN: not known
+
+    def known(self, judge: str) -> Tensor:
+        """(n,) bool: the judge can tell every attribute's class."""
+        return torch.stack([classes >= 0 for classes in self.classes[judge].values()]).all(0)
+
+    def counts(self, judge: str, classes: Mapping[str, Sequence[str]]) -> np.ndarray:
+        """(K_1, ..., K_A) images of each joint class of these attributes, of those that the judge can tell."""
+        known, shape = self.known(judge), tuple(len(names) for names in classes.values())
+        return joint_counts([self.classes[judge][name][known] for name in classes], shape)
+
+    @property
+    def none(self) -> int:
+        """Images that the template judge leaves out: nobody, or a class that it can't tell."""
+        return int((~self.known("templates")).sum()) if "templates" in self.classes else 0
+
+    @property
+    def faceless(self) -> int:
+        """Images without a face, which classifiers leave out where faces count."""
+        return int((~self.known("classifier")).sum())
+
+    @property
+    def blended(self) -> int:
+        """Images whose largest class probability is low, in one of the attributes."""
+        largest = [p.amax(1) for p in self.probabilities.get("classifier", {}).values()]
+        return int((torch.stack(largest) < BLEND).any(0).sum()) if largest else 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it under names that say what each is, to travel or to be kept."""
+        boxes = {} if self.boxes is None else {"boxes": self.boxes}
+        by_judge = {
+            f"{kind}/{judge}/{name}": rows
+            for kind in ("classes", "probabilities")
+            for judge, of_judge in getattr(self, kind).items()
+            for name, rows in of_judge.items()
+        }
+        plain = {
+            f"{kind}/{name}": rows
+            for kind in ("features", "colours")
+            for name, rows in getattr(self, kind).items()
+        }
+        return {**by_judge, **plain, **boxes}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "JudgedImages":
+        """The images of `tensors`."""
+        held = {"classes": {}, "probabilities": {}, "features": {}, "colours": {}}
+        for key, rows in tensors.items():
+            kind, *names = key.split("/", 2 if key.startswith(("classes/", "probabilities/")) else 1)
+            if len(names) == 2:
+                held[kind].setdefault(names[0], {})[names[1]] = rows
+            elif names:
+                held[kind][names[0]] = rows
+        return cls(boxes=tensors.get("boxes"), **held)
 
 
 def joint_names(classes: dict[str, tuple[str, ...]]) -> list[str]:
@@ -42,18 +98,17 @@ def bias_report(
 ) -> dict[str, object]:
     """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
 
-    Of several attributes, also of each alone, under "attributes". Where the target's joint `table` (K_1, ..., K_A) is
-    not one of equal shares, also "from_target", the same measures with its shares taken from the frequencies, and
-    "target_floor", what a model that meets it measures then.
+    Of several attributes, also of each alone, under "attributes", with the judges that don't know the others. Where the
+    target's joint `table` (K_1, ..., K_A) is not one of equal shares, also "from_target", the same measures with its
+    shares taken from the frequencies, and "target_floor", what a model that meets it measures then.
     """
     axes = range(len(classes))
-    counts = {j: np.stack([s.counts[j] for s in judged]) for j in judged[0].counts}  # (P, K_1, ..., K_A) each
+    counts = _counts(judged, classes)
     report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n, table)}
     if len(classes) > 1:
         report["attributes"] = {}
         for axis, (attribute, class_names) in enumerate(classes.items()):
-            others = tuple(1 + a for a in axes if a != axis)
-            alone = {j: of_judge.sum(others) for j, of_judge in counts.items()}
+            alone = _counts(judged, {attribute: class_names})
             marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
             report["attributes"][attribute] = _biases(alone, names, list(class_names), n, marginal)
     if "templates" in report["judges"]:
@@ -63,6 +118,12 @@ def bias_report(
         n * len(judged) - sum(s.faceless for s in judged), 1
     )
     return report
+
+
+def _counts(judged, classes):
+    """Of each judge that knows all of these attributes, (P, K_1, ..., K_A) images."""
+    knowing = [j for j, known in judged[0].classes.items() if set(classes) <= set(known)]
+    return {j: np.stack([s.counts(j, classes) for s in judged]) for j in knowing}
 
 
 def _biases(counts, names, classes, n, table):
@@ -135,7 +196,7 @@ def lines(report: dict[str, object]) -> list[str]:
         if report.get(key) is not None:
             text.append(f"{what} with the original images: {report[key]:.4f}")
     if "explicit" in report:
-        shares = [f"{report['explicit'][j]:.1%} ({j})" for j in JUDGES if j in report["explicit"]]
+        shares = [f"{share:.1%} ({j})" for j, share in report["explicit"].items() if j != "images"]
         text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")
     return text
 

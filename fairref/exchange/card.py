@@ -88,7 +88,8 @@ def _facts(export):
         "iterations": info.get("iterations"),
         "rows": rows,
         "grid": bool(rows) and rows[0]["is_first"] and (adapter.file.parent / GRID).is_file(),
-        "recipe": _recipe(_run_of(adapter)),
+        "recipe": _recipe(_settings(_run_of(adapter))),
+        "own_judges": _own_judges(_settings(_run_of(adapter))),
         "networks": [WORDS[part] for part in WORDS if any(layer.startswith(f"{part}.") for layer in layers)],
         "ranks": sorted({len(down) for down, _ in adapter.pairs.values()}),
         "prompt": PROMPT,
@@ -108,13 +109,29 @@ def _run_of(adapter):
     return adapter.file.parent if is_own else None
 
 
-def _recipe(run):
-    """The settings of a run; {} without one."""
-    recipe = (
-        read_json(run / "settings.json").get("recipe") if run and (run / "settings.json").is_file() else None
-    )
+def _settings(run):
+    """The settings.json of a run; {} without one."""
+    return read_json(run / "settings.json") if run and (run / "settings.json").is_file() else {}
+
+
+def _recipe(settings):
+    """The recipe in a run's settings; {} without one."""
+    recipe = settings.get("recipe")
     wanted = ("steps", "guidance", "eval_steps", "eval_guidance")
     return recipe if isinstance(recipe, dict) and all(key in recipe for key in wanted) else {}
+
+
+def _own_judges(settings):
+    """What took the place of the bundle's classifiers in a run's evaluation, in words."""
+    rows = settings.get("judge")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [
+        f"`clip:{' '.join(str(row['clip']).split())}`, which is CLIP without training"
+        if "clip" in row
+        else f"`{Path(str(row.get('path'))).name}:{row.get('name')}`"
+        for row in rows
+        if row.get("role") == "evaluate"
+    ]
 
 
 def _target(classes, table):
@@ -153,7 +170,7 @@ def _row(before, after, judge):
     floor = before["target_floor" if unequal else "noise_floor"]
     return {
         "part": "that finetuning never saw" if before["part"] == "test" else "of finetuning",
-        "judge": JUDGES[judge],
+        "judge": JUDGES.get(judge, judge),
         "before": _spread(was),
         "after": _spread(now),
         "floor": _spread(floor),

@@ -1,9 +1,10 @@
-"""Read CelebA and FairFace, the face photographs that classifiers are trained on, as they are distributed.
+"""Read labelled pictures: CelebA and FairFace, which classifiers are trained on, as distributed; or one's own.
 
 CelebA: list_attr_celeba and list_eval_partition, each .txt (the distributor's) or .csv (Kaggle's), and the images in
 img_align_celeba/ or img_align_celeba/img_align_celeba/. They stand in the folder itself or in Anno/, Eval/ and Img/, or
 so in its folder celeba/ (torchvision's). Labels are -1 and 1, or 0 and 1.
 FairFace: fairface_label_train.csv, fairface_label_val.csv, whose first column names the images.
+One's own, to measure judges on: labels.csv with the column `file` and one for each attribute; a blank is not known.
 
 Rows that can't be used are left out and listed, or they are an error (`strict`).
 """
@@ -46,6 +47,7 @@ PARTITION = {"0": "train", "1": "validation", "2": "test"}
 LABELS, PARTS, IMAGES = "list_attr_celeba", "list_eval_partition", "img_align_celeba"
 CELEBA_FOLDERS = [Path(home, room) for home in ("", "celeba") for room in ("", "Anno", "Eval", "Img")]
 FAIRFACE_FILES = {"train": "fairface_label_train.csv", "validation": "fairface_label_val.csv"}
+OWN = "labels.csv"
 SHOWN = 3  # bad rows that a message names
 
 
@@ -54,7 +56,7 @@ class Row:
     """One photograph: its file, and the index of its class in each attribute that was asked for."""
 
     file: Path
-    labels: tuple[int, ...]
+    labels: tuple[int, ...]  # -1: not known, in one's own table alone
 
 
 @dataclass
@@ -108,6 +110,65 @@ def read_photographs(data: str, root: str | Path, attributes: list[str], strict:
     return photographs
 
 
+def read_labelled(root: str | Path, classes: dict[str, tuple[str, ...]]) -> Photographs:
+    """Return a folder's labelled pictures of any of these layouts, to measure judges on, all in the part "test".
+
+    Of a data set these are its test part, else its validation part. `classes`: attribute -> class names in the order
+    that labels shall have; the attributes that are not labelled are absent. Raises UserError.
+    """
+    root = expanded(root)
+    if (root / OWN).is_file():
+        return _read_own(root, classes)
+    tables = [root / folder / f"{LABELS}{end}" for folder in CELEBA_FOLDERS for end in (".txt", ".csv")]
+    is_celeba = any(table.is_file() for table in tables)
+    if not is_celeba and not (root / FAIRFACE_FILES["validation"]).is_file():
+        raise UserError(
+            f"{root}: holds neither {OWN} nor CelebA nor FairFace; write {OWN} with the columns file and"
+            f" {', '.join(classes)}."
+        )
+    data, labelled = ("celeba", CELEBA) if is_celeba else ("fairface", FAIRFACE)
+    names = [name for name in classes if name in labelled and set(classes[name]) == set(CLASSES[name])]
+    if not names:
+        raise UserError(
+            f"{root}: {data} labels {', '.join(labelled)}, none of them with the classes of {', '.join(classes)}; give"
+            f" pictures with {OWN}."
+        )
+    found = read_photographs(data, root, names)
+    places = [[classes[name].index(c) for c in CLASSES[name]] for name in names]  # theirs -> ours
+    rows = [
+        Row(row.file, tuple(place[k] for place, k in zip(places, row.labels, strict=True)))
+        for row in found.parts.get("test") or found.parts.get("validation") or found.parts["train"]
+    ]
+    return Photographs({name: classes[name] for name in names}, {"test": rows}, found.bad)
+
+
+def _read_own(root: Path, classes: dict[str, tuple[str, ...]]) -> Photographs:
+    """Return the pictures of one's own table as its part "test". Raises UserError, also for a single wrong row."""
+    table = list(read_table(root / OWN, {"file"}))
+    names = [name for name in classes if table and name in table[0][1]]
+    if not names:
+        raise UserError(
+            f"{root / OWN}: has no row, or no column {' or '.join(classes)}; label some pictures."
+        )
+    photographs = Photographs({name: classes[name] for name in names}, {"test": []})
+    for line, row in table:
+        where = f"{root / OWN}, line {line}"
+        labels = tuple(class_index(row[name], name, classes[name], where) for name in names)
+        file = root / (row["file"] or "?")
+        if not os.path.isfile(file):
+            raise UserError(f"{where}: {file} is no file; correct the table.")
+        photographs.parts["test"].append(Row(file, labels))
+    return photographs
+
+
+def class_index(label: str | None, name: str, classes: tuple[str, ...], where: str) -> int:
+    """Return the index of an attribute's class in a cell of one's own table, -1 of a blank one. Raises UserError."""
+    label = (label or "").strip()
+    if label and label not in classes:
+        raise UserError(f"{where}: {name} is {label!r}; expected {', '.join(classes)}, or nothing.")
+    return classes.index(label) if label else -1
+
+
 def describe_bad(bad: list[str]) -> str:
     """Return how many rows are bad, and the first few."""
     rest = f", and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
@@ -139,7 +200,7 @@ def _find_celeba(root: Path, names: list[str], is_there: Callable[[Path], bool])
 def _celeba_rows(path: Path, columns: set[str]) -> Iterator[tuple[int, dict[str | None, str | None]]]:
     """Yield number and values of each line, as csv.DictReader does, of either kind of table. Raises UserError."""
     if path.suffix == ".csv":
-        yield from _rows(path, {"image_id", *columns})
+        yield from read_table(path, {"image_id", *columns})
         return
     lines, names, first = _lines(path), ["partition"], 0
     if path.stem == LABELS:  # the first line is a number, the second names the columns
@@ -182,7 +243,7 @@ def _read_celeba(root: Path, photographs: Photographs) -> None:
         photographs.add(part_of[image], images / image, labels, where)
 
 
-def _rows(path: Path, columns: set[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def read_table(path: Path, columns: set[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield number and values of each line of a table that has these columns. Raises UserError."""
     reader = csv.DictReader(_lines(path))
     try:
@@ -197,7 +258,7 @@ def _rows(path: Path, columns: set[str]) -> Iterator[tuple[int, dict[str, str]]]
 
 def _read_fairface(root: Path, photographs: Photographs) -> None:
     for part, name in FAIRFACE_FILES.items():
-        for line, row in _rows(root / name, {"file", *photographs.attributes}):
+        for line, row in read_table(root / name, {"file", *photographs.attributes}):
             where = f"{name}, line {line}"
             labels = {key: FAIRFACE[key].get(row[key]) for key in photographs.attributes}
             photographs.add(part, root / (row["file"] or "?"), labels, where)

@@ -73,6 +73,19 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         ) from None
 
 
+def read_square(path: str | Path, side: int) -> Tensor:
+    """Return an image file as (3, side, side) in [-1, 1]; what is no square lies on a black one. Raises UserError."""
+    image = read_image(path)
+    if image.width != image.height:
+        longer = max(image.size)
+        square = Image.new("RGB", (longer, longer))
+        square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        image = square
+    if image.width != side:
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
+
+
 def _with_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
     """Return an image with grey values of 16 bits, or floats in [0, 1], as one of 8 bits. `file` knows its tags."""
     tags = getattr(file, "tag_v2", {})

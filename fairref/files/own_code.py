@@ -29,6 +29,11 @@ class OwnFunction:
         """As a command line names it."""
         return f"{self.path}:{self.name}"
 
+    @property
+    def short(self) -> str:
+        """The same without the file's folder."""
+        return f"{self.path.name}:{self.name}"
+
     def to_dict(self) -> dict[str, str]:
         """What settings.json keeps of it."""
         return {"path": str(self.path), "name": self.name, "sha256": self.sha256}

@@ -15,7 +15,7 @@ from fairref.generation.padding import embed_padded
 from fairref.generation.rollout import decode, first_noise
 
 # at most so many images are drawn at once, and so many pixels: 8 images of 512²
-GROUP, PIXELS = 64, 2**21
+GROUP, PIXELS = 32, 2**21
 
 
 def group_size(bundle: Bundle) -> int:

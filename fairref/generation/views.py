@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
+from fairref.bundle.own_judges import OwnClassifier
 from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.fairness.faces import Faces, crops, find
@@ -32,11 +33,14 @@ def classify(
     The first classifier that knows an attribute judges it.
     """
     logits: dict[str, Tensor] = {}
+    has_face = None if faces is None else faces.has_face
     for classifier in classifiers:
         mine = [name for name in names if name in classifier.classes and name not in logits]
         if not mine:
             continue
-        rows = x if faces is None else crops(x, faces, classifier.input_size)
+        size = classifier.input_size
+        whole = faces is None or size is None
+        rows = select_faces(x, has_face) if whole else crops(x, faces, size)
         joined = map_batches(lambda part, c=classifier, m=mine: _joined(c(part), m), rows, micro_batch)
         joined = joined.to(torch.promote_types(joined.dtype, torch.float32))
         logits |= dict(
@@ -54,11 +58,11 @@ def select_faces(rows: Tensor, has_face: Tensor | None) -> Tensor:
     return rows if has_face is None else rows[has_face]
 
 
-def scatter_to_images(values: Tensor, has_face: Tensor | None) -> Tensor:
-    """One value a face (M, ...) -> one an image (n, ...), zero or False where there is none."""
+def scatter_to_images(values: Tensor, has_face: Tensor | None, fill: float = 0) -> Tensor:
+    """One value a face (M, ...) -> one an image (n, ...), `fill` or False where there is none."""
     if has_face is None:
         return values
-    rows = values.new_zeros(len(has_face), *values.shape[1:])
+    rows = values.new_full((len(has_face), *values.shape[1:]), fill)
     rows[has_face] = values
     return rows
 
@@ -71,7 +75,8 @@ def map_batches(function: Callable[[Tensor], Tensor], rows: Tensor, micro_batch:
 
 
 def require_attributes(bundle: Bundle, role: str, target: JointTarget) -> None:
-    """Refuses a target with an attribute that no classifier of this role knows. Raises UserError."""
+    """Refuses a target with an attribute that no classifier of this role knows, and a user's own classifier that knows
+    none of the target's. Raises UserError."""
     known = {name: None for classifier in bundle.classifiers[role] for name in classifier.classes}
     unknown = [name for name in target.classes if name not in known]
     if unknown:
@@ -79,3 +84,9 @@ def require_attributes(bundle: Bundle, role: str, target: JointTarget) -> None:
             f"{bundle.path}: the classifier {role!r} doesn't know {unknown[0]}, only {', '.join(known)}; use one"
             " that does."
         )
+    for classifier in bundle.classifiers[role]:
+        if isinstance(classifier, OwnClassifier) and not set(classifier.classes) & set(target.classes):
+            raise UserError(
+                f"--judge {role}={classifier.source.short} judges {', '.join(classifier.classes)} and not"
+                f" {', '.join(target.classes)}; leave it out."
+            )

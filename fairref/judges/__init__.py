@@ -20,8 +20,8 @@ class ImageClassifier(Protocol):
         """Each attribute's class names, in the order of the logits."""
 
     @property
-    def input_size(self) -> int:
-        """Side in pixels of the face crops that it takes."""
+    def input_size(self) -> int | None:
+        """Side in pixels of the face crops that it takes; None: it takes whole images."""
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Return {attribute: logits (n, K)} of images x (n, 3, H, W) in [-1, 1], differentiable."""

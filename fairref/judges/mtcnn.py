@@ -227,6 +227,8 @@ def crops(x: Tensor, boxes: Tensor, image: Tensor, side: int) -> tuple[Tensor, T
 
 def in_batches(network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """Return network(x), computed for at most BATCH rows at once."""
+    # pooling is several times as fast where a pixel's channels lie side by side
+    x = x.contiguous(memory_format=torch.channels_last)
     return tuple(torch.cat(parts) for parts in zip(*map(network, x.split(BATCH)), strict=True))
 
 

@@ -12,7 +12,9 @@ autoencoder blurs the difference between the genders, for some looks more than f
 about 1/2: the mean share m of the look's real images behind the autoencoder becomes 1.
 
 Shapes: B images, R = 32 pixels a side, L looks, M templates of one look = G genders x K tones x hair x sizes,
-D shifts. It knows people at the size of a portrait; one far away, or in a style, is mostly nobody to it.
+D shifts. The tone and the hair never colour the same pixel, so a template is one of G x K x sizes with the first
+hair, plus what another hair of G x hair x sizes changes: E = G x (K + hair) x sizes rows make all M. It knows people
+at the size of a portrait; one far away, or in a style, is mostly nobody to it.
 """
 
 import torch
@@ -62,6 +64,9 @@ class Templates(nn.Module):
         counts[:corner, :corner] = counts[:corner, -corner:] = 0
         T, a = layers[:, :, :3] * counts, layers[:, :, 3:] * counts
         rows = torch.cat([p.flatten(2) for p in (-2 * T, 2 * a, -2 * a * T, a.square())], 2)
+        rows = rows.unflatten(1, (len(GENDERS), len(TONES), -1, len(SCALES)))  # (L, G, K, hair, sizes, 8 R R)
+        first = rows[:, :, :, 0]  # hair
+        rows = torch.cat([first, rows[:, :, 0] - first[:, :, :1]], 2)  # (L, G, K + hair, sizes, 8 R R)
         covered = F.max_pool2d(a.amax((1, 2))[:, None], 2 * MARGIN + 1, 1, MARGIN)[:, 0] > 0.02  # (L, R, R)
         axis = torch.linspace(-1, 1, SIZE)
         one, x, y = torch.ones(SIZE, SIZE), axis.expand(SIZE, SIZE), axis[:, None].expand(SIZE, SIZE)
@@ -73,7 +78,7 @@ class Templates(nn.Module):
             ("counts", counts),  # (R, R) zero where things lie
             ("aged", sprites.aged),  # (L,)
             ("stretch", 0.5 / (m - 0.5)),  # (L,)
-            ("rows", rows),  # (L, M, 8 R R)
+            ("rows", rows.flatten(1, 3)),  # (L, E, 8 R R)
             ("constant", T.square().sum((2, 3, 4))),  # (L, M)
             ("fit", torch.stack(fits[:-1])),  # (L, R R, R R)
             ("fit_all", fits[-1]),  # (R R, R R)
@@ -145,7 +150,7 @@ class Templates(nn.Module):
 
     def _closest(self, x: Tensor, look: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return squared error, index, share and shift, each (B,), of the look's closest template."""
-        B, M = len(x), self.rows.shape[1]
+        B, M = len(x), self.constant.shape[1]
         background = (x.flatten(2) @ self.fit[look].T).view_as(x)  # (B, 3, R, R)
         y = x - background
         cross, power = (y * background).sum(1, keepdim=True), background.square().sum(1, keepdim=True)
@@ -154,8 +159,12 @@ class Templates(nn.Module):
         span = range(2 * MAX_SHIFT + 1)
         shifted = [padded[:, :, i : i + SIZE, j : j + SIZE] for i in span for j in span]
         shifted = torch.stack(shifted, 1)  # (B, D, 8, R, R)
-        square = shifted[:, :, :3].square().mul(self.counts).sum((2, 3, 4))  # (B, D)
-        error = square[:, :, None] + shifted.flatten(2) @ self.rows[look].T + self.constant[look]  # (B, D, M)
+        square = padded[:, :3].square().sum(1, keepdim=True)
+        square = F.conv2d(square, self.counts[None, None]).flatten(1)  # (B, D)
+        found = (shifted.flatten(2) @ self.rows[look].T).unflatten(2, (len(GENDERS), -1, len(SCALES)))
+        tones, hair = found.split([len(TONES), found.shape[3] - len(TONES)], 3)  # (B, D, G, K or hair, sizes)
+        products = (tones[:, :, :, :, None] + hair[:, :, :, None]).flatten(2)  # (B, D, M)
+        error = square[:, :, None] + products + self.constant[look]
         least, index = error.flatten(1).min(1)
         shift, best = index // M, index % M
 

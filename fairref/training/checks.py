@@ -18,12 +18,13 @@ def check(setup: Setup) -> None:
     require_parts(setup)
     mode = gradient_mode(recipe.gradient)
     for S in recipe.steps:
-        mode.table(bundle.schedule, S, recipe.end)
-    solver_table(bundle.schedule, recipe.eval_steps, recipe.end)
-    if mode.coupled and recipe.grad_steps:
+        solver_table(bundle.schedule, S, recipe.end)
+    if mode.takes > recipe.steps.low:
         raise UserError(
-            f"recipe: grad_steps draws steps of an adjusted gradient; {recipe.gradient} needs all: leave it out."
+            f"recipe: gradient is '{recipe.gradient}', but a run may have {recipe.steps.low} sampling steps only; take"
+            " fewer of them, or raise --steps."
         )
+    solver_table(bundle.schedule, recipe.eval_steps, recipe.end)
     for own in setup.own_losses:
         own.check(bundle, setup.prompts[0][0])
     require_gradients(setup)
@@ -65,9 +66,13 @@ def require_gradients(setup: Setup) -> None:
     for judge in judges if names else ():
         if not isinstance(judge, OwnClassifier | OwnFeatures):
             continue
-        is_whole = judge is bundle.dino or (bundle.detector is None and isinstance(judge, OwnClassifier))
         side = judge.input_size if isinstance(judge, OwnClassifier) else judge.side
-        side = bundle.resolution if is_whole else side
+        if (
+            judge is bundle.dino
+            or side is None
+            or (bundle.detector is None and isinstance(judge, OwnClassifier))
+        ):
+            side = bundle.resolution  # it sees whole images
         with torch.enable_grad():
             seen = judge(torch.zeros(1, 3, side, side, device=bundle.device, requires_grad=True))
         answers = [seen[name] for name in names if name in seen] if isinstance(seen, dict) else [seen]

@@ -12,15 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
-from fairref.diffusion.gradient import (
-    adjusted_gradient,
-    exact_gradient,
-    gradient_mode,
-    subsample,
-)
+from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, gradient_mode, subsample
 from fairref.diffusion.model import GuidedModel, scaled_vjp, zeros_like
 from fairref.diffusion.sampler import Step
-from fairref.diffusion.solver import SolverTable
+from fairref.diffusion.solver import SolverTable, solver_table
 from fairref.fairness.metrics import bias, blends, joint_counts
 from fairref.fairness.transport import joint_ot
 from fairref.generation.rollout import decode, embed, first_noise, guided, rollout
@@ -29,8 +24,8 @@ from fairref.training.setup import Setup, Task
 from fairref.training.terms import STATISTICS, ImagePair, image_gradient, judged_pair, sums_of
 
 # what a draw is for: the order of prompts, S, the steps of the gradient, the order of explicit prompts, s,
-# the class counts of the transport
-ORDER, STEPS, GRAD_STEPS, EXPLICIT, GUIDANCE, TRANSPORT = 1, 2, 3, 4, 5, 6
+# the class counts of the transport, where the run stops
+ORDER, STEPS, GRAD_STEPS, EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7
 Metrics = dict[str, object]
 
 
@@ -106,7 +101,8 @@ class Rollout(NamedTuple):
 def sample_path(setup: Setup, model: Bundle, task: Task, text: Tensor, i: int) -> Rollout:
     """This process's images of an iteration, on their way: noise of (seed, iteration, image) -> the path."""
     recipe = setup.recipe
-    table = gradient_mode(recipe.gradient).table(setup.bundle.schedule, task.S, recipe.end)
+    stop = gradient_mode(recipe.gradient).stop(task.S, draws(recipe.seed, STOP, i))
+    table = solver_table(setup.bundle.schedule, task.S, recipe.end, stop=stop)
     z_T = first_noise(setup.bundle, recipe.seed, i, setup.processes.part(recipe.batch))  # (n, 4, h, w)
     from_text = guided(model, text, task.guidance)
     return Rollout(table, from_text, rollout(from_text, table, z_T))
@@ -164,17 +160,18 @@ def sampling_gradient(
 ) -> list[Tensor]:
     """dL/dparameters of this process's images: g = dL/dz_0 goes back along their path, then through the text."""
     recipe, model = setup.recipe, drawn.model
-    mode = gradient_mode(recipe.gradient)
-    if mode.coupled:
+    mode, rng = gradient_mode(recipe.gradient), draws(recipe.seed, GRAD_STEPS, i)
+    kept = mode.steps(drawn.table.S, rng)
+    if mode.coupling:
         parts = [zeros_like(leaf) for leaf in model.leaves]
         for rows in torch.arange(len(g)).split(recipe.micro_batch or max(len(g), 1)):
             path = [step._replace(z=step.z[rows]) for step in drawn.path]
-            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows])
+            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows], mode.coupling * kept)
             parts = [a + b for a, b in zip(parts, of_rows, strict=True)]
     else:
-        w = mode.weights(setup.bundle.schedule, drawn.table)
+        w = mode.weights(setup.bundle.schedule, drawn.table) * kept
         if 0 < recipe.grad_steps < drawn.table.S:
-            w = subsample(w, recipe.grad_steps, draws(recipe.seed, GRAD_STEPS, i).random())
+            w = subsample(w, recipe.grad_steps, rng.random())
         parts = adjusted_gradient(model, drawn.table, w, drawn.path, g, recipe.micro_batch)
     dc, dc_empty, *of_unet = parts
     in_text = [torch.zeros_like(p) for p in parameters]

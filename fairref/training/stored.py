@@ -9,6 +9,7 @@ import torch
 
 from fairref import __version__
 from fairref.bundle.loading import Bundle
+from fairref.bundle.zero_shot import PREFIX
 from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.files.own_code import sha256_of
@@ -29,7 +30,11 @@ def settings_of(setup: Setup, wanted: str | Sequence[str], template: str | None)
         "dtype": bundle.dtype,
         "target": {"classes": target.classes, "table": target.table.tolist()} if target else None,
         "loss": [own.to_dict() for own in setup.own_losses],
-        "judge": [{"role": role, **source.to_dict()} for role, source in bundle.own_judges.items()],
+        "judge": [
+            {"role": role, **source.to_dict()}
+            for role, sources in bundle.own_judges.items()
+            for source in sources
+        ],
         "prompts": wanted if isinstance(wanted, str) else list(wanted),
         "prompt_template": template,
         "recipe": setup.recipe.to_dict(),
@@ -82,14 +87,19 @@ def loss_texts(settings: Settings) -> list[str]:
     return [f"{own['path']}:{own['name']}={own['weight']}" for own in settings["loss"]]
 
 
-def judge_places(settings: Settings) -> dict[str, str]:
-    """Its own judges: role -> "file.py:loader"."""
-    return {own["role"]: f"{own['path']}:{own['name']}" for own in settings["judge"]}
+def judge_places(settings: Settings) -> dict[str, list[str]]:
+    """Its own judges, as `load_bundle` has them."""
+    places = {}
+    for own in settings["judge"]:
+        place = PREFIX + own["clip"] if "clip" in own else f"{own['path']}:{own['name']}"
+        places.setdefault(own["role"], []).append(place)
+    return places
 
 
 def _own_files(settings):
     """The files of a user's own losses and judges, with the hashes that they had."""
-    return [(Path(own["path"]), str(own["sha256"])) for own in (*settings["loss"], *settings["judge"])]
+    own = [row for row in (*settings["loss"], *settings["judge"]) if "clip" not in row]
+    return [(Path(row["path"]), str(row["sha256"])) for row in own]
 
 
 def _refuse_changed(own):

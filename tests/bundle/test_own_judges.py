@@ -106,7 +106,7 @@ def test_an_attribute_of_ones_own_is_known_to_the_bundle(tiny_folder, loaded_tin
     settings = EvaluationSettings(bundle, parse_targets(["colour"], bundle.attributes), Drawing(2, 2.0))
     x = draw_images(settings, bundle, "a pilot", 6)
     red = int(is_man(x).sum())
-    assert judge(settings, x).counts["classifier"].tolist() == [6 - red, red]
+    assert judge(settings, x).counts("classifier", settings.target.classes).tolist() == [6 - red, red]
 
 
 def test_features_stand_in_the_place_of_dino(tiny_folder, loaded_tiny, own):
@@ -209,7 +209,7 @@ def test_roles_that_are_none_or_given_twice_are_refused(tiny_folder, capsys, tex
 def test_places_that_name_no_function_are_refused(place, words):
     judges = parse_judges([f"evaluate={place}"])
     with pytest.raises(UserError, match=words):
-        load_own(ROLES["evaluate"], judges["evaluate"], {}, SIDE, "cpu", torch.float32)
+        load_own(ROLES["evaluate"], *judges["evaluate"], {}, SIDE, "cpu", torch.float32)
 
 
 def test_the_roles_are_those_of_the_registry():

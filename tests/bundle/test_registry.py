@@ -105,7 +105,7 @@ def test_a_row_that_ones_own_code_may_take_is_a_role(folder, monkeypatch):
     for own in (False, True):
         with_parts(monkeypatch, replace(part, own=own))
         if own:
-            assert own_judges.parse_judges(["captioner=a.py:f"]) == {"captioner": "a.py:f"}
+            assert own_judges.parse_judges(["captioner=a.py:f"]) == {"captioner": ["a.py:f"]}
         else:
             with pytest.raises(UserError, match="ROLE one of"):
                 own_judges.parse_judges(["captioner=a.py:f"])

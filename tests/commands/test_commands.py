@@ -426,7 +426,14 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         (["--attr", "gender", "--iterations", "many"], "--iterations"),
         (["--attr", "gender", "--lr", "nan"], "lr is nan"),
         (["--attr", "gender", "--gradient", "both"], "expected one of paper, solver, none, exact"),
-        (["--attr", "gender", "--gradient", "exact", "--grad-steps", "2"], "exact needs all"),
+        (["--attr", "gender", "--gradient", "last"], "the gradient is 'last'"),
+        (["--attr", "gender", "--gradient", "last:0"], "K and M from 1 up"),
+        (["--attr", "gender", "--gradient", "random:x"], "K and M from 1 up"),
+        (["--attr", "gender", "--gradient", "paper:2"], "the gradient is 'paper:2'"),
+        (["--attr", "gender", "--gradient", "couple:2"], "ALPHA from 0 to 1"),
+        (["--attr", "gender", "--gradient", "couple:nan"], "ALPHA from 0 to 1"),
+        (["--attr", "gender", "--gradient", "drtune:99"], "a run may have"),
+        (["--attr", "gender", "--gradient", "exact", "--grad-steps", "2"], "no effect with --gradient exact"),
         (["--attr", "gender", "--steps", "9:3"], "write 3:9"),
         (["--attr", "gender", "--steps", "2.5"], "whole numbers from 1 up"),
         (["--attr", "gender", "--steps", "1:2:3"], "--steps"),
@@ -761,19 +768,20 @@ def test_the_defaults_are_the_methods():
 
 
 @pytest.mark.parametrize(
-    "attributes, N, C, face, image, shares_2, shares_3, iterations",  # the rows of docs/method.md §6
+    "attributes, N, C, face, image, shares_2, shares_3, iterations, judged",  # the rows of docs/method.md §6, §8
     [
-        (("gender",), 24, 0.8, 1, 8, (0.2,), (0.2,), 10_000),
-        (("race",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000),
-        (("skin_tone",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000),
-        (("gender", "race"), 32, 0.6, 0.1, 8, (0.2, 0.6), (0.2, 0.3), 14_000),
-        (("skin_tone", "gender"), 32, 0.6, 0.1, 8, (0.6, 0.2), (0.3, 0.2), 14_000),
-        (("gender", "race", "age"), 40, 0.8, 0.1, 8, (0.2, 0.6, 0.6), (0.2, 0.3, 0.3), 15_000),
+        (("gender",), 24, 0.8, 1, 8, (0.2,), (0.2,), 10_000, 60),
+        (("race",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000, 80),
+        (("skin_tone",), 32, 0.8, 0.1, 6, (0.6,), (0.3,), 12_000, 80),
+        (("gender", "race"), 32, 0.6, 0.1, 8, (0.2, 0.6), (0.2, 0.3), 14_000, 160),
+        (("skin_tone", "gender"), 32, 0.6, 0.1, 8, (0.6, 0.2), (0.3, 0.2), 14_000, 160),
+        (("gender", "race", "age"), 40, 0.8, 0.1, 8, (0.2, 0.6, 0.6), (0.2, 0.3, 0.3), 15_000, 160),
     ],
 )
-def test_the_methods_runs(attributes, N, C, face, image, shares_2, shares_3, iterations):
+def test_the_methods_runs(attributes, N, C, face, image, shares_2, shares_3, iterations, judged):
     r = resolve(attributes, {}, {})
     assert (r.batch, r.C, r.lambda_face, r.lambda_img, r.iterations) == (N, C, face, image, iterations)
+    assert r.eval_images == judged and resolve(attributes, {"eval_images": 30}, {}).eval_images == 30
     assert r.lambda_2 == dict(zip(attributes, shares_2, strict=True))
     assert r.lambda_3 == dict(zip(attributes, shares_3, strict=True))
 

@@ -1,6 +1,5 @@
 """What evaluation reports is what the pictures are."""
 
-import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -42,8 +41,20 @@ def settings(loaded_tiny):
     return EvaluationSettings(loaded_tiny, target, Drawing(steps=2, guidance=2.0))
 
 
+def rows_of(counts, unknown=0):
+    """One row an image, of counts of each class."""
+    return torch.tensor([k for k, count in enumerate(counts) for _ in range(count)] + [-1] * unknown).long()
+
+
 def judged_of(*counts, none=0):
-    return [JudgedImages({"classifier": np.array(c), "templates": np.array(c[::-1])}, none) for c in counts]
+    return [
+        JudgedImages({"classifier": {"gender": rows_of(c)}, "templates": {"gender": rows_of(c[::-1], none)}})
+        for c in counts
+    ]
+
+
+def counts_of(settings, judged, judge="classifier"):
+    return judged.counts(judge, settings.target.classes)
 
 
 def test_bias_report():
@@ -64,17 +75,19 @@ def test_how_much_of_the_colours_stays():
     neighbour = o.roll(1, 0)
     colours = {"background": o, "clothes": o}
     features = {"clip": torch.eye(4)}
-    counts = {"classifier": np.array([2, 2])}
-    originals = [JudgedImages(counts, features=features, colours=colours)]
+    classes = {"classifier": {"gender": rows_of([2, 2])}}
+    originals = [JudgedImages(classes, features=features, colours=colours)]
     for part in (0.0, 0.25, 1.0):
         moved = torch.lerp(o, neighbour, part)
-        x = [JudgedImages(counts, features=features, colours={"background": moved, "clothes": o})]
+        x = [JudgedImages(classes, features=features, colours={"background": moved, "clothes": o})]
         found = likeness(x, originals)
         assert found["clothes"] == 1
         # to the original part d, to the neighbour (1 - part) d
         assert found["background"] == (pytest.approx(1 - part / (1 - part)) if part < 1 else None)
     one = [
-        JudgedImages(counts, features={"clip": torch.eye(1)}, colours={"background": o[:1], "clothes": o[:1]})
+        JudgedImages(
+            classes, features={"clip": torch.eye(1)}, colours={"background": o[:1], "clothes": o[:1]}
+        )
     ]
     found = likeness(one, one)  # without a neighbour nothing is known
     assert found["background"] is None and found["clothes"] is None
@@ -114,7 +127,7 @@ def test_a_prompt_is_drawn_the_same_whatever_else_is_drawn(settings, monkeypatch
     whole = draw_images(settings, model, PROMPTS[0], 5)
     assert torch.equal(whole, draw_images(settings, model, PROMPTS[0], 5))
     assert group_size(replace(model, resolution=512)) == 8
-    assert group_size(replace(model, resolution=64)) == 64
+    assert group_size(replace(model, resolution=64)) == 32
     monkeypatch.setattr(drawing, "GROUP", 2)
     torch.testing.assert_close(draw_images(settings, model, PROMPTS[0], 5), whole, rtol=0, atol=1e-4)
     other = draw_images(replace(settings, seed=1), model, PROMPTS[0], 5)
@@ -143,45 +156,66 @@ def test_judges_count_classes_and_leave_out_none(settings):
         dino=None,
     )
     judged = judge(replace(settings, bundle=bundle), x)
-    assert judged.counts["classifier"].tolist() == wanted
-    assert judged.counts["templates"].tolist() == [1, 3] and judged.none == 2
+    assert counts_of(settings, judged).tolist() == wanted
+    assert torch.equal(judged.classes["classifier"]["gender"], logits.argmax(1))
+    torch.testing.assert_close(judged.probabilities["classifier"]["gender"], logits.softmax(1))
+    assert judged.classes["templates"]["gender"].tolist() == [-1, 1, 0, 1, -1, 1]
+    assert counts_of(settings, judged, "templates").tolist() == [1, 3] and judged.none == 2
     assert torch.equal(judged.colours["clothes"], x.mean((2, 3)))
     # of an attribute that it doesn't know it says nothing
     both = parse_targets(["gender", "skin_tone"], settings.bundle.attributes)
     judged = judge(replace(settings, bundle=bundle, target=both), x)
-    assert set(judged.counts) == {"classifier"} and judged.none == 0 and judged.colours == {}
+    assert set(judged.classes) == {"classifier"} and judged.none == 0 and judged.colours == {}
 
 
 def test_the_classifier_is_the_one_for_evaluation(settings):
     x = draw_images(settings, settings.bundle, PROMPTS[0], 20)
-    found = judge(settings, x).counts["classifier"].tolist()
+    found = counts_of(settings, judge(settings, x)).tolist()
     judges = settings.bundle.classifiers
     swapped = {"evaluate": judges["finetune"], "finetune": judges["evaluate"]}
     other = replace(settings, bundle=replace(settings.bundle, classifiers=swapped))
-    assert found != judge(other, x).counts["classifier"].tolist()
+    assert found != counts_of(other, judge(other, x)).tolist()
 
 
-def test_of_several_classifiers_the_first_that_knows_an_attribute_judges_it(tiny_folder, tmp_path):
+def test_several_classifiers_judge_as_each_does_alone(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "bundle")
     network = MobileNetV3(MobileNetConfig("small", 0.25, 2, RESOLUTION))
     network.classifier[3].weight.data.zero_()
     network.classifier[3].bias.data = torch.tensor([0.0, 9.0])  # everybody is a man
     save_classifier(Classifier(network, CLASSES).eval(), folder / "men")
     manifest = json.loads((folder / "bundle.json").read_text())
-    genders = {}
-    for order in (["men", "evaluate"], ["evaluate", "men"]):
+    alone, judged = {}, {}
+    for order in ("men", "evaluate", ["men", "evaluate"], ["evaluate", "men"]):
         classifiers = manifest["classifiers"] | {"evaluate": order}
         (folder / "bundle.json").write_text(json.dumps(manifest | {"classifiers": classifiers}))
         bundle = load_bundle(folder)
-        target = parse_targets(["gender", "skin_tone"], bundle.attributes)
+        target = parse_targets(["gender"] if order == "men" else ["gender", "skin_tone"], bundle.attributes)
         settings = EvaluationSettings(bundle, target, Drawing(2, 2.0))
         x = draw_images(settings, bundle, PROMPTS[0], 12)
-        whole = bundle.classifiers["evaluate"][order.index("evaluate")](x)  # of both attributes
-        counts = judge(settings, x).counts["classifier"]
-        assert counts.sum(0).tolist() == torch.bincount(whole["skin_tone"].argmax(1), minlength=3).tolist()
-        genders[order[0]] = counts.sum(1).tolist()
-    assert genders["men"] == [0, 12]
-    assert genders["evaluate"] == torch.bincount(whole["gender"].argmax(1), minlength=2).tolist() != [0, 12]
+        if isinstance(order, str):
+            alone[order] = judge(settings, x).classes["classifier"]
+            continue
+        judged = judge(settings, x)
+        first, second = (alone[name] for name in order)
+        expected = {
+            "classifier": {"gender": first["gender"], "skin_tone": alone["evaluate"]["skin_tone"]},
+            "classifier 2": {"gender": second["gender"]},
+        }
+        assert judged.classes.keys() == expected.keys() == judged.probabilities.keys()
+        for name, of_judge in expected.items():
+            assert list(judged.classes[name]) == list(of_judge)
+            assert all(torch.equal(judged.classes[name][a], rows) for a, rows in of_judge.items())
+        by = settings.judged_by
+        assert by["classifier"] == {"gender": order[0], "skin_tone": "evaluate"}
+        assert by["classifier 2"] == {"gender": order[1]}
+    assert (alone["men"]["gender"] == 1).all() and (alone["evaluate"]["gender"] == 0).any()
+    # a judge of one attribute is reported for it alone, and where nothing else is asked
+    report = bias_report([judged], ["a"], target.classes, 12)
+    assert list(report["judges"]) == ["classifier"] == list(report["attributes"]["skin_tone"]["judges"])
+    of_gender = report["attributes"]["gender"]["judges"]
+    assert of_gender["classifier 2"]["counts"] == {"a": [0, 12]} != of_gender["classifier"]["counts"]
+    alike = bias_report([judged], ["a"], {"gender": target.classes["gender"]}, 12)
+    assert alike["judges"] == of_gender
 
 
 def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
@@ -191,9 +225,7 @@ def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
     expected, _ = evaluate_part(
         replace(settings, drawing=drawing), bundle, occupations, "test", RECIPE["eval_images"]
     )
-    report = evaluate(bundle, images=None)
-    default = inspect.signature(evaluate).parameters["images"].default
-    assert default == 60  # images of each prompt, where nothing is said
+    report = evaluate(bundle)
     assert report == {"adapters": [], **expected} and set(report["explicit"]) == {"images", "classifier"}
     both = evaluate(bundle, images=1, prompts="occupations,sports", explicit_images=0, steps=1)
     assert {name: (r["images"], r["steps"], r["concept"]) for name, r in both.items()} == {
@@ -263,7 +295,7 @@ def test_the_picture_shows_what_the_evaluation_counted_in_all_images(tmp_path, m
         [pytest.approx([0.25, 0.75]), pytest.approx([5 / 40, 20 / 40, 15 / 40])],
     )
     assert pairs[1].shares == ([[], []], [[], []])
-    counts = judge(settings, draw_images(settings, settings.bundle, c, 12)).counts["classifier"]
+    counts = counts_of(settings, judge(settings, draw_images(settings, settings.bundle, c, 12)))
     assert pairs[2].shares[0][0] == pytest.approx((counts.sum(1) / 12).tolist())
     assert pairs[2].shares[0][1] == pytest.approx((counts.sum(0) / 12).tolist())
     assert classes == target.classes
@@ -280,9 +312,8 @@ def test_without_any_report_the_picture_says_how_many_images_are_counted(tmp_pat
     assert "share of 12 images of the prompt" in notes[1]
     assert [pair.prompt for pair in pairs] == ["a pilot", "护士"]
     for pair in pairs:
-        women = int(
-            judge(settings, draw_images(settings, settings.bundle, pair.prompt, 12)).counts["classifier"][0]
-        )
+        judged = judge(settings, draw_images(settings, settings.bundle, pair.prompt, 12))
+        women = int(counts_of(settings, judged)[0])
         assert pair.shares[0] == [pytest.approx([women / 12, 1 - women / 12])] == pair.shares[1]
 
 
@@ -307,7 +338,12 @@ def test_with_a_detector_the_classifier_sees_the_faces(loaded_tiny_faces):
     (classifier,) = bundle.classifiers["evaluate"]
     logits = classifier(cut)["gender"]
     wanted = torch.bincount(logits.argmax(1), minlength=2)
-    assert found.counts["classifier"].tolist() == wanted.tolist()
+    assert counts_of(settings, found).tolist() == wanted.tolist()
+    has_face = torch.arange(7) % 3 > 0
+    assert torch.equal(found.classes["classifier"]["gender"] >= 0, has_face)
+    assert torch.equal(found.boxes[has_face], torch.tensor([0.0, 0, 24, 24]).expand(4, 4))
+    for rows in (found.boxes, found.probabilities["classifier"]["gender"]):
+        assert torch.equal(rows.isnan().all(1), ~has_face)
     assert found.blended == int((logits.softmax(1).amax(1) < 0.8).sum())
     dino = bundle.dino(x)
     torch.testing.assert_close(found.features["dino"], dino / dino.norm(dim=1, keepdim=True))
@@ -335,7 +371,7 @@ def test_obedience(settings, monkeypatch):
     def drawn(settings, model, prompts, n, label):
         asked.extend(prompts)
         return [
-            JudgedImages({"classifier": np.array([4, 0] if "woman" in prompt else [2, 2])})
+            JudgedImages({"classifier": {"gender": rows_of([4, 0] if "woman" in prompt else [2, 2])}})
             for prompt in prompts
         ]
 
@@ -343,8 +379,9 @@ def test_obedience(settings, monkeypatch):
     world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
     names = {occupation_prompt(name): name for name in ("pilot", "nurse")}
     prompts = Prompts("occupations", (), (), (*names, "a person"), names, world)
-    report = obedience(settings, settings.bundle, prompts, "test", 4, "")
-    assert report == {"images": 16, "classifier": 0.75}
+    explicit = prompts.explicit("test", settings.target.classes)
+    shown = drawn(settings, settings.bundle, [prompt for prompt, *_ in explicit], 4, "")
+    assert obedience(shown, explicit) == {"images": 16, "classifier": 0.75}
     assert asked == [
         "a photo of the face of a woman pilot, a person",
         "a male pilot",

@@ -616,6 +616,20 @@ def test_the_card_shows_the_evaluation_of_this_very_adapter(loaded_emoji, evalua
         assert (".83 ± .17" in card.read_text()) == is_shown == ("before_after.png" in card.read_text())
 
 
+def test_the_card_names_the_judges_that_took_the_bundles_place(loaded_emoji, evaluated, tmp_path):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text())
+    rows = [
+        {"role": "evaluate", "clip": "hat=a hat|a\nhead"},
+        {"role": "dino", "path": "/x/d.py", "name": "d"},
+    ]
+    rows += [{"role": "evaluate", "path": "/x/own.py", "name": "loader", "sha256": "0"}]
+    (run / "settings.json").write_text(json.dumps({**settings, "judge": rows}))
+    text = (export_adapter(loaded_emoji, run, "kohya", tmp_path / "out") / "README.md").read_text()
+    said = "classifier judged `clip:hat=a hat|a head`, which is CLIP without training; `own.py:loader`."
+    assert said in text and "/x/" not in text
+
+
 @pytest.mark.parametrize("to, model", [("kohya", "emoji"), ("merged", "derived")])
 def test_the_card_on_another_base_claims_nothing_of_it(loaded_emoji, evaluated, tmp_path, to, model):
     other = copy.deepcopy(loaded_emoji.unet)

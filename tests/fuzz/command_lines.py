@@ -116,6 +116,7 @@ TEXTS = [
         "own.py:loss=1e300",
     ],
     *["own.py:nothing", "binary.py:loss", "finetune=own.py:judge", "dino=own.py:loss", "nobody=own.py:loss"],
+    *["evaluate=clip:gender=a woman|a man", "finetune=clip:hat=a|b", "evaluate=clip:=", "dino=clip:hat=a|b"],
 ]
 PATHS = [
     *[

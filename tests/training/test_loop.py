@@ -156,6 +156,27 @@ def test_the_exact_gradient_is_autograd_through_the_whole_sampler(bundles, compo
     assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip(others, gradient, strict=True))
 
 
+@pytest.mark.parametrize(
+    "name, end",
+    [
+        ("couple:0.5", "zero"),
+        ("last:2", "zero"),
+        ("random:4", "zero"),
+        ("bernoulli", "zero"),
+        ("drtune:2", "sigma_min"),
+    ],
+)
+def test_a_published_gradient_is_autograd_through_its_literal_algorithm(bundles, name, end):
+    i, S = 4, 5  # random: the last 4 steps; bernoulli: 1, 3, 4; drtune: 4 steps run, 1 and 3 are kept
+    setup = make_setup(bundles[torch.float64], gradient=name, batch=3, steps=S, seed=SEED, end=end)
+    model, state = moved(setup)
+    parameters = list(state.adapter.parameters())
+    gradient, _ = iteration_gradient(setup, model, parameters, i)
+    expected = torch.autograd.grad(algorithm_A1(setup, model, i)[0], parameters)
+    for found, wanted in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * float(wanted.abs().max()))
+
+
 def test_several_attributes_at_once(bundles):
     """L_align sums over attributes, and the smallest lambda_2 of those that disagree counts."""
     setup = make_setup(bundles[torch.float64], "gender,skin_tone", batch=8, steps=2, C=0.45, lambda_img=50.0)

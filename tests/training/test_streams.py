@@ -58,8 +58,9 @@ def test_no_two_draws_of_a_run_have_the_same_key(bundle, keys):
     for i in range(3):
         gradient(setup, i)
     of = {kind: [key[1:] for key in keys if key[0] == kind] for kind in ("streams", "noise")}
-    # S and guidance of 24 iterations, 16 / 4 and 8 / 2 epochs, the gradient's steps and the transport of 3
-    assert len(set(of["streams"])) == 2 * 24 + 4 + 4 + 2 * 3
+    # S and guidance of 24 iterations, 16 / 4 and 8 / 2 epochs; where the run stops, the gradient's steps and the
+    # transport of 3
+    assert len(set(of["streams"])) == 2 * 24 + 4 + 4 + 3 * 3
     assert len(set(of["noise"])) == len(of["noise"]) == N * 3
     # and the seed of a run is the first number in all of them
     keys.clear()
@@ -70,7 +71,7 @@ def test_no_two_draws_of_a_run_have_the_same_key(bundle, keys):
 
 def test_streams_have_numbers_of_their_own_above_zero():
     """0 would be where numpy's filling with zeros starts: (seed, 0, 0) is the key (seed,)."""
-    names = ("ORDER", "STEPS", "GRAD_STEPS", "EXPLICIT", "GUIDANCE", "TRANSPORT")
+    names = ("ORDER", "STEPS", "GRAD_STEPS", "EXPLICIT", "GUIDANCE", "TRANSPORT", "STOP")
     numbers = [getattr(step, name) for name in names]
     assert len(set(numbers)) == len(names) and min(numbers) > 0
     first = {

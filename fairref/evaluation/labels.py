@@ -1,0 +1,46 @@
+"""Labels of some judged images, by hand or by another judge: `--labels FILE.csv`.
+
+The columns are prompt, image, and one for each attribute that is labelled. `prompt` is a prompt or its name in reports,
+`image` the number of its noise, or in a folder of images the file's name. A blank is no label.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fairref.errors import UserError
+from fairref.files.datasets import class_index, read_table
+from fairref.files.paths import expanded
+
+
+def read_labels(
+    path: str | Path,
+    classes: dict[str, tuple[str, ...]],
+    prompts: Sequence[Sequence[str]],
+    images: Sequence[Sequence[str]],
+) -> dict[str, list[np.ndarray]]:
+    """Of each labelled attribute the class indices (n_P,) of each of P prompts' images, -1 where there is no label.
+
+    `prompts`: what each prompt may be called; `images`: what each one's images are called. Raises UserError.
+    """
+    path = expanded(path)
+    table = list(read_table(path, {"prompt", "image"}))
+    names = [name for name in classes if table and name in table[0][1]]
+    if not names:
+        raise UserError(f"{path}: has no row, or no column {' or '.join(classes)}; label some images.")
+    labels = {name: [np.full(len(of_prompt), -1) for of_prompt in images] for name in names}
+    prompt_of = {called: p for p, of_prompt in enumerate(prompts) for called in of_prompt}
+    seen = set()
+    for line, row in table:
+        where = f"{path}, line {line}"
+        p, image = prompt_of.get(row["prompt"] or ""), (row["image"] or "").strip()
+        if p is None or image not in images[p]:
+            what = f"prompt {row['prompt']!r}" if p is None else f"image {image!r} of {row['prompt']!r}"
+            raise UserError(f"{where}: {what} is not judged here; correct or delete the line.")
+        if (p, image) in seen:
+            raise UserError(f"{where}: the image is in the table twice; keep one line of it.")
+        seen.add((p, image))
+        for name in names:
+            labels[name][p][images[p].index(image)] = class_index(row[name], name, classes[name], where)
+    return labels

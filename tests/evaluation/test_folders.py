@@ -1,0 +1,164 @@
+"""Folders of images by prompt, labelled pictures, and tables of labels, read and refused."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fairref.emoji.labelled import write_labelled
+from fairref.emoji.pictures import draw
+from fairref.emoji.stages import ATTRIBUTES, balanced_scene, generator_for, labels
+from fairref.errors import UserError
+from fairref.evaluation.folders import read_folder
+from fairref.evaluation.labels import read_labels
+from fairref.files.datasets import read_labelled
+from fairref.files.images import read_square
+
+CLASSES = {"gender": ("woman", "man"), "glasses": ("with", "without")}
+
+
+def picture(path, size=(4, 4), colour="white"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two prompts of three and one images, and files that are none."""
+    for name in ("a pilot/2.png", "a pilot/1.JPG", "a pilot/3.webp", "nurse/x.jpeg", ".hidden/x.png"):
+        picture(tmp_path / name)
+    for name in ("a pilot/1.txt", "a pilot/._1.png", "notes.md"):
+        (tmp_path / name).write_text("no image")
+    return tmp_path
+
+
+def test_a_folder_has_a_subfolder_of_images_for_each_prompt(folder):
+    found = read_folder(folder)
+    assert {prompt: [file.name for file in files] for prompt, files in found.files.items()} == {
+        "a pilot": ["1.JPG", "2.png", "3.webp"],
+        "nurse": ["x.jpeg"],
+    }
+    (folder / "prompts.json").write_text('{"nurse": "a photo of a nurse"}')
+    found = read_folder(folder)
+    assert list(found.files) == ["a pilot", "a photo of a nurse"]
+    assert found.names == {"a pilot": "a pilot", "a photo of a nurse": "nurse"}
+
+
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        ({"nurses": "a nurse"}, "prompts.json: found 'nurses'"),
+        ({"nurse": 3}, "prompts.json: found 'nurse': 3"),
+        ({"nurse": " "}, "prompts.json: found 'nurse': ' '"),
+        ({"nurse": "a pilot"}, "a pilot and nurse have one prompt, 'a pilot'"),
+    ],
+)
+def test_prompts_of_no_subfolder_are_refused(folder, prompts, words):
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    with pytest.raises(UserError) as caught:
+        read_folder(folder)
+    assert words in str(caught.value)
+
+
+def test_folders_without_images_are_refused(folder):
+    (folder / "empty").mkdir()
+    for path, words in (
+        ("nowhere", "no such folder"),
+        ("nurse", "has no subfolder"),
+        (".", "empty: has no image"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_folder(folder / path)
+
+
+def test_an_image_becomes_a_square_of_the_bundles_size(tmp_path):
+    x = torch.randint(256, (3, 8, 8), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(x.permute(1, 2, 0).byte().numpy()).save(tmp_path / "a.png")
+    torch.testing.assert_close(read_square(tmp_path / "a.png", 8), x / 127.5 - 1)
+    assert read_square(tmp_path / "a.png", 4).shape == (3, 4, 4)
+    wide = read_square(picture(tmp_path / "wide.png", (8, 4)), 8)
+    assert (wide[:, 2:6] == 1).all() and (wide[:, :2] == -1).all() and (wide[:, 6:] == -1).all()
+    tall = read_square(picture(tmp_path / "tall.png", (4, 8)), 8)
+    assert torch.equal(tall, wide.transpose(1, 2))
+
+
+def test_the_small_worlds_labelled_pictures(tmp_path):
+    write_labelled(tmp_path / "new", 6)
+    read = read_labelled(tmp_path / "new", ATTRIBUTES)
+    scene = balanced_scene(6, generator_for(0, "labelled", 0), portraits=True)
+    truth, rows = labels(scene), read.parts["test"]
+    assert [row.labels for row in rows] == list(zip(*(truth[a].tolist() for a in ATTRIBUTES), strict=True))
+    x = torch.stack([read_square(row.file, 64) for row in rows])
+    assert (x - draw(scene)).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "file,gender\na.png,woman\nb.png,lady\n",
+            "line 3: gender is 'lady'; expected woman, man, or nothing",
+        ),
+        ("file,gender\nno.png,woman\n", "no.png is no file"),
+        ("file,age\na.png,old\n", "no column gender or glasses"),
+        ("file,gender\n", "has no row"),
+        ("gender\nwoman\n", "no column 'file'"),
+    ],
+)
+def test_wrong_tables_of_labelled_pictures_are_refused(tmp_path, text, words):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_labelled(tmp_path, CLASSES)
+
+
+def test_fairfaces_validation_part_is_labelled(tmp_path):
+    """In the order of the classes that are asked for; an attribute of other classes is left out."""
+    columns = "file,age,gender,race,service_test\n"
+    rows = [
+        f"{{part}}/{i}.jpg,20-29,{gender},Black,True\n" for i, gender in enumerate(("Male", "Female", "Male"))
+    ]
+    for part in ("train", "val"):
+        for i in range(3):
+            picture(tmp_path / part / f"{i}.jpg")
+        text = columns + "".join(rows).format(part=part)
+        (tmp_path / f"fairface_label_{part}.csv").write_text(text)
+    asked = {"gender": ("man", "woman"), "race": ("Black", "White")}
+    found = read_labelled(tmp_path, asked)
+    assert found.attributes == {"gender": ("man", "woman")}
+    assert [(row.file.parent.name, row.labels) for row in found.parts["test"]] == [
+        ("val", (0,)),
+        ("val", (1,)),
+        ("val", (0,)),
+    ]
+    with pytest.raises(
+        UserError, match="fairface labels gender, race, age, none of them with the classes of hat"
+    ):
+        read_labelled(tmp_path, {"hat": ("a", "b")})
+    with pytest.raises(UserError, match=r"holds neither labels\.csv nor CelebA nor FairFace"):
+        read_labelled(tmp_path / "train", asked)
+
+
+def test_labels_of_some_images(tmp_path):
+    path, images = tmp_path / "l.csv", [["0", "1", "2"], ["0", "1"]]
+    prompts = [("pilot", "a photo of a pilot"), ("nurse",)]
+    path.write_text(
+        "prompt,image,gender,glasses\npilot,2,man,\na photo of a pilot,0,woman,with\nnurse,1,,without\n"
+    )
+    found = read_labels(path, CLASSES, prompts, images)
+    assert [row.tolist() for row in found["gender"]] == [[0, -1, 1], [-1, -1]]
+    assert [row.tolist() for row in found["glasses"]] == [[0, -1, -1], [-1, 1]]
+    for text, words in (
+        ("prompt,image,gender\ncook,0,man\n", "line 2: prompt 'cook' is not judged here"),
+        ("prompt,image,gender\nnurse,2,man\n", "line 2: image '2' of 'nurse' is not judged here"),
+        ("prompt,image,gender\nnurse,1,man\nnurse,1,woman\n", "line 3: the image is in the table twice"),
+        ("prompt,image,gender\nnurse,1,boy\n", "line 2: gender is 'boy'"),
+        ("prompt,image,age\nnurse,1,old\n", "no column gender or glasses"),
+        ("prompt,gender\nnurse,man\n", "no column 'image'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_labels(path, CLASSES, prompts, images)
