@@ -116,7 +116,10 @@ def _made_of(case, chosen):
         "number": chosen.number,
         "attribute": [case.attribute.name, case.attribute.classes, case.attribute.target],
         "parts": bundle.all_fingerprints,
-        "own judges": {role: source.sha256 for role, source in bundle.own_judges.items()},
+        "own judges": {
+            role: [{key: said for key, said in own.to_dict().items() if key != "path"} for own in of_role]
+            for role, of_role in bundle.own_judges.items()
+        },
         "drawing": settings.drawing,
         "seed": settings.seed,
         "occupations": case.occupations.train,
