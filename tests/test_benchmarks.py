@@ -24,6 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from waiting import done
 
+from fairref.evaluation.parts import Evaluated
 from fairref.prompts.sets import read_prompts
 from fairref.settings import RunOptions
 from fairref.training.run import run as run_of_train
@@ -355,15 +356,17 @@ def test_the_picture_of_a_finished_run_is_drawn_again(folder, tmp_path):
         results.draw_picture(run, reports, bundle, again)
 
 
-def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(folder, monkeypatch, tmp_path):
+def test_what_is_there_of_an_evaluation_stays_and_what_is_judged_is_kept_for_all_runs(
+    folder, monkeypatch, tmp_path
+):
     made, saves = [], []
 
-    def evaluated(how, model, prompts, part, n, label, explicit):
-        made.append((label, part, how.drawing.guidance, len(getattr(prompts, part)), explicit))
-        return {"label": label}, label
+    def compared(how, models, part):
+        explicit = part.explicit_images
+        made.append((part.part, how.drawing.guidance, len(part.prompts), part.images, explicit, how.kept))
+        return [(label, Evaluated({"label": label}, [])) for label in models]
 
-    monkeypatch.setattr(results, "evaluate_part", evaluated)
-    monkeypatch.setattr(results, "likeness", lambda judged, originals: {"like": (judged, originals)})
+    monkeypatch.setattr(results, "compare", compared)
     monkeypatch.setattr(results, "lines", lambda report: [])
     monkeypatch.setattr(results, "load_adapter", lambda bundle, file: None)
     bundle = measure.bundle_of(folder)
@@ -373,25 +376,24 @@ def test_the_original_is_evaluated_once_for_all_runs_and_what_is_there_stays(fol
     settings["target"] = {"classes": setup.target.classes, "table": setup.target.table.tolist()}
     (tmp_path / results.SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     (tmp_path / results.METRICS).write_text('{"seconds": 30}\n{"seconds": 60}\n', encoding="utf-8")
-    evaluator, found = results.Evaluator(bundle), {}
+    found = {}
     for name, before, after in (("gender-1", {}, {}), ("gender", {"test": 1}, {"test": 2}), ("unet", {}, {})):
         found[name] = {"command": results.RUNS[name].command, "before": before, "after": after}
     for name, of_one in found.items():
-        evaluator(name, tmp_path, of_one, lambda now: saves.append(list(now["after"])))
-    labels = [label for label, *_ in made]
-    assert labels == ["original", "gender-1"] * 2 + ["gender"] + ["original", "gender"] * 5 + ["unet"]
+        results.evaluate_run(bundle, name, tmp_path, of_one, lambda now: saves.append(list(now["after"])))
+    assert [part for part, *_ in made] == ["test", "train", "train", *["test"] * 6]
     prompts = read_prompts("occupations", None, bundle.path, ["gender"])[0]
     guidance, few = (
         setup.recipe.eval_guidance,
         [math.ceil(n / results.EVERY) for n in map(len, (prompts.test, prompts.train))],
     )
-    assert {row[1:] for row in made} == {
-        ("test", guidance, len(prompts.test), results.EXPLICIT_IMAGES),
-        ("train", guidance, few[1], 0),
-        *(("test", scale, few[0], 0) for scale in (1.0, 3.0, 5.0, 7.5, 12.0)),
+    kept = (results.IMAGES, 0, tmp_path.parent / "judged")
+    assert set(made) == {
+        ("test", guidance, len(prompts.test), results.IMAGES, results.EXPLICIT_IMAGES, kept[-1]),
+        ("train", guidance, few[1], *kept),
+        *(("test", scale, few[0], *kept) for scale in (1.0, 3.0, 5.0, 7.5, 12.0)),
     }
-    assert found["gender-1"]["before"] == {"test": {"label": "original"}, "train": {"label": "original"}}
-    assert found["gender-1"]["after"]["test"] == {"label": "gender-1", "like": ("gender-1", "original")}
+    assert found["gender-1"]["before"] == {"test": {"label": "before"}, "train": {"label": "before"}}
     assert found["gender"]["after"]["test"] == 2 and not results.RUNS["gender"].missing(found["gender"])
     assert found["unet"]["minutes"] == 1.5 and list(found["unet"]["after"]) == ["test"]
     assert saves[:3] == [["test"], ["test", "train"], ["test", "train"]]

@@ -3,6 +3,8 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from fairref import settings
@@ -10,14 +12,17 @@ from fairref.bundle.loading import load_bundle
 from fairref.bundle.own_judges import parse_judges
 from fairref.commands import cli
 from fairref.errors import UserError
-from fairref.evaluation.evaluation import EXPLICIT_IMAGES, evaluate
+from fairref.evaluation.evaluation import EvaluationOptions, prepare, report_of
 from fairref.evaluation.judging import SEED
+from fairref.evaluation.parts import EXPLICIT_IMAGES
 from fairref.evaluation.statistics import lines
+from fairref.evaluation.sweeps import Sweep, run_sweep, sweep_file
 from fairref.files.paths import check_writable, write_json
 from fairref.generation.padding import PADDING_HELP, PADDINGS
-from fairref.processes import DTYPES, choose_device
+from fairref.processes import DTYPES, choose_device, start
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS
+from fairref.training.signals import interrupting
 
 
 def parser() -> cli.Parser:
@@ -59,37 +64,90 @@ def parser() -> cli.Parser:
     parser.add_argument("--padding", default="full", choices=PADDINGS, help=PADDING_HELP)
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="seed of the noise")
     settings.add_run_options(parser, ("judge",))
+    parser.add_argument(
+        "--cache",
+        type=cli.path,
+        metavar="FOLDER",
+        help="folder in which judgements are kept, so that nothing is drawn twice (None: judged/ of the run, where"
+        " --adapter is one run's folder; else none are kept)",
+    )
+    parser.add_argument(
+        "--sweep",
+        help="evaluate at several values, as guidance=1,3,5,7.5,12 or strength=0,0.5,1; written as sweep-guidance.json"
+        " or sweep-strength.json into the run's folder, or that of --cache",
+    )
     parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit code 1 where nobody takes the result."""
+    """The command line, in each of torchrun's processes. Exit code 1 where nobody takes the result."""
     options = parser().parse_args(argv)
+    sweep = _sweep(options)
+    judges = parse_judges(options.judge or [])
+    processes, device = start(choose_device(options.device))
+    try:
+        processes.first_does(lambda: _check_output(options))
+        bundle = load_bundle(options.weights, device, DTYPES[options.dtype or "float32"], judges)
+        evaluation = prepare(bundle, _asked(options), processes)
+        with _resumable(evaluation):
+            if sweep is not None:
+                path = sweep_file(evaluation, sweep)
+                run_sweep(evaluation, sweep, path)
+                return _say_written(path) if processes.first else 0
+            report = report_of(evaluation)
+        return _give(options, bundle, report) if processes.first else 0
+    finally:
+        processes.stop()
+
+
+def _sweep(options):
+    """--sweep, or None. Raises UserError beside what it changes or has no use for."""
+    if options.sweep is None:
+        return None
+    sweep = Sweep.parse(options.sweep)
+    for name in (sweep.name, "out"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} has no effect with --sweep {sweep.name}; leave it out.")
+    return sweep
+
+
+def _check_output(options):
+    """Refuses an output that can't be had, before the work."""
     if options.out:
         check_writable(options.out)
-    elif cli.lost_stdout():
+    elif options.sweep is None and cli.lost_stdout():
         raise UserError("stdout is closed, so the result would be lost; give a file as --out.")
-    judges = parse_judges(options.judge or [])
-    bundle = load_bundle(
-        options.weights, choose_device(options.device), DTYPES[options.dtype or "float32"], judges
-    )
-    report = evaluate(
-        bundle,
-        options.adapter,
-        options.attr or (None if options.target else "gender"),
-        options.num_images,
-        strength=options.strength,
-        any_base=options.any_base,
-        target=options.target,
-        prompts=options.prompts,
-        part=options.part,
-        steps=options.steps,
-        guidance=options.guidance,
-        padding=options.padding,
-        explicit_images=options.explicit_images,
-        seed=options.seed,
-    )
+
+
+def _asked(options):
+    """The options of the evaluation itself."""
+    names = {field.name for field in fields(EvaluationOptions)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    attr = options.attr or (None if options.target else "gender")
+    return EvaluationOptions(**{**given, "attr": attr, "images": options.num_images})
+
+
+@contextmanager
+def _resumable(evaluation):
+    """Says how an evaluation goes on that a signal ended."""
+    try:
+        with interrupting():
+            yield
+    except KeyboardInterrupt:
+        kept = evaluation.settings.kept
+        raise KeyboardInterrupt(
+            f"\nstopped; what was judged is kept in {kept}, the same command goes on with it" if kept else ""
+        ) from None
+
+
+def _say_written(path):
+    print(f"written: {path}")
+    return 0
+
+
+def _give(options, bundle, report):
+    """Writes the report, or prints it -> exit code."""
     reports = [report] if "judges" in report else list(report.values())
     text = "\n".join(line for one in reports for line in lines(one))
     own = [
@@ -105,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         write_json(options.out, report)
         print(text)
-        print(f"written: {options.out}")
-        return 0
+        return _say_written(options.out)
     print(text, file=sys.stderr)
     print(json.dumps(report, indent=2))
     return 1 if cli.lost_stdout() else 0

@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from fairref.bundle.loading import Bundle
-from fairref.evaluation.evaluation import EXPLICIT_IMAGES, Report, evaluate_part
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
-from fairref.evaluation.statistics import likeness, lines
+from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, Report, compare
+from fairref.evaluation.rows import NAME, rows_of, write_rows
+from fairref.evaluation.statistics import lines
 from fairref.files.images import save_png, to_image
 from fairref.files.paths import write_json
 from fairref.files.sheets import Pair, enlarged, sheet
-from fairref.files.weights import fingerprint, read
 from fairref.generation.adapters import load_adapter
 from fairref.prompts.sets import Prompts, evenly
 
-SO_FAR = "evaluation-so-far.json"
 GRID = (6, 12)  # before/after grid: prompts, images of each
 Results = dict[str, dict[str, Report]]  # label of a model -> part -> report
 
@@ -39,28 +38,25 @@ def before_after(
     folder: Path,
 ) -> Results:
     """Evaluates the frozen model and each adapter on unseen and on finetuning prompts, prints it, and writes
-    evaluation.json and before_after.png (same noise) into the folder."""
-    made_of = {f"after ({name})": fingerprint(read(file)) for name, file in adapters.items()}
+    evaluation.json, judged.csv and before_after.png (same noise) into the folder."""
     models = {"before": settings.bundle}
     models |= {f"after ({name})": load_adapter(settings.bundle, file) for name, file in adapters.items()}
-    results, originals = {}, {}
+    results, rows = {}, []
     for prompts, part in product(concepts, ("test", "train")):
         key = part if len(concepts) == 1 else f"{prompts.name}, {part}"
         # without unseen prompts, as in a text file, those of finetuning are all there is
         n = images.unseen if part == "test" or not prompts.test else images.seen
-        for label, model in models.items() if n and getattr(prompts, part) else ():
-            explicit = EXPLICIT_IMAGES if part == "test" else 0
-            report, judged = evaluate_part(settings, model, prompts, part, n, label, explicit)
-            originals.setdefault(key, judged)
-            if label != "before":
-                report |= {"fingerprint": made_of[label], **likeness(judged, originals[key])}
-            results.setdefault(label, {})[key] = report
+        wanted = PromptPart(prompts, part, n, EXPLICIT_IMAGES if part == "test" else 0)
+        for label, evaluated in compare(settings, models, wanted) if n and wanted.prompts else ():
+            for made_of, _ in models[label].adapters:
+                evaluated.report["fingerprint"] = made_of
+            results.setdefault(label, {})[key] = evaluated.report
+            rows += rows_of(settings, label, wanted, evaluated)
             if settings.processes.first:
-                write_json(folder / SO_FAR, results)  # what there is, should the run be stopped
-                print("\n  ".join([f"{label}:", *lines(report)]))
+                print("\n  ".join([f"{label}:", *lines(evaluated.report)]))
     if settings.processes.first:
         write_json(folder / "evaluation.json", results)
-        (folder / SO_FAR).unlink(missing_ok=True)
+        write_rows(folder / NAME, rows)
         draw_before_after(settings, models, concepts, results, folder / "before_after.png")
     return results
 

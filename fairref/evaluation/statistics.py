@@ -3,8 +3,8 @@
 P prompts, n images of each, K classes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -30,14 +30,42 @@ class JudgedImages:
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
     colours: dict[str, Tensor] = field(default_factory=dict)  # of COLOURED -> (n, 3), NaN: not known
 
+    def __len__(self) -> int:
+        return len(next(iter(self.classes["classifier"].values())))
+
+    def first(self, n: int) -> "JudgedImages":
+        """The first n of them."""
+        return self.from_tensors({name: rows[:n] for name, rows in self.tensors().items()})
+
+    def followed_by(self, others: "JudgedImages") -> "JudgedImages":
+        """These and others, by the same judges."""
+        theirs = others.tensors()
+        return self.from_tensors(
+            {name: torch.cat([rows, theirs[name]]) for name, rows in self.tensors().items()}
+        )
+
+    def of(self, attributes: Iterable[str]) -> "JudgedImages":
+        """The same, by these attributes alone; a judge that knows none of them is left out."""
+        names = tuple(attributes)
+        classes, probabilities = (
+            {
+                j: {a: rows[a] for a in names if a in rows}
+                for j, rows in by_judge.items()
+                if not set(names).isdisjoint(rows)
+            }
+            for by_judge in (self.classes, self.probabilities)
+        )
+        return replace(self, classes=classes, probabilities=probabilities)
+
     def known(self, judge: str) -> Tensor:
         """(n,) bool: the judge can tell every attribute's class."""
-        return torch.stack([classes >= 0 for classes in self.classes[judge].values()]).all(0)
+        return torch.stack(list(self.classes[judge].values())).amin(0) >= 0
 
     def counts(self, judge: str, classes: Mapping[str, Sequence[str]]) -> np.ndarray:
         """(K_1, ..., K_A) images of each joint class of these attributes, of those that the judge can tell."""
-        known, shape = self.known(judge), tuple(len(names) for names in classes.values())
-        return joint_counts([self.classes[judge][name][known] for name in classes], shape)
+        rows = [self.classes[judge][name] for name in classes]
+        known = torch.stack(rows).amin(0) >= 0
+        return joint_counts([of_attribute[known] for of_attribute in rows], tuple(map(len, classes.values())))
 
     @property
     def none(self) -> int:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,9 +36,10 @@ from result_tables import (
 from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
 from fairref.commands import cli
 from fairref.evaluation.before_after import draw_before_after
-from fairref.evaluation.evaluation import EXPLICIT_IMAGES, evaluate_part
 from fairref.evaluation.judging import EvaluationSettings
-from fairref.evaluation.statistics import likeness, lines
+from fairref.evaluation.kept import KEPT
+from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, compare
+from fairref.evaluation.statistics import lines
 from fairref.files.paths import write_json
 from fairref.generation.adapters import FILE, load_adapter
 from fairref.generation.drawing import Drawing
@@ -149,41 +150,28 @@ def finetune(name: str, folder: Path, device: str) -> bool:
     return call("train.py", *options, "--out", folder) == 0
 
 
-@dataclass
-class Evaluator:
-    """Evaluates runs on the same noise; remembers what the original draws."""
-
-    bundle: Bundle
-    originals: dict = field(default_factory=dict)  # what was evaluated -> report, JudgedImages
-
-    def __call__(self, name: str, run: Path, found: dict, save: Callable) -> None:
-        """Fills in what a run's evaluation {"command", "minutes", "device", "before", "after": {look: report}} lacks;
-        saves it at each."""
-        settings = read_settings(run)
-        target, recipe = of_settings(settings)
-        concepts = read_prompts(
-            settings["prompts"], settings["prompt_template"], self.bundle.path, list(target.classes)
-        )
-        concepts = {concept.name: concept for concept in concepts}
-        model = load_adapter(self.bundle, run / FILE)
-        found |= {"minutes": minutes(run), "device": settings["device"]}
-        for look in RUNS[name].missing(found):
-            drawing = Drawing(recipe.eval_steps, look.guidance or recipe.eval_guidance, recipe.end)
-            how = EvaluationSettings(self.bundle, target, drawing)
-            prompts = concepts[look.concept]
-            if look.thinned:
-                prompts = replace(prompts, **{look.part: getattr(prompts, look.part)[::EVERY]})
-            explicit = EXPLICIT_IMAGES if look == UNSEEN else 0
-            which = (tuple(target.classes), target.table.tobytes(), look)
-            if which not in self.originals:
-                self.originals[which] = evaluate_part(
-                    how, self.bundle, prompts, look.part, IMAGES, "original", explicit
-                )
-            found["before"][look.key], originals = self.originals[which]
-            report, judged = evaluate_part(how, model, prompts, look.part, IMAGES, name, explicit)
-            found["after"][look.key] = report | likeness(judged, originals)
-            print("\n  ".join([f"{name}, {look.key}:", *lines(found["after"][look.key])]), flush=True)
-            save(found)
+def evaluate_run(bundle: Bundle, name: str, run: Path, found: dict, save: Callable) -> None:
+    """Fills in what a run's evaluation {"command", "minutes", "device", "before", "after": {look: report}} lacks; saves
+    it at each. What is judged is kept beside the runs, so the original's images are drawn once for all of them."""
+    settings = read_settings(run)
+    target, recipe = of_settings(settings)
+    concepts = read_prompts(
+        settings["prompts"], settings["prompt_template"], bundle.path, list(target.classes)
+    )
+    concepts = {concept.name: concept for concept in concepts}
+    models = {"before": bundle, "after": load_adapter(bundle, run / FILE)}
+    found |= {"minutes": minutes(run), "device": settings["device"]}
+    for look in RUNS[name].missing(found):
+        drawing = Drawing(recipe.eval_steps, look.guidance or recipe.eval_guidance, recipe.end)
+        how = EvaluationSettings(bundle, target, drawing, kept=run.parent / KEPT)
+        prompts = concepts[look.concept]
+        if look.thinned:
+            prompts = replace(prompts, **{look.part: getattr(prompts, look.part)[::EVERY]})
+        part = PromptPart(prompts, look.part, IMAGES, EXPLICIT_IMAGES if look == UNSEEN else 0)
+        for when, evaluated in compare(how, models, part):
+            found[when][look.key] = evaluated.report
+        print("\n  ".join([f"{name}, {look.key}:", *lines(found["after"][look.key])]), flush=True)
+        save(found)
 
 
 def draw_picture(run: Path, reports: Path, bundle: Bundle, picture: Path) -> None:
@@ -274,12 +262,13 @@ def main():
     failed = []
     reports.mkdir(parents=True, exist_ok=True)
     if missing and not options.tables:
-        evaluator = Evaluator(load_bundle(DEFAULT, choose_device(options.device)))
+        bundle = load_bundle(DEFAULT, choose_device(options.device))
         for name in missing:
             if finetune(name, folder / name, options.device):
                 if RUNS[name].command != found.get(name, {}).get("command"):
                     found[name] = {"command": RUNS[name].command, "before": {}, "after": {}}
-                evaluator(name, folder / name, found[name], partial(write_json, reports / f"{name}.json"))
+                save = partial(write_json, reports / f"{name}.json")
+                evaluate_run(bundle, name, folder / name, found[name], save)
             else:
                 failed.append(name)
     print("\n\n".join(f"### {title}\n\n{text}" for title, text in tables(found).items()))

@@ -74,6 +74,8 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
         "checkpoint-000001.safetensors",
         "checkpoint-000002.safetensors",
         "evaluation.json",
+        "judged",
+        "judged.csv",
         "before_after.png",
     }
     settings = json.loads((run_folder / "settings.json").read_text())
@@ -351,7 +353,6 @@ def test_without_a_validation_the_average_stands_for_the_best(weights, tmp_path,
     assert cli.run(train.main, options) == 0
     assert "no validation chose a best adapter" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"before", "after (ema)"}
-    assert not (tmp_path / "evaluation-so-far.json").exists()
 
 
 def test_a_target_may_be_a_joint_table(weights, tmp_path, capsys):
@@ -515,7 +516,7 @@ def test_a_stop_in_the_evaluation_says_where_the_adapters_are(weights, tmp_path,
     monkeypatch.setattr("fairref.training.run.before_after", stopped)
     options = ["--weights", weights, "--attr", "gender", "--iterations", "1", "--out", str(tmp_path / "run")]
     assert cli.run(train.main, options) == 130
-    assert f"--resume {tmp_path / 'run'} evaluates them anew" in capsys.readouterr().err
+    assert f"--resume {tmp_path / 'run'} goes on with it" in capsys.readouterr().err
 
     def terminated(*args):
         signal.raise_signal(signal.SIGTERM)
@@ -523,7 +524,7 @@ def test_a_stop_in_the_evaluation_says_where_the_adapters_are(weights, tmp_path,
 
     monkeypatch.setattr("fairref.training.run.before_after", terminated)
     assert cli.run(train.main, ["--resume", str(tmp_path / "run")]) == 130
-    assert f"--resume {tmp_path / 'run'} evaluates them anew" in capsys.readouterr().err
+    assert f"--resume {tmp_path / 'run'} goes on with it" in capsys.readouterr().err
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 

@@ -16,9 +16,10 @@ from fairref.bundle.judges import save_classifier
 from fairref.bundle.loading import load_bundle
 from fairref.bundle.recipe import resolve
 from fairref.errors import UserError
-from fairref.evaluation import before_after, evaluation
-from fairref.evaluation.evaluation import clip_t, evaluate, evaluate_part, obedience
-from fairref.evaluation.judging import EvaluationSettings, draw_images, judge, judge_prompts
+from fairref.evaluation import before_after
+from fairref.evaluation.evaluation import evaluate
+from fairref.evaluation.judging import EvaluationSettings, draw_images, drawn_by, judge, judge_prompts
+from fairref.evaluation.parts import PromptPart, clip_t, evaluate_part, obedience
 from fairref.evaluation.statistics import JudgedImages, bias_report, likeness, lines
 from fairref.fairness.attributes import parse_targets, wanted_target
 from fairref.fairness.faces import DetectedFaces
@@ -165,7 +166,11 @@ def test_judges_count_classes_and_leave_out_none(settings):
     # of an attribute that it doesn't know it says nothing
     both = parse_targets(["gender", "skin_tone"], settings.bundle.attributes)
     judged = judge(replace(settings, bundle=bundle, target=both), x)
-    assert set(judged.classes) == {"classifier"} and judged.none == 0 and judged.colours == {}
+    known = {judge: list(of_judge) for judge, of_judge in judged.classes.items()}
+    assert known == {"classifier": ["gender", "skin_tone"], "templates": ["gender"]}
+    report = bias_report([judged], ["a"], both.classes, 6)
+    assert list(report["judges"]) == ["classifier"] and "none" not in report
+    assert list(report["attributes"]["gender"]["judges"]) == ["classifier", "templates"]
 
 
 def test_the_classifier_is_the_one_for_evaluation(settings):
@@ -222,11 +227,14 @@ def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
     bundle = settings.bundle
     (occupations,) = read_prompts("occupations", None, bundle.path, ["gender"])
     drawing = Drawing(RECIPE["eval_steps"], RECIPE["eval_guidance"])
-    expected, _ = evaluate_part(
-        replace(settings, drawing=drawing), bundle, occupations, "test", RECIPE["eval_images"]
-    )
+    settings = replace(settings, drawing=drawing)
+    part = PromptPart(occupations, "test", RECIPE["eval_images"])
+    expected = evaluate_part(settings, drawn_by(settings, bundle, "before"), part)
     report = evaluate(bundle)
-    assert report == {"adapters": [], **expected} and set(report["explicit"]) == {"images", "classifier"}
+    assert report == {"adapters": [], **expected.report} and set(report["explicit"]) == {
+        "images",
+        "classifier",
+    }
     both = evaluate(bundle, images=1, prompts="occupations,sports", explicit_images=0, steps=1)
     assert {name: (r["images"], r["steps"], r["concept"]) for name, r in both.items()} == {
         "occupations": (1, 1, "occupations"),
@@ -238,7 +246,7 @@ def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
 
 def test_clip_t_matched_and_shuffled(settings):
     bundle = settings.bundle
-    judged = judge_prompts(settings, bundle, PROMPTS, 3, "")
+    judged = judge_prompts(settings, drawn_by(settings, bundle, ""), PROMPTS, 3)
     found = clip_t(settings, judged, PROMPTS)
     texts = bundle.clip.encode_text(bundle.clip_tokenizer(PROMPTS))
     matched, shuffled = [], []
@@ -364,30 +372,22 @@ def test_with_a_detector_the_classifier_sees_the_faces(loaded_tiny_faces):
     assert "without a face: 42.9%" in text and "DINO with the original images: 0.5000" in text
 
 
-def test_obedience(settings, monkeypatch):
+def test_obedience():
     """A model that draws three of four as asked, on average over both classes."""
-    asked = []
-
-    def drawn(settings, model, prompts, n, label):
-        asked.extend(prompts)
-        return [
-            JudgedImages({"classifier": {"gender": rows_of([4, 0] if "woman" in prompt else [2, 2])}})
-            for prompt in prompts
-        ]
-
-    monkeypatch.setattr(evaluation, "judge_prompts", drawn)
     world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
     names = {occupation_prompt(name): name for name in ("pilot", "nurse")}
-    prompts = Prompts("occupations", (), (), (*names, "a person"), names, world)
-    explicit = prompts.explicit("test", settings.target.classes)
-    shown = drawn(settings, settings.bundle, [prompt for prompt, *_ in explicit], 4, "")
-    assert obedience(shown, explicit) == {"images": 16, "classifier": 0.75}
-    assert asked == [
+    part = PromptPart(Prompts("occupations", (), (), (*names, "a person"), names, world), "test", 9, 4)
+    asked = part.explicit(CLASSES)
+    assert [prompt for prompt, *_ in asked] == [
         "a photo of the face of a woman pilot, a person",
         "a male pilot",
         "a photo of the face of a woman nurse, a person",
         "a male nurse",
     ]
+    drawn = [[4, 0] if "woman" in prompt else [2, 2] for prompt, *_ in asked]
+    judged = [JudgedImages({"classifier": {"gender": rows_of(counts)}}) for counts in drawn]
+    assert obedience(judged, asked) == {"images": 16, "classifier": 0.75}
+    assert replace(part, explicit_images=0).explicit(CLASSES) == []
 
 
 def test_a_bundle_without_an_evaluation_classifier(settings):
