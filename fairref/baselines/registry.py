@@ -1,24 +1,15 @@
 """The baselines of --baseline, one row each: "NAME", "NAME:NUMBER", or a user's own as "file.py:name"."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fairref.baselines import coin, fair_pca, projection, uce
 from fairref.baselines.case import Case
-from fairref.errors import UserError, said
-from fairref.evaluation.judging import EvaluationSettings
-from fairref.files.own_code import OwnFunction, describe, load_function
-from fairref.files.weights import read, read_info, write
+from fairref.errors import UserError
+from fairref.files.own_code import OwnFunction, load_function
 
-Draw = Callable[[str, range], Tensor]  # a prompt and which of its images -> (n, 3, H, W) in [-1, 1]
 Fitted = dict[str, Tensor]  # what a baseline knows after its fit
 
 
@@ -85,75 +76,3 @@ def _parse(text):
     if not 0 <= value < float("inf"):
         raise UserError(f"--baseline is {text!r}; expected {name}:NUMBER, its {baseline.meaning}, from 0 up.")
     return Chosen(name if value == baseline.number else f"{name}:{value:g}", baseline, value)
-
-
-def prepare(chosen: Chosen, settings: EvaluationSettings, cache: Path | None = None) -> Draw:
-    """What draws as the baseline does, fitted to this evaluation. Raises UserError.
-
-    A fit is kept in the folder `cache`, by all that it depends on, and one that was interrupted goes on.
-    """
-    case, baseline = Case(settings), chosen.baseline
-    if isinstance(baseline, OwnFunction):
-        return partial(_own_images, case, baseline)
-    made_of = _made_of(case, chosen)
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    file = cache / f"{chosen.name.partition(':')[0]}-{digest[:16]}.safetensors" if cache else None
-    before, whole = _read(file, made_of)
-    settings.processes.wait()  # or another might read what the first one writes next
-    fitted = before
-    for fitted in () if whole else baseline.fit(case, chosen.number, before):
-        _write(file, fitted, made_of, False, settings.processes.first)
-    if not whole:
-        _write(file, fitted, made_of, True, settings.processes.first)
-    return partial(baseline.images_of, case, fitted)
-
-
-def _made_of(case, chosen):
-    """All that a fit depends on, ready for JSON."""
-    bundle, settings = case.bundle, case.settings
-    return {
-        "baseline": chosen.name,
-        "number": chosen.number,
-        "attribute": [case.attribute.name, case.attribute.classes, case.attribute.target],
-        "parts": bundle.all_fingerprints,
-        "own judges": {
-            role: [{key: said for key, said in own.to_dict().items() if key != "path"} for own in of_role]
-            for role, of_role in bundle.own_judges.items()
-        },
-        "drawing": settings.drawing,
-        "seed": settings.seed,
-        "occupations": case.occupations.train,
-        "explicit": case.explicit("X"),
-    }
-
-
-def _read(file, made_of):
-    """A kept fit, and whether it is whole; a broken file counts as none."""
-    with suppress(UserError):
-        if file is not None and file.is_file():
-            tensors, info = read(file), read_info(file)
-            if info.get("made_of") == json.loads(json.dumps(made_of)):
-                return tensors, bool(info["whole"])
-    return {}, False
-
-
-def _write(file, fitted, made_of, whole, first):
-    if file is not None and first and fitted:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, fitted, {"made_of": made_of, "whole": whole})
-
-
-def _own_images(case, function, prompt, images):
-    """A user's own function's images, checked. Raises UserError."""
-    try:
-        with torch.no_grad():
-            x = function(case, prompt, images)
-    except Exception as error:  # whatever a user's code does
-        raise UserError(f"--baseline {function.place}: ends with {said(error)}; correct the file.") from error
-    side = case.bundle.resolution
-    if not isinstance(x, Tensor) or x.shape != (len(images), 3, side, side) or not x.is_floating_point():
-        raise UserError(
-            f"--baseline {function.place}: gives {describe(x)} for {len(images)} images; expected"
-            f" {(len(images), 3, side, side)} in [-1, 1]."
-        )
-    return x

@@ -105,15 +105,18 @@ def evaluate_part(settings: EvaluationSettings, source: ImageSource, part: Promp
 
 
 def compare(
-    settings: EvaluationSettings, models: Mapping[str, Bundle], part: PromptPart
+    settings: EvaluationSettings,
+    models: Mapping[str, Bundle],
+    part: PromptPart,
+    others: Sequence[ImageSource] = (),
 ) -> Iterator[tuple[str, Evaluated]]:
-    """Each model by its label, the original first; the reports on the others also say how like it they are, on the same
-    noise."""
+    """Each model by its label, the original first, then the others; the reports on all but the original also say how
+    like it they are, on the same noise."""
     original = None
-    for label, model in models.items():
-        evaluated = evaluate_part(settings, drawn_by(settings, model, label), part)
+    for source in (*(drawn_by(settings, model, label) for label, model in models.items()), *others):
+        evaluated = evaluate_part(settings, source, part)
         if original is None:
             original = evaluated
         else:
             evaluated.report.update(likeness(evaluated.judged, original.judged))
-        yield label, evaluated
+        yield source.label, evaluated

@@ -15,7 +15,8 @@ from scipy.stats import chisquare
 from fairref.baselines import case as cases
 from fairref.baselines import coin, fair_pca, projection, uce
 from fairref.baselines.case import Case, class_states, states
-from fairref.baselines.registry import BASELINES, parse_baselines, prepare
+from fairref.baselines.fitting import fit_baseline
+from fairref.baselines.registry import BASELINES, parse_baselines
 from fairref.bundle.loading import bundle_path
 from fairref.errors import UserError
 from fairref.evaluation.judging import EvaluationSettings
@@ -48,7 +49,7 @@ def original(case, prompt, images):
 
 def prepared(text, case, cache=None):
     (chosen,) = parse_baselines([text])
-    return prepare(chosen, case.settings, cache)
+    return fit_baseline(chosen, case.settings, cache).draw
 
 
 # ---- coin
