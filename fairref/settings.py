@@ -5,6 +5,7 @@ Recipe has the numbers of a run, RunOptions what a run is of.
 
 import argparse
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple
@@ -363,6 +364,19 @@ def check_settings(settings: Mapping[str, object]) -> bool:
     lines = settings["prompts"] if isinstance(settings["prompts"], list) else []
     known = settings["dtype"] in DTYPES and set(settings["recipe"]) == {f.name for f in fields(Recipe)}
     return known and all(isinstance(line, str) for line in lines)
+
+
+def command_line(options: RunOptions, recipe: Mapping[str, object]) -> str:
+    """The call of train.py with these options; prompts that came as a list of lines are left out."""
+    words = ["python", "train.py"]
+    for f in fields(RunOptions):
+        value = getattr(options, f.name)
+        given = value if f.type == Sequence[str] | None else [value] if isinstance(value, str) else []
+        words += [word for text in given or () for word in (_flag(f), text)]
+    for name, value in recipe.items():
+        no = "no-" if value is False else ""
+        words += [f"--{no}{_option(name)[2:]}"] if isinstance(value, bool) else [_option(name), shown(value)]
+    return shlex.join(words)
 
 
 def shown(value: object) -> str:

@@ -334,6 +334,18 @@ def test_a_run_of_another_command_is_not_taken(tmp_path, monkeypatch, capsys):
     assert "is a run of python train.py --attr gender; move it away" in capsys.readouterr().err
 
 
+def test_the_runs_of_another_bundle_are_those_of_its_attributes(monkeypatch):
+    for name in ("RUNS", "TABLES"):
+        monkeypatch.setattr(results, name, dict(getattr(results, name)))
+    results.turn_to("weights/sd15", ["gender", "race"])
+    assert results.RUNS["race"].command == "python train.py --attr race --weights weights/sd15"
+    assert results.RUNS["gender-race"].command.startswith("python train.py --attr gender,race --weights")
+    assert "gender-skin_tone-age" not in results.RUNS and not results.TABLES["old"]
+    assert list(results.TABLES["summary"]) == ["gender", "race", "gender-race"]
+    results.turn_to("weights/other", ["gender"])
+    assert {run.options[1] for run in results.RUNS.values()} == {"gender"}
+
+
 def test_the_picture_of_a_finished_run_is_drawn_again(folder, tmp_path):
     """From its evaluation, or from the report on the run; the images are not evaluated anew."""
     run, reports = tmp_path / "gender", tmp_path / "reports"

@@ -126,10 +126,10 @@ def test_the_figures_numbers_in_the_results_are_those_of_their_files():
         in page
     )
     assert "over the last ten it is {}, {}, {} and {}.".format(*late) in page
-    coupled, alone = (means("fig6b")[name] for name in ("|R A_t B_t dε/dc|", "|R A_t dε/dc|"))
+    coupled, alone = (means("fig6b")[name] for name in ("|R A_t B_t dε/dθ|", "|R A_t dε/dθ|"))
     first, last, other = (f"{value:.4f}"[1:] for value in (coupled[10], coupled[1000], alone[1000]))
     assert (
-        f"is {first} at t = 10 and {last} at t = 1000, where |R A_t dε/dc|, without the coupling B_t, is {other}."
+        f"is {first} at t = 10 and {last} at t = 1000, where |R A_t dε/dθ|, without the coupling B_t, is {other}."
         in page
     )
 

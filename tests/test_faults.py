@@ -223,8 +223,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "a step of the coupled gradient that is not kept is kept": (
         STEP,
-        "mode.coupling * kept",
-        "mode.coupling * torch.ones_like(kept)",
+        "mode.coupling * kept.double()",
+        "mode.coupling * torch.ones(len(kept))",
         f"{LITERAL}[last:2-zero]",
     ),
     "a step of the adjusted gradient that is not kept is kept": (

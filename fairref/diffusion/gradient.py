@@ -63,7 +63,7 @@ class GradientMode:
             raise ValueError(self)
 
 
-# docs/derivation.md says which papers they are from. "solver" is A_t = 1 up to a common factor, for the solver in use;
+# docs/derivation.md, step 7, names the papers. "solver" is A_t = 1 up to a common factor, for the solver in use;
 # at the end "sigma_min" it turns, from S = 15 on, the sign of two late steps, where k_i > 0.
 MODES: dict[str, Callable[..., GradientMode]] = {
     "paper": lambda: GradientMode(lambda schedule, table: C_i(schedule, table) * table.k),

@@ -12,8 +12,9 @@ from fairref.evaluation.judging import SEED, EvaluationSettings, ImageSource
 from fairref.evaluation.kept import KEPT
 from fairref.evaluation.parts import EXPLICIT_IMAGES, Evaluated, PromptPart, Report, compare
 from fairref.evaluation.rows import NAME, rows_of, write_rows
+from fairref.evaluation.tiles import TILES, draw_tiles
 from fairref.fairness.attributes import wanted_target
-from fairref.files.paths import check_new_folder, check_writable, expanded
+from fairref.files.paths import check_new_folder, check_writable, expanded, write_json
 from fairref.generation.adapters import AdapterFile, load_adapters
 from fairref.generation.drawing import Drawing
 from fairref.generation.strengths import choose_adapters, describe_adapters
@@ -21,6 +22,7 @@ from fairref.processes import Processes
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS, read_prompts, warn_of_cut
 
+REPORTS = "judged.json"  # the reports on all models, beside judged.csv, which has a row an image
 BEFORE, AFTER = "before", "after"  # labels: the bundle itself, and with its adapters
 
 
@@ -72,7 +74,7 @@ class Evaluation:
             yield label, replace(evaluated, report={"adapters": used, **evaluated.report})
 
     def run(self) -> dict[str, dict[str, Report]]:
-        """Label -> concept -> report; judged.csv is written."""
+        """Label -> concept -> report. In a run's folder, or that of --cache, judged.csv and judged.json are written."""
         found, rows = {label: {} for label in (*self.models, *(other.label for other in self.others))}, []
         for part in self.parts:
             for label, evaluated in self.of_part(part):
@@ -80,7 +82,19 @@ class Evaluation:
                 rows += rows_of(self.settings, label, part, evaluated) if self.home else ()
         if self.home and self.settings.processes.first:
             write_rows(self.home / NAME, rows)
+            write_json(self.home / REPORTS, found)
+            if self.lacks_pictures:
+                concepts = [part.concept for part in self.parts]
+                draw_tiles(self.settings, self.models, concepts, self.parts[0].part, self.home / TILES)
         return found
+
+    @property
+    def lacks_pictures(self) -> bool:
+        """Whether it is of one run's adapter as trained, and the run has no pictures for a report yet."""
+        if len(self.adapters) != 1 or (self.home / TILES).exists():
+            return False
+        ((adapter, strength),) = self.adapters
+        return strength == 1 and adapter.file.parent.resolve() == self.home.resolve()
 
 
 def prepare(bundle: Bundle, options: EvaluationOptions, processes: Processes = Processes()) -> Evaluation:

@@ -18,6 +18,7 @@ from fairref.errors import UserError
 from fairref.evaluation.kept import KeptJudgements, judges_of, model_of
 from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget
+from fairref.fairness.faces import Faces
 from fairref.files.weights import finite
 from fairref.generation.drawing import Drawing, fixed_images
 from fairref.generation.views import classify, faces_of, require_attributes, scatter_to_images
@@ -109,6 +110,14 @@ def turns(bundle: Bundle) -> dict[str, dict[int, list[str]]]:
     return judges
 
 
+def logits_of(bundle: Bundle, judge: str, x: Tensor, faces: Faces | None) -> dict[str, Tensor]:
+    """Attribute -> logits (M, K_a) of a judge that is classifiers, on the M faces in n images."""
+    logits = {}
+    for place, names in turns(bundle)[judge].items():
+        logits |= classify([bundle.classifiers["evaluate"][place]], names, x, faces)
+    return logits
+
+
 def judge(settings: EvaluationSettings, x: Tensor) -> JudgedImages:
     """All judges, CLIP and DINO on n images, by the target's attributes."""
     return judge_all(settings.bundle, x).of(settings.target.classes)
@@ -120,10 +129,8 @@ def judge_all(bundle: Bundle, x: Tensor) -> JudgedImages:
     faces = faces_of(bundle, x)
     has_face = None if faces is None else faces.has_face
     classes, probabilities, features, colours = {}, {}, {}, {}
-    for name, places in turns(bundle).items():
-        logits = {}  # attribute -> (M, K_a)
-        for place, mine in places.items():
-            logits |= classify([bundle.classifiers["evaluate"][place]], mine, x, faces)
+    for name in turns(bundle):
+        logits = logits_of(bundle, name, x, faces)
         classes[name] = {a: scatter_to_images(v.argmax(1), has_face, -1) for a, v in logits.items()}
         probabilities[name] = {
             a: scatter_to_images(v.softmax(1).float(), has_face, torch.nan) for a, v in logits.items()

@@ -25,7 +25,7 @@ from fairref.prompts.sets import (
     validation_prompts,
     warn_of_cut,
 )
-from fairref.settings import RunOptions, refuse_unused
+from fairref.settings import RunOptions, command_line, refuse_unused
 from fairref.training import checkpoints
 from fairref.training.checks import check, lacking
 from fairref.training.loop import finetune
@@ -159,7 +159,10 @@ def _plan(bundle, options, given, stored, processes):
     ):  # what it lacks is better said before the run
         EvaluationSettings(bundle, target, drawing_of(recipe))
     moved = {"weights": str(bundle.path)} if options.weights else {}
-    settings = {**stored, **moved} if stored else settings_of(setup, wanted, template)
+    if stored:
+        settings = {**stored, **moved}
+    else:
+        settings = {"command": command_line(options, given), **settings_of(setup, wanted, template)}
     return Plan(setup, concepts, settings)
 
 

@@ -173,7 +173,7 @@ def sampling_gradient(
         parts = [zeros_like(leaf) for leaf in model.leaves]
         for rows in torch.arange(len(g)).split(recipe.micro_batch or max(len(g), 1)):
             path = [step._replace(z=step.z[rows]) for step in drawn.path]
-            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows], mode.coupling * kept)
+            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows], mode.coupling * kept.double())
             parts = [a + b for a, b in zip(parts, of_rows, strict=True)]
     else:
         w = mode.weights(setup.bundle.schedule, drawn.table) * kept

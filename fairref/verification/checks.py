@@ -4,7 +4,8 @@ Each check compares the code of training with an independent result. That result
 (loops over permutations, autograd through the loop, finite differences), or it is known in closed form. All is in
 float64, on a network of 270 parameters. Equations and errata are those of docs/derivation.md.
 
-sampling: eqs 1-3 and the solver. gradients: eqs 9, 10 and Algorithm A.1. fairness: eqs 4-7 and the bias.
+sampling: eqs 1-3 and the solver. gradients: eqs 9, 10 and Algorithm A.1. published: gradients of other papers.
+fairness: eqs 4-7 and the bias.
 """
 
 import math

@@ -1,13 +1,13 @@
-"""Run all checks of the equations. The checks themselves are in sampling.py, gradients.py and fairness.py."""
+"""Run all checks of the equations. The checks themselves are in the files of MODULES."""
 
 import math
 from dataclasses import dataclass
 
 from fairref.progress import Progress
-from fairref.verification import fairness, gradients, sampling
+from fairref.verification import fairness, gradients, published, sampling
 from fairref.verification.checks import CHECKS
 
-MODULES = (sampling, gradients, fairness)  # in the order of the equations
+MODULES = (sampling, gradients, published, fairness)  # in the order of the equations
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
         "judged",
         "judged.csv",
         "before_after.png",
+        "pictures.png",
+        "report.html",
     }
     settings = json.loads((run_folder / "settings.json").read_text())
     assert settings["weights"] == weights and settings["target"]["table"] == [0.5, 0.5]

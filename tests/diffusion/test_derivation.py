@@ -464,7 +464,10 @@ def test_no_graph_outlives_its_step():
     unet.forward = watched
     adjusted_gradient(model, table, step_weights(SCHEDULE, table), path, g)
     exact_gradient(model, table, path, g)
-    assert len(alive) == 2 * table.S and max(alive) == 0
+    exact_gradient(
+        model, table, path, g, (torch.arange(table.S) >= table.S - 3).double()
+    )  # the last three alone
+    assert len(alive) == 2 * table.S + 3 and max(alive) == 0
 
 
 def test_steps_of_weight_zero_are_not_evaluated():
@@ -486,7 +489,9 @@ def test_arguments_are_left_alone():
     path, g = walk(model, table, z_T)
     kept = [x.clone() for x in (c, c_empty, g, path[0].z)]
     adjusted_gradient(model, table, step_weights(SCHEDULE, table), path, g)
-    exact_gradient(model, table, path, g)
+    kappa = torch.full((table.S,), 0.5)
+    exact_gradient(model, table, path, g, kappa)
+    assert (kappa == 0.5).all()
     for x, before in zip((c, c_empty, g, path[0].z), kept, strict=True):
         assert torch.equal(x, before) and not x.requires_grad
     assert all(parameter.grad is None for parameter in unet.parameters())

@@ -216,3 +216,17 @@ def test_every_number_of_steps_up_to_the_one_that_is_named_can_be_placed(spacing
 def test_ancestral_variance_is_checked():
     with pytest.raises(UserError, match="'medium'"):
         ancestral_table(SCHEDULE, 10, "medium")
+
+
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize("stop", [1, 13, 20])
+def test_a_stopped_run_ends_in_the_image_predicted_at_its_last_step(end, stop):
+    whole, table = solver_table(SCHEDULE, 20, end), solver_table(SCHEDULE, 20, end, stop=stop)
+    assert torch.equal(table.timesteps, whole.timesteps[:stop]) and stop == table.S
+    eps = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z, previous = eps[0] / 2, None
+    for i in range(stop - 1):
+        z, previous = step(whole, i, z, eps[i], previous), (z, eps[i])
+    alpha_bar = SCHEDULE.alpha_bar[whole.timesteps[stop - 1]]
+    predicted = (z - (1 - alpha_bar).sqrt() * eps[stop - 1]) / alpha_bar.sqrt()
+    torch.testing.assert_close(table.a * eps[0] / 2 + table.k @ eps[:stop], predicted, rtol=1e-11, atol=1e-11)

@@ -13,7 +13,7 @@ from fairref.commands import verify as command
 from fairref.diffusion import gradient, model, solver
 from fairref.diffusion.schedule import Schedule
 from fairref.fairness import losses, metrics, transport
-from fairref.verification import derivation, fairness, gradients, sampling, verify
+from fairref.verification import derivation, fairness, gradients, published, sampling, verify
 from fairref.verification.checks import CHECKS, Check
 
 ALL = [check for module in verify.MODULES for check in CHECKS[module.__name__]]
@@ -37,6 +37,11 @@ def test_every_equation_holds(tmp_path, capsys):
         "eq 9",
         "eq 10",
         "Algorithm A.1",
+        "last:K",
+        "random:K",
+        "bernoulli",
+        "drtune:M",
+        "couple:alpha",
         "bias(P)",
     ):
         assert equation in named
@@ -83,6 +88,19 @@ MUTANTS = [  # owner, function, old, new, the check that must notice it
         gradients.exact_without_matrices,
     ),
     (gradient, "exact_gradient", "s_next * v_after", "r_next * v_after", gradients.exact_without_matrices),
+    (gradient, "exact_gradient", "if kappa[i]:", "if True:", published.last_steps),
+    (gradient, "exact_gradient", "if kappa[i]:", "if kappa[i - 1]:", published.drawn_steps),
+    (gradient, "exact_gradient", "kappa[i] * through_z", "through_z", published.scaled_coupling),
+    (
+        gradient,
+        "exact_gradient",
+        "kappa[i] * through_z",
+        "kappa[i] ** 2 * through_z",
+        published.matrices_with_kappa,
+    ),
+    (gradient, "spread_steps", "after % apart == 0", "after % apart == 1", published.spread_steps),
+    (gradient, "spread_steps", "(min(M, S) - 1) * apart", "min(M, S) * apart + 1", published.probabilities),
+    (solver, "solver_table", "or stop is not None", "", published.spread_steps),
     (gradient, "C_i", "1 / A_t(schedule, table)", "A_t(schedule, table)", gradients.coefficients),
     (gradient, "C_i", "C / geometric_mean(C)", "C", gradients.coefficients),
     (gradient, "geometric_mean", "x.log().mean().exp()", "x.mean()", gradients.coefficients),
@@ -168,20 +186,37 @@ def test_a_changed_sign_or_index_is_noticed(monkeypatch, owner, name, old, new, 
     assert noticed(check)
 
 
-MODE_MUTANTS = [  # row of MODES, what is done to its weights, the check that must notice it
-    ("paper", torch.neg, gradients.adjusted),
-    ("paper", torch.abs, gradients.coefficients),  # at the end "sigma_min" two weights are positive
-    ("solver", torch.neg, gradients.standardised),
-    ("none", torch.neg, gradients.no_coupling),
-    ("none", lambda w: w.flip(0), gradients.no_coupling),
+MODE_MUTANTS = [  # kind of mode, a field of its row, what is done to it, the check that must notice it
+    ("paper", "weights", torch.neg, gradients.adjusted),
+    # at the end "sigma_min" two weights are positive
+    ("paper", "weights", torch.abs, gradients.coefficients),
+    ("solver", "weights", torch.neg, gradients.standardised),
+    ("none", "weights", torch.neg, gradients.no_coupling),
+    ("none", "weights", lambda w: w.flip(0), gradients.no_coupling),
+    ("last", "steps", lambda kept: kept.roll(1), published.last_steps),
+    ("last", "coupling", lambda _: 0.0, published.last_steps),
+    ("random", "steps", lambda kept: kept.roll(-1), published.random_depth),
+    ("random", "steps", lambda kept: kept.flip(0), published.probabilities),
+    ("bernoulli", "steps", lambda kept: ~kept, published.drawn_steps),
+    ("bernoulli", "steps", lambda kept: kept.flip(0), published.probabilities),
+    ("drtune", "steps", lambda kept: kept.flip(0), published.spread_steps),
+    ("drtune", "coupling", lambda _: 1.0, published.spread_steps),
+    ("drtune", "stop", lambda n: n - 1, published.probabilities),
+    ("couple", "coupling", lambda alpha: alpha**2, published.scaled_coupling),
 ]
 
 
-@pytest.mark.parametrize(("mode", "mutate", "check"), MODE_MUTANTS)
-def test_changed_weights_of_a_gradient_mode_are_noticed(monkeypatch, mode, mutate, check):
-    row = gradient.gradient_mode(mode)
-    mutant = replace(row, weights=lambda schedule, table: mutate(row.weights(schedule, table)))
-    monkeypatch.setitem(gradient.MODES, mode, lambda: mutant)
+@pytest.mark.parametrize(("kind", "field", "mutate", "check"), MODE_MUTANTS)
+def test_a_changed_gradient_mode_is_noticed(monkeypatch, kind, field, mutate, check):
+    real = gradient.gradient_mode
+
+    def mutant(name):
+        row = real(name)
+        value = getattr(row, field)
+        changed = (lambda *args: mutate(value(*args))) if callable(value) else mutate(value)
+        return replace(row, **{field: changed}) if name.split(":")[0] == kind else row
+
+    monkeypatch.setattr(gradient, "gradient_mode", mutant)
     assert noticed(check)
 
 
