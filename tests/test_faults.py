@@ -253,8 +253,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "targets are drawn alike in all iterations": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT, 0)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, 0)",
         f"{STREAMS}::test_the_error_of_drawn_targets_averages_out_over_iterations",
     ),
     "a class that was never drawn has no error": (SOLVER, "3 / M, stderr))", "0 / M, stderr))", RULE_OF_3),
@@ -404,8 +404,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "each process draws its own targets": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
         f"{AS_ONE}[q-5]",
     ),
 }

@@ -43,9 +43,9 @@ class Comparison:
 
     def reports(self) -> list[dict[str, Report]]:
         """Return each concept's reports by model."""
-        parts = [PromptPart(concept, self.part, self.images, explicit_images=0) for concept in self.concepts]
+        parts = [PromptPart(concept, self.part, self.images, 0) for concept in self.concepts]
         return [
-            {label: evaluated.report for label, evaluated in compare(self.settings, self.models, part)}
+            {label: found.report for label, found in compare(self.settings, self.models, part)}
             for part in parts
         ]
 
