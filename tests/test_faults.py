@@ -24,6 +24,7 @@ OWN_LOSSES = "tests/training/test_own_losses.py"
 RESUME = "tests/training/test_resume.py"
 TRANSPORT = "tests/fairness/test_transport.py"
 STAGES = "tests/judges/test_mtcnn.py"
+KEPT = "tests/evaluation/test_kept.py"
 # and what is faulty
 GROUP = "fairref/processes.py"
 STEP = "fairref/training/step.py"
@@ -389,6 +390,30 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "rows[mine.start : mine.stop]",
         "rows[: len(mine)]",
         VALIDATED,
+    ),
+    "what is kept does not know how it was drawn": (
+        "fairref/evaluation/kept.py",
+        '"drawing": drawing._asdict(),',
+        '"drawing": {},',
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "what is kept does not know the adapter's strength": (
+        "fairref/generation/adapters.py",
+        "made_of = (fingerprint(adapter.tensors), float(strength))",
+        "made_of = (fingerprint(adapter.tensors), 1.0)",
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "images that are missing begin anew": (
+        "fairref/evaluation/judging.py",
+        "source.draw(prompts[p], range(there[p], n))",
+        "source.draw(prompts[p], range(n - there[p]))",
+        f"{KEPT}::test_what_is_judged_is_not_drawn_again_and_more_images_are_added",
+    ),
+    "every flip is needless": (
+        "fairref/evaluation/statistics.py",
+        "needless = (changed - least) / images",
+        "needless = changed / images",
+        "tests/evaluation/test_evaluate.py::test_flips_that_no_count_asked_for",
     ),
     "all processes draw the same images": (
         STEP,
