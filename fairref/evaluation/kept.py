@@ -62,7 +62,7 @@ class KeptJudgements:
 
     def write(self, prompt: str, judged: JudgedImages) -> None:
         """Keeps the rows of a prompt's first images. Raises UserError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # not the folder above: a run whose folder has gone shall say so
         write(self.file(prompt), judged.tensors(), self._info(prompt))
 
 

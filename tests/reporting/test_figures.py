@@ -110,7 +110,7 @@ def test_figure_9_says_what_the_evaluation_of_the_run_counted(run_folder, tmp_pa
     made = evaluation["after (ema)"]["test"]
     made["fingerprint"] = fingerprint(read(run_folder / "adapter.safetensors"))
     (run_folder / "evaluation.json").write_text(json.dumps(evaluation))
-    monkeypatch.setattr(comparison, "evaluate_part", None)
+    monkeypatch.setattr(comparison, "compare", None)
     assert run("9", *few[:4], "--out", tmp_path / "read") == 0
     kept = table(tmp_path / "read" / "fig9.csv")
     assert [list(row.values()) for row in drawn] == [list(row.values()) for row in kept]
