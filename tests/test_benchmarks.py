@@ -343,7 +343,7 @@ def test_the_runs_of_another_bundle_are_those_of_its_attributes(monkeypatch):
     results.turn_to("weights/sd15", ["gender", "race"])
     assert results.RUNS["race"].command == "python train.py --attr race --weights weights/sd15"
     assert results.RUNS["gender-race"].command.startswith("python train.py --attr gender,race --weights")
-    assert "gender-skin_tone-age" not in results.RUNS and not results.TABLES["old"]
+    assert "gender-skin_tone-age" not in results.RUNS and "old" not in results.TABLES
     assert list(results.TABLES["summary"]) == ["gender", "race", "gender-race"]
     results.turn_to("weights/other", ["gender"])
     assert {run.options[1] for run in results.RUNS.values()} == {"gender"}

@@ -13,6 +13,7 @@ from fairref.bundle.own_judges import parse_judges
 from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.evaluation.evaluation import EvaluationOptions, prepare, report_of
+from fairref.evaluation.folders import folder_report
 from fairref.evaluation.judging import SEED
 from fairref.evaluation.parts import EXPLICIT_IMAGES
 from fairref.evaluation.statistics import lines
@@ -79,6 +80,33 @@ def parser() -> cli.Parser:
         " or sweep-strength.json into the run's folder, or that of --cache",
     )
     parser.add_argument(
+        "--images",
+        type=cli.path,
+        metavar="FOLDER",
+        help="judge these images, whatever made them, and draw none: a subfolder a prompt, named after it or in"
+        " FOLDER/prompts.json",
+    )
+    parser.add_argument(
+        "--images-before",
+        type=cli.path,
+        metavar="FOLDER",
+        help="the originals of --images, with the same prompts and names, for the likeness",
+    )
+    parser.add_argument(
+        "--labelled",
+        type=cli.path,
+        metavar="FOLDER",
+        help="pictures of known classes, on which the judges' errors are counted: CelebA, FairFace, or labels.csv with"
+        " the columns file and the attributes",
+    )
+    parser.add_argument(
+        "--labels",
+        type=cli.path,
+        metavar="FILE",
+        help="labels of some of the judged images, by hand or by another judge: a CSV table with the columns prompt,"
+        " image (its number, or its file's name) and the attributes",
+    )
+    parser.add_argument(
         "--baseline",
         action="append",
         help="measure another way to a fairer model, too: coin, projection, uce or fair_pca, each also with its number,"
@@ -92,12 +120,16 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line, in each of torchrun's processes. Exit code 1 where nobody takes the result."""
     options = parser().parse_args(argv)
+    _refuse_beside_images(options)
     sweep, baselines = _sweep(options), _baselines(options)
     judges = parse_judges(options.judge or [])
     processes, device = start(choose_device(options.device))
     try:
         processes.first_does(lambda: _check_output(options))
         bundle = load_bundle(options.weights, device, DTYPES[options.dtype or "float32"], judges)
+        if options.images is not None:
+            report = _of_folder(options, bundle, processes)
+            return _give(options, bundle, report) if processes.first else 0
         evaluation = prepare(bundle, _asked(options), processes)
         with _resumable(evaluation):
             if sweep is not None:
@@ -113,12 +145,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.stop()
 
 
+def _refuse_beside_images(options):
+    """Refuses what only drawing has a use for beside --images, and --images-before without it."""
+    if options.images is None and options.images_before is not None:
+        raise UserError("--images-before has no effect without --images; leave it out.")
+    drawing = ("adapter", "strength", "any_base", "prompts", "part", "num_images", "explicit_images", "steps")
+    for name in (
+        (*drawing, "guidance", "padding", "seed", "cache", "sweep", "baseline") if options.images else ()
+    ):
+        if getattr(options, name) != parser().get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --images; leave it out.")
+
+
+def _of_folder(options, bundle, processes):
+    """The report on --images."""
+    return folder_report(
+        bundle,
+        options.images,
+        _attr(options),
+        target=options.target,
+        before=options.images_before,
+        labelled=options.labelled,
+        labels=options.labels,
+        processes=processes,
+    )
+
+
+def _attr(options):
+    return options.attr or (None if options.target else "gender")
+
+
 def _sweep(options):
     """--sweep, or None. Raises UserError beside what it changes or has no use for."""
     if options.sweep is None:
         return None
     sweep = Sweep.parse(options.sweep)
-    for name in (sweep.name, "out"):
+    for name in (sweep.name, "out", "labels"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} has no effect with --sweep {sweep.name}; leave it out.")
     return sweep
@@ -179,8 +241,7 @@ def _asked(options):
     """The options of the evaluation itself."""
     names = {field.name for field in fields(EvaluationOptions)}
     given = {name: value for name, value in vars(options).items() if name in names}
-    attr = options.attr or (None if options.target else "gender")
-    return EvaluationOptions(**{**given, "attr": attr, "images": options.num_images})
+    return EvaluationOptions(**{**given, "attr": _attr(options), "images": options.num_images})
 
 
 @contextmanager

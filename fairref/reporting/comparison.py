@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
-from fairref.evaluation.evaluation import Report, evaluate_part
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
+from fairref.evaluation.parts import PromptPart, Report, compare
 from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget
 from fairref.files.images import to_image
@@ -43,12 +43,10 @@ class Comparison:
 
     def reports(self) -> list[dict[str, Report]]:
         """Return each concept's reports by model."""
+        parts = [PromptPart(concept, self.part, self.images, 0) for concept in self.concepts]
         return [
-            {
-                label: evaluate_part(self.settings, model, concept, self.part, self.images, label, 0)[0]
-                for label, model in self.models.items()
-            }
-            for concept in self.concepts
+            {label: found.report for label, found in compare(self.settings, self.models, part)}
+            for part in parts
         ]
 
 
