@@ -210,7 +210,8 @@ def _with_baselines(evaluation, baselines):
     path = evaluation.home / BASELINES
     evaluation.settings.processes.first_does(lambda: check_writable(path))
     fits = evaluation.home / "baselines"
-    sources = tuple(fit_baseline(chosen, evaluation.settings, fits) for chosen in baselines)
+    prompts = [prompt for part in evaluation.parts for prompt in part.prompts]
+    sources = tuple(fit_baseline(chosen, evaluation.settings, prompts, fits) for chosen in baselines)
     return replace(evaluation, others=sources)
 
 
