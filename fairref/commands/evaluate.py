@@ -77,6 +77,13 @@ def parser() -> cli.Parser:
         help="evaluate at several values, as guidance=1,3,5,7.5,12 or strength=0,0.5,1; written as sweep-guidance.json"
         " or sweep-strength.json into the run's folder, or that of --cache",
     )
+    _add_folders(parser)
+    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
+    return parser
+
+
+def _add_folders(parser):
+    """Options of images and labels that are there already."""
     parser.add_argument(
         "--images",
         type=cli.path,
@@ -104,8 +111,6 @@ def parser() -> cli.Parser:
         help="labels of some of the judged images, by hand or by another judge: a CSV table with the columns prompt,"
         " image (its number, or its file's name) and the attributes",
     )
-    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
-from fairref.evaluation.evaluation import Report, evaluate_part
-from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
+from fairref.evaluation.judging import EvaluationSettings, draw_images, drawn_by, judge
+from fairref.evaluation.parts import PromptPart, Report, evaluate_part
 from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget
 from fairref.files.images import to_image
@@ -43,13 +43,9 @@ class Comparison:
 
     def reports(self) -> list[dict[str, Report]]:
         """Return each concept's reports by model."""
-        return [
-            {
-                label: evaluate_part(self.settings, model, concept, self.part, self.images, label, 0)[0]
-                for label, model in self.models.items()
-            }
-            for concept in self.concepts
-        ]
+        sources = [drawn_by(self.settings, model, label) for label, model in self.models.items()]
+        parts = [PromptPart(concept, self.part, self.images, explicit_images=0) for concept in self.concepts]
+        return [{s.label: evaluate_part(self.settings, s, part).report for s in sources} for part in parts]
 
 
 def evaluated(adapter: AdapterFile, part: str) -> list[dict[str, Report]]:
