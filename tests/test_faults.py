@@ -423,8 +423,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "all processes learn from process 0's targets": (
         STEP,
-        "transport.q[rows.start : rows.stop]",
-        "transport.q[: len(rows)]",
+        "of_all[rows.start : rows.stop]",
+        "of_all[: len(rows)]",
         f"{AS_ONE}[gradient-4]",
     ),
     "each process draws its own targets": (

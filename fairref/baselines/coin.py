@@ -5,6 +5,8 @@ Of needless flips too, because the class that an image would have shown has no s
 must know where the word goes. Here these are the prompts of occupations; a prompt that names a class stays as it is.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -19,16 +21,13 @@ from fairref.prompts.words import naming
 def images_of(case: Case, fitted: dict[str, Tensor], prompt: str, images: range) -> Tensor:
     """(n, 3, H, W): each image of the prompt with the word of its own class. Raises UserError."""
     bundle, settings = case.bundle, case.settings
-    texts, x = _texts(case, prompt), []
+    of_class, x = texts(case, prompt), []
     for group, z_T in fixed_noise(bundle, settings.seed, prompt, images):
-        drawn = torch.tensor([toss(case, prompt, image) for image in group])  # (n,)
-        of_group = {}
-        for k in drawn.unique().tolist():
-            rows = (drawn == k).nonzero()[:, 0]
-            of_class = draw(bundle, (texts[k], ""), z_T[rows.to(z_T.device)], settings.drawing)
-            of_group |= dict(zip(rows.tolist(), of_class, strict=True))
-        x += [of_group[row] for row in range(len(group))]
-    return torch.stack(x)
+        wanted = [of_class[toss(case, prompt, image)] for image in group]
+        rows = {text: [row for row, w in enumerate(wanted) if w == text] for text in dict.fromkeys(wanted)}
+        parts = [draw(bundle, (text, ""), z_T[of_text], settings.drawing) for text, of_text in rows.items()]
+        x.append(torch.cat(parts)[torch.tensor([*chain(*rows.values())]).argsort()])
+    return torch.cat(x)
 
 
 def toss(case: Case, prompt: str, image: int) -> int:
@@ -37,8 +36,8 @@ def toss(case: Case, prompt: str, image: int) -> int:
     return int(case.rng(prompt, image).choice(len(shares), p=shares))
 
 
-def _texts(case, prompt):
-    """What is drawn for each class: K texts."""
+def texts(case: Case, prompt: str) -> list[str]:
+    """What is drawn for each class of a prompt: K texts. Raises UserError."""
     attribute, occupations = case.attribute, case.occupations
     occupation = occupations.occupations.get(prompt)
     if occupation is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,10 @@ from fairref.files.weights import finite, read, read_info, write
 FORMAT = "fairref-baseline-1"  # the number grows where a baseline fits or draws otherwise than before
 
 
-def fit_baseline(chosen: Chosen, settings: EvaluationSettings, folder: Path | None = None) -> ImageSource:
-    """The baseline, fitted to this evaluation. Raises UserError.
+def fit_baseline(
+    chosen: Chosen, settings: EvaluationSettings, prompts: Sequence[str] = (), folder: Path | None = None
+) -> ImageSource:
+    """The baseline, fitted to this evaluation; `prompts` are what it shall draw. Raises UserError.
 
     A fit is kept in the folder, by all that it follows from, and one that was interrupted goes on.
     """
@@ -29,6 +32,8 @@ def fit_baseline(chosen: Chosen, settings: EvaluationSettings, folder: Path | No
     if isinstance(baseline, OwnFunction):
         images_of = partial(_own_images, case, baseline)
     else:
+        for prompt in prompts:
+            baseline.check(case, prompt)
         images_of = partial(baseline.images_of, case, _fitted(case, chosen, made_of, folder))
 
     def draw(prompt: str, images: range) -> Tensor:

@@ -22,10 +22,11 @@ class Baseline:
     fit: Callable[[Case, float, Fitted], Iterable[Fitted]] = lambda *_: [{}]
     number: float | None = None  # where NAME:NUMBER does not say it; None: it has none
     meaning: str = ""  # of the number
+    check: Callable[[Case, str], object] = lambda *_: None  # refuses a prompt that it can't draw
 
 
 BASELINES = {
-    "coin": Baseline(coin.images_of),
+    "coin": Baseline(coin.images_of, check=coin.texts),
     "projection": Baseline(
         projection.images_of, lambda case, number, _: [projection.fit(case, number)], 500, "lambda"
     ),

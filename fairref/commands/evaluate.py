@@ -67,6 +67,13 @@ def parser() -> cli.Parser:
     parser.add_argument("--padding", default="full", choices=PADDINGS, help=PADDING_HELP)
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="seed of the noise")
     settings.add_run_options(parser, ("judge",))
+    _add_ways(parser)
+    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
+    return parser
+
+
+def _add_ways(parser):
+    """What else may be evaluated, or measured with it, and where it is kept."""
     parser.add_argument(
         "--cache",
         type=cli.path,
@@ -79,6 +86,18 @@ def parser() -> cli.Parser:
         help="evaluate at several values, as guidance=1,3,5,7.5,12 or strength=0,0.5,1; written as sweep-guidance.json"
         " or sweep-strength.json into the run's folder, or that of --cache",
     )
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        help="measure another way to a fairer model, too: coin, projection, uce or fair_pca, each also with its number,"
+        " as projection:2000; or path/to/file.py:name of your own (docs/baselines.md). May be given several times."
+        " Written as baselines.json into the run's folder, or that of --cache",
+    )
+    _add_folders(parser)
+
+
+def _add_folders(parser):
+    """Options of images and labels that are there already."""
     parser.add_argument(
         "--images",
         type=cli.path,
@@ -106,15 +125,6 @@ def parser() -> cli.Parser:
         help="labels of some of the judged images, by hand or by another judge: a CSV table with the columns prompt,"
         " image (its number, or its file's name) and the attributes",
     )
-    parser.add_argument(
-        "--baseline",
-        action="append",
-        help="measure another way to a fairer model, too: coin, projection, uce or fair_pca, each also with its number,"
-        " as projection:2000; or path/to/file.py:name of your own (docs/baselines.md). May be given several times."
-        " Written as baselines.json into the run's folder, or that of --cache",
-    )
-    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,7 +220,8 @@ def _with_baselines(evaluation, baselines):
     path = evaluation.home / BASELINES
     evaluation.settings.processes.first_does(lambda: check_writable(path))
     fits = evaluation.home / "baselines"
-    sources = tuple(fit_baseline(chosen, evaluation.settings, fits) for chosen in baselines)
+    prompts = [prompt for part in evaluation.parts for prompt in part.prompts]
+    sources = tuple(fit_baseline(chosen, evaluation.settings, prompts, fits) for chosen in baselines)
     return replace(evaluation, others=sources)
 
 

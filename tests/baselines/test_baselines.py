@@ -49,7 +49,7 @@ def original(case, prompt, images):
 
 def prepared(text, case, cache=None):
     (chosen,) = parse_baselines([text])
-    return fit_baseline(chosen, case.settings, cache).draw
+    return fit_baseline(chosen, case.settings, (), cache).draw
 
 
 # ---- coin
