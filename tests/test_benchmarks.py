@@ -221,6 +221,11 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
     for title, text in made.items():
         page = "README.md" if title == "summary" else "docs/results.md"
         assert text in document(page), f"{title}: put what results.py --tables prints into {page}"
+    kept = ROOT / "docs" / "results" / "baselines.json"
+    for text in baselines.shown(json.loads(kept.read_text())).split("\n\n") if kept.exists() else ():
+        assert text in document("docs/results.md"), (
+            "put what baselines.py --tables prints into docs/results.md"
+        )
 
 
 def test_no_table_of_a_document_is_wider_than_eight_columns():

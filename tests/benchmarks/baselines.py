@@ -6,7 +6,11 @@ First each baseline that has a number is measured at each of NUMBERS on the vali
 is taken: the least bias by the classifier among those that keep people in their pictures. Then the original, the
 baselines and the runs of --adapter are measured on the unseen occupations. What is there is not made again: fits and
 judgements are kept in --folder, so it can be stopped and started at any time. On two quiet cores about two and a half
-hours, of which the fits of uce take half.
+hours, of which the fits of uce take half. Runs are made before, as
+
+    python train.py --attr gender --targets random --evaluate none --out runs/random
+
+and named, as --adapter finetuned=runs/gender --adapter "random targets=runs/random".
 """
 
 import argparse
