@@ -253,8 +253,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "targets are drawn alike in all iterations": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT, 0)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, 0)",
         f"{STREAMS}::test_the_error_of_drawn_targets_averages_out_over_iterations",
     ),
     "a class that was never drawn has no error": (SOLVER, "3 / M, stderr))", "0 / M, stderr))", RULE_OF_3),
@@ -384,10 +384,10 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "counts, cosine, count = torch.stack(counts), torch.cat(cosines).sum(), _count(self.originals)",
         VALIDATED,
     ),
-    "a validation's originals are not reduced": (
+    "a validation compares each process's images with the first one's originals": (
         VALIDATION,
-        "setup.processes.total([sum(f.double().sum(0) for f in originals), _count(originals)])",
-        "[sum(f.double().sum(0) for f in originals), _count(originals)]",
+        "rows[mine.start : mine.stop]",
+        "rows[: len(mine)]",
         VALIDATED,
     ),
     "all processes draw the same images": (
@@ -398,14 +398,14 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "all processes learn from process 0's targets": (
         STEP,
-        "transport.q[rows.start : rows.stop]",
-        "transport.q[: len(rows)]",
+        "of_all[rows.start : rows.stop]",
+        "of_all[: len(rows)]",
         f"{AS_ONE}[gradient-4]",
     ),
     "each process draws its own targets": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
         f"{AS_ONE}[q-5]",
     ),
 }

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from fairref import settings
@@ -24,6 +24,8 @@ from fairref.processes import DTYPES, choose_device, start
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS
 from fairref.training.signals import interrupting
+
+BASELINES = "baselines.json"  # in a run's folder
 
 
 def parser() -> cli.Parser:
@@ -65,6 +67,13 @@ def parser() -> cli.Parser:
     parser.add_argument("--padding", default="full", choices=PADDINGS, help=PADDING_HELP)
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="seed of the noise")
     settings.add_run_options(parser, ("judge",))
+    _add_ways(parser)
+    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
+    return parser
+
+
+def _add_ways(parser):
+    """What else may be evaluated, or measured with it, and where it is kept."""
     parser.add_argument(
         "--cache",
         type=cli.path,
@@ -77,9 +86,14 @@ def parser() -> cli.Parser:
         help="evaluate at several values, as guidance=1,3,5,7.5,12 or strength=0,0.5,1; written as sweep-guidance.json"
         " or sweep-strength.json into the run's folder, or that of --cache",
     )
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        help="measure another way to a fairer model, too: coin, projection, uce or fair_pca, each also with its number,"
+        " as projection:2000; or path/to/file.py:name of your own (docs/baselines.md). May be given several times."
+        " Written as baselines.json into the run's folder, or that of --cache",
+    )
     _add_folders(parser)
-    parser.add_argument("--out", type=cli.path, help="JSON file (None: the JSON goes to stdout)")
-    return parser
 
 
 def _add_folders(parser):
@@ -117,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line, in each of torchrun's processes. Exit code 1 where nobody takes the result."""
     options = parser().parse_args(argv)
     _refuse_beside_images(options)
-    sweep = _sweep(options)
+    sweep, baselines = _sweep(options), _baselines(options)
     judges = parse_judges(options.judge or [])
     processes, device = start(choose_device(options.device))
     try:
@@ -132,8 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path = sweep_file(evaluation, sweep)
                 run_sweep(evaluation, sweep, path)
                 return _say_written(path) if processes.first else 0
-            report = report_of(evaluation)
-        return _give(options, bundle, report) if processes.first else 0
+            evaluation = _with_baselines(evaluation, baselines)
+            results = evaluation.run()
+        if processes.first and baselines:
+            _write_baselines(evaluation, results)
+        return _give(options, bundle, report_of(evaluation, results)) if processes.first else 0
     finally:
         processes.stop()
 
@@ -143,7 +160,9 @@ def _refuse_beside_images(options):
     if options.images is None and options.images_before is not None:
         raise UserError("--images-before has no effect without --images; leave it out.")
     drawing = ("adapter", "strength", "any_base", "prompts", "part", "num_images", "explicit_images", "steps")
-    for name in (*drawing, "guidance", "padding", "seed", "cache", "sweep") if options.images else ():
+    for name in (
+        (*drawing, "guidance", "padding", "seed", "cache", "sweep", "baseline") if options.images else ()
+    ):
         if getattr(options, name) != parser().get_default(name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with --images; leave it out.")
 
@@ -175,6 +194,49 @@ def _sweep(options):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} has no effect with --sweep {sweep.name}; leave it out.")
     return sweep
+
+
+def _baselines(options):
+    """What --baseline names. Raises UserError beside --sweep."""
+    if not options.baseline:
+        return []
+    from fairref.baselines.registry import parse_baselines
+
+    if options.sweep is not None:
+        raise UserError("--baseline is fitted to one guidance and has no effect with --sweep; leave one out.")
+    return parse_baselines(options.baseline)
+
+
+def _with_baselines(evaluation, baselines):
+    """The evaluation with its baselines, fitted; their fits are kept beside what is judged. Raises UserError."""
+    if not baselines:
+        return evaluation
+    from fairref.baselines.fitting import fit_baseline
+
+    if evaluation.home is None:
+        raise UserError(
+            "--baseline is written into a run's folder; give one as --adapter, or a folder as --cache."
+        )
+    path = evaluation.home / BASELINES
+    evaluation.settings.processes.first_does(lambda: check_writable(path))
+    fits = evaluation.home / "baselines"
+    prompts = [prompt for part in evaluation.parts for prompt in part.prompts]
+    sources = tuple(fit_baseline(chosen, evaluation.settings, prompts, fits) for chosen in baselines)
+    return replace(evaluation, others=sources)
+
+
+def _write_baselines(evaluation, results):
+    """baselines.json: name -> part -> report, as in evaluation.json; and each report in a few lines."""
+    found = {}
+    for source in evaluation.others:
+        name, parts = source.label.removeprefix("baseline "), evaluation.parts
+        for part in parts:
+            report = results[source.label][part.concept.name]
+            key = part.part if len(parts) == 1 else f"{part.concept.name}, {part.part}"
+            found.setdefault(name, {})[key] = report
+            print("\n  ".join([f"{source.label}:", *lines(report)]), file=sys.stderr)
+    write_json(evaluation.home / BASELINES, found)
+    print(f"written: {evaluation.home / BASELINES}", file=sys.stderr)
 
 
 def _check_output(options):

@@ -9,7 +9,7 @@ from fairref.bundle.loading import Bundle
 from fairref.bundle.recipe import resolve
 from fairref.errors import UserError, typed
 from fairref.evaluation.folders import judge_labelled
-from fairref.evaluation.judging import SEED, EvaluationSettings
+from fairref.evaluation.judging import SEED, EvaluationSettings, ImageSource
 from fairref.evaluation.kept import KEPT
 from fairref.evaluation.labels import Labels, read_labels
 from fairref.evaluation.parts import EXPLICIT_IMAGES, Evaluated, PromptPart, Report, compare
@@ -62,6 +62,7 @@ class Evaluation:
     parts: tuple[PromptPart, ...]  # one a concept
     home: Path | None  # folder of judged.csv and of sweeps; None: they are not written
     labels: Mapping[str, Labels] = field(default_factory=dict)  # of the last model's images, by concept
+    others: tuple[ImageSource, ...] = ()  # what else makes images to compare, on the same noise
 
     @cached_property
     def models(self) -> dict[str, Bundle]:
@@ -72,15 +73,15 @@ class Evaluation:
         return found
 
     def of_part(self, part: PromptPart) -> Iterator[tuple[str, Evaluated]]:
-        """Each model by its label on one part, the bundle itself first."""
+        """Each model by its label on one part, the bundle itself first; then the others."""
         labels = self.labels.get(part.concept.name)
-        for label, evaluated in compare(self.settings, self.models, part, labels):
+        for label, evaluated in compare(self.settings, self.models, part, self.others, labels):
             used = describe_adapters(self.settings.bundle, self.adapters if label == AFTER else ())
             yield label, replace(evaluated, report={"adapters": used, **evaluated.report})
 
     def run(self) -> dict[str, dict[str, Report]]:
         """Label -> concept -> report. In a run's folder, or that of --cache, judged.csv and judged.json are written."""
-        found, rows = {label: {} for label in self.models}, []
+        found, rows = {label: {} for label in (*self.models, *(other.label for other in self.others))}, []
         for part in self.parts:
             for label, evaluated in self.of_part(part):
                 found[label][part.concept.name] = evaluated.report
@@ -213,10 +214,12 @@ def evaluate(
         labelled,
         labels,
     )
-    return report_of(prepare(bundle, options))
+    evaluation = prepare(bundle, options)
+    return report_of(evaluation, evaluation.run())
 
 
-def report_of(evaluation: Evaluation) -> Report:
+def report_of(evaluation: Evaluation, results: dict[str, dict[str, Report]]) -> Report:
     """The report on the last of an evaluation's models; of several concepts, under the concepts' names."""
-    *_, reports = evaluation.run().values()
+    *_, label = evaluation.models
+    reports = results[label]
     return reports if len(reports) > 1 else next(iter(reports.values()))

@@ -136,14 +136,18 @@ def evaluate_part(
 
 
 def compare(
-    settings: EvaluationSettings, models: Mapping[str, Bundle], part: PromptPart, labels: Labels | None = None
+    settings: EvaluationSettings,
+    models: Mapping[str, Bundle],
+    part: PromptPart,
+    others: Sequence[ImageSource] = (),
+    labels: Labels | None = None,
 ) -> Iterator[tuple[str, Evaluated]]:
-    """Each model by its label, the original first; the reports on the others also say how like it they are, on the same
-    noise, and whether the judges err on their images as on its. `labels` are of the last one's images."""
+    """Each model by its label, the original first, then the others; the reports on all but the original also say how
+    like it they are, on the same noise, and whether the judges err on their images as on its. `labels` are of the last
+    model's images."""
     original, (*_, last) = None, models
-    for label, model in models.items():
-        source = drawn_by(settings, model, label)
-        evaluated = evaluate_part(settings, source, part, labels if label == last else None)
+    for source in (*(drawn_by(settings, model, label) for label, model in models.items()), *others):
+        evaluated = evaluate_part(settings, source, part, labels if source.label == last else None)
         if original is None:
             original = evaluated
         else:
@@ -152,4 +156,4 @@ def compare(
                 for name, seen in of_judge.items():
                     p = difference(original.confusions[judge][name], seen)
                     evaluated.report["confusion"][judge][name][-1]["p_as_before"] = p
-        yield label, evaluated
+        yield source.label, evaluated

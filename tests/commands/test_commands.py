@@ -317,6 +317,34 @@ def test_evaluate(weights, run_folder, tmp_path, capsys):
         assert words in refused(capsys, evaluate.main, *options, "--out", str(out))
 
 
+def test_baselines_are_measured_beside_the_original(weights, tmp_path, capsys):
+    options = ["--weights", weights, "-n", "3", "--explicit-images", "1"]
+    cache = ["--cache", str(tmp_path / "cache")]
+    chosen = ["--baseline", "projection:0", "--baseline", "coin"]
+    assert cli.run(evaluate.main, [*options, *cache, *chosen, "--out", str(tmp_path / "report.json")]) == 0
+    assert "baseline coin:" in capsys.readouterr().err
+    original = json.loads((tmp_path / "report.json").read_text())
+    found = json.loads((tmp_path / "cache" / "baselines.json").read_text())
+    assert {name: list(parts) for name, parts in found.items()} == {
+        "projection:0": ["test"],
+        "coin": ["test"],
+    }
+    same, coin = found["projection:0"]["test"], found["coin"]["test"]
+    for key in ("judges", "clip_t", "explicit"):
+        assert same[key] == original[key]
+    assert coin["clip_i"] < same["clip_i"] - 1e-6
+    assert coin["explicit"] == original["explicit"] and coin["clip_t"] != original["clip_t"]
+    rows = (tmp_path / "cache" / "judged.csv").read_text().splitlines()
+    assert {row.split(",")[0] for row in rows[1:]} == {"before", "baseline projection:0", "baseline coin"}
+    for extra, words in (
+        ([], "give one as --adapter, or a folder as --cache"),
+        ([*cache, "--sweep", "guidance=1,2"], "has no effect with --sweep"),
+        ([*cache, "--attr", "gender,skin_tone"], "makes one attribute fair"),
+        ([*cache, "--prompts", "sports"], "is no prompt of an occupation"),
+    ):
+        assert words in refused(capsys, evaluate.main, *options, "--baseline", "coin", *extra)
+
+
 def test_resume_goes_on_with_a_runs_own_settings(run_folder, weights, tmp_path, capsys):
     options = [
         "--attr",

@@ -199,6 +199,15 @@ def test_an_older_or_unusual_evaluation_makes_a_page(tmp_path):
     assert read.row("term", "loss")[1] == ".2500" and "no target: the loss alone" in text
 
 
+def test_of_two_evaluations_the_one_with_intervals_counts(runs, tmp_path):
+    folder = write_run(tmp_path / "run", new=False, prompts=3)
+    newer = json.loads((runs["small"] / "evaluation.json").read_text())
+    write(folder / "judged.json", {"before": newer["before"], "after": newer[AFTER]})
+    assert read_run(folder).evaluated_in == "judged.json" and "after" in read_run(folder).evaluation
+    write(folder / "evaluation.json", newer)
+    assert read_run(folder).evaluated_in == "evaluation.json" and AFTER in read_run(folder).evaluation
+
+
 def changed(path, *keys, to):
     """A JSON file with another value at a place; "*" is the first key or item there."""
     content = place = json.loads(path.read_text())
