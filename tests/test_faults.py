@@ -24,6 +24,7 @@ OWN_LOSSES = "tests/training/test_own_losses.py"
 RESUME = "tests/training/test_resume.py"
 TRANSPORT = "tests/fairness/test_transport.py"
 STAGES = "tests/judges/test_mtcnn.py"
+KEPT = "tests/evaluation/test_kept.py"
 # and what is faulty
 GROUP = "fairref/processes.py"
 STEP = "fairref/training/step.py"
@@ -253,8 +254,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "targets are drawn alike in all iterations": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT, 0)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, 0)",
         f"{STREAMS}::test_the_error_of_drawn_targets_averages_out_over_iterations",
     ),
     "a class that was never drawn has no error": (SOLVER, "3 / M, stderr))", "0 / M, stderr))", RULE_OF_3),
@@ -384,11 +385,35 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "counts, cosine, count = torch.stack(counts), torch.cat(cosines).sum(), _count(self.originals)",
         VALIDATED,
     ),
-    "a validation's originals are not reduced": (
+    "a validation compares each process's images with the first one's originals": (
         VALIDATION,
-        "setup.processes.total([sum(f.double().sum(0) for f in originals), _count(originals)])",
-        "[sum(f.double().sum(0) for f in originals), _count(originals)]",
+        "rows[mine.start : mine.stop]",
+        "rows[: len(mine)]",
         VALIDATED,
+    ),
+    "what is kept does not know how it was drawn": (
+        "fairref/evaluation/kept.py",
+        '"drawing": drawing._asdict(),',
+        '"drawing": {},',
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "what is kept does not know the adapter's strength": (
+        "fairref/generation/adapters.py",
+        "made_of = (fingerprint(adapter.tensors), float(strength))",
+        "made_of = (fingerprint(adapter.tensors), 1.0)",
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "images that are missing begin anew": (
+        "fairref/evaluation/judging.py",
+        "source.draw(prompts[p], range(there[p], n))",
+        "source.draw(prompts[p], range(n - there[p]))",
+        f"{KEPT}::test_what_is_judged_is_not_drawn_again_and_more_images_are_added",
+    ),
+    "every flip is needless": (
+        "fairref/evaluation/statistics.py",
+        "needless = (changed - least) / images",
+        "needless = changed / images",
+        "tests/evaluation/test_evaluate.py::test_flips_that_no_count_asked_for",
     ),
     "all processes draw the same images": (
         STEP,
@@ -398,14 +423,14 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "all processes learn from process 0's targets": (
         STEP,
-        "transport.q[rows.start : rows.stop]",
-        "transport.q[: len(rows)]",
+        "of_all[rows.start : rows.stop]",
+        "of_all[: len(rows)]",
         f"{AS_ONE}[gradient-4]",
     ),
     "each process draws its own targets": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
         f"{AS_ONE}[q-5]",
     ),
 }
