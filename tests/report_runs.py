@@ -101,6 +101,14 @@ def with_news(report, label):
                 "share": {name: [share, share, share] for name, share in judge["share"].items()},
             }
     report["diversity"] = {"clip": 0.21, "dino": 0.13}
+    seen = {
+        "counts": [[97, 2], [4, 95]],
+        "untold": [1, 1],
+        "source": "labelled pictures",
+        "p_as_before": 0.04,
+    }
+    if report["attribute"] == "gender":
+        report["confusion"] = {"classifier": {"gender": [seen]}}
     if label == "after":
         report["paired"] = {"classifier": {"p": 0.0004, "difference": -0.61, "low": -0.67, "high": -0.55}}
         report["flips"] = {"classifier": {"changed": 0.39, "least": 0.36, "needless": 0.03}}

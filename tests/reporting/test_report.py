@@ -121,7 +121,10 @@ def test_it_says_what_the_files_say(page):
     assert read.row(
         "measure", "CLIP-I: likeness to the original's picture of the same noise; 1 is the same picture"
     )[1:] == ["–", ".942"]
-    assert read.row("guidance", "3")[0] == "3" and read.row("way, n", "coin, 50 × 60")[3] == "3.0% / –"
+    assert read.row("guidance", "3")[0] == "3" and read.row("way, n", "coin, 50 × 60")[3] == "3.0%\u00a0/ –"
+    first = read.row("judge, model: where the class is known from", "classifier, before: labelled pictures")
+    assert first[1:] == ["woman", "97.0%", "1.0%", "100", ".040"]
+    assert read.row("class", "woman")[2] == "50.2%; corrected 50.2%\u00a0[50.2%,\u00a050.2%]"
     assert "apparent gender" in text and "50 prompts × 60 images" in text
     for section in SECTIONS:
         assert f'id="run1-{section}"' in text
@@ -190,7 +193,7 @@ def test_what_is_missing_names_its_command(tmp_path):
     missing = [a for a in read.all("p") if a.get("class") == "missing"]
     assert len(missing) == len(SECTIONS) - 1
     command = f"fairref evaluate --adapter {tmp_path.name} --weights sd15 --attr age --target age=0.75,0.25"
-    assert command in text and f"{command} --sweep strength=0,.25,.5,.75,1,1.25" in text
+    assert command in text and f"{command} --sweep strength=0,0.25,0.5,0.75,1,1.25" in text
     assert (
         "python train.py --attr age --weights sd15<" in text
         and "/somewhere" not in text
@@ -267,6 +270,7 @@ JUDGE = ("before", "test", "judges", "classifier")
         ("evaluation.json", (*JUDGE, "counts", "*", [-1, 3])),
         ("evaluation.json", (*JUDGE, "counts", "*", "many")),
         ("evaluation.json", (*JUDGE, "share", [])),
+        ("evaluation.json", ("before", "test", "confusion", "classifier", "gender", [{"counts": [1]}])),
         ("evaluation.json", (*JUDGE, "sure", "fair", None)),
         ("evaluation.json", (*JUDGE, "sure", "prompts", "*", "share", "*", [1, 2])),
         ("evaluation.json", ("before", "test", "noise_floor", {})),
