@@ -103,6 +103,13 @@ class Recipe:
         " name a class working. 0: never",
         only_with=TARGET,
     )
+    targets: str = setting(
+        "transport",
+        "what an image's target class is. transport: that of expected optimal transport (eqs 4, 5). random: drawn from"
+        " the target shares, whatever the image shows. This ablation says what the transport is worth",
+        choices=("transport", "random"),
+        only_with=TARGET,
+    )
     C: float = setting(
         0.8,
         "L_align leaves out images whose target is less certain than this (eq 6)",

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import baselines
 import collectives
 import flops
 import measure
@@ -24,6 +25,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from waiting import done
 
+from fairref.baselines import uce
+from fairref.bundle.loading import load_bundle
 from fairref.evaluation.parts import Evaluated
 from fairref.prompts.sets import read_prompts
 from fairref.settings import RunOptions
@@ -218,6 +221,11 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
     for title, text in made.items():
         page = "README.md" if title == "summary" else "docs/results.md"
         assert text in document(page), f"{title}: put what results.py --tables prints into {page}"
+    kept = ROOT / "docs" / "results" / "baselines.json"
+    for text in baselines.shown(json.loads(kept.read_text())).split("\n\n") if kept.exists() else ():
+        assert text in document("docs/results.md"), (
+            "put what baselines.py --tables prints into docs/results.md"
+        )
 
 
 def test_no_table_of_a_document_is_wider_than_eight_columns():
@@ -340,7 +348,7 @@ def test_the_runs_of_another_bundle_are_those_of_its_attributes(monkeypatch):
     results.turn_to("weights/sd15", ["gender", "race"])
     assert results.RUNS["race"].command == "python train.py --attr race --weights weights/sd15"
     assert results.RUNS["gender-race"].command.startswith("python train.py --attr gender,race --weights")
-    assert "gender-skin_tone-age" not in results.RUNS and not results.TABLES["old"]
+    assert "gender-skin_tone-age" not in results.RUNS and "old" not in results.TABLES
     assert list(results.TABLES["summary"]) == ["gender", "race", "gender-race"]
     results.turn_to("weights/other", ["gender"])
     assert {run.options[1] for run in results.RUNS.values()} == {"gender"}
@@ -415,3 +423,32 @@ def test_the_queue_names_every_run_of_a_table():
     assert set().union(*results.TABLES.values()) == set(results.RUNS)
     assert results.wanted(["seeds", "gender"]) == ["gender", "gender-1", "gender-2"]
     assert results.wanted(None) == list(results.RUNS)
+
+
+def test_baselines_are_chosen_on_validation_prompts_and_measured_once(folder, tmp_path, monkeypatch):
+    for key, value in (("IMAGES", 1), ("ROUNDS", 1)):
+        monkeypatch.setattr(uce, key, value)
+    monkeypatch.setattr(baselines, "NUMBERS", {"projection": (0, 500), "uce": (0.5,)})
+    found = {"chosen": {}, "validation": {}, "minutes": {}, "reports": {}}
+    bench = baselines.Bench(load_bundle(folder), tmp_path, 1, found, lambda: None)
+    baselines.run(bench, {})
+    assert list(found["validation"]) == ["original", "projection:0", "projection:500", "uce:0.5"]
+    assert found["validation"]["projection:0"]["prompts"] == 1 and found["reports"]["coin"]["prompts"] == 2
+    assert found["validation"]["projection:0"]["clip_i"] == pytest.approx(1)
+    names = ["original", "coin", found["chosen"]["projection"], "uce:0.5", "fair_pca"]
+    assert list(found["reports"]) == names and all(
+        "explicit" in report for report in found["reports"].values()
+    )
+    text = baselines.shown(found)
+    assert text.count("| coin |") == 1 and "| original | 1.00 ± .00 / – |" in text
+    monkeypatch.setattr(baselines.Bench, "measure", None)  # all of it is there
+    baselines.run(bench, {})
+
+
+def test_the_best_number_keeps_people_in_its_pictures():
+    def report(bias, none):
+        return {"judges": {"classifier": {"mean": bias}}, "none": none}
+
+    reports = {"a": report(0.5, 0.02), "b": report(0.1, 0.5), "c": report(0.3, 0.06)}
+    assert baselines.best(reports, report(0.8, 0.02)) == "c"
+    assert baselines.best({"b": reports["b"]}, report(0.8, 0.02)) == "b"

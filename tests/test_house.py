@@ -37,7 +37,7 @@ LOOSE_FILES = 6  # at most, in fairref/
 MOST_PARAMETERS = 6  # of a function of the core
 
 # From the roof down: a file imports from its own room or from rooms below it.
-LEAVES = ("emoji", "verification", "exchange", "reporting", "tools")  # commands alone know them
+LEAVES = ("emoji", "verification", "exchange", "baselines", "reporting", "tools")  # commands alone know them
 ROOMS = (
     ("train", "sample"),
     ("__init__", "__main__"),
@@ -371,6 +371,7 @@ def test_without_a_leaf_room_everything_else_runs(leaf, tmp_path):
         "emoji": ("emoji", "sheet", "--font", "none.ttf"),
         "verification": ("verify",),
         "exchange": ("import", "x.safetensors", "--out", "y"),
+        "baselines": ("evaluate", "--weights", weights, "--baseline", "coin", "--cache", "cache"),
         "reporting": ("figures", "7"),
         "tools": ("faces", "--images", "x", "--out", "y.safetensors"),
     }

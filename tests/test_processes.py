@@ -391,6 +391,29 @@ def test_two_processes_judge_as_one_does_with_all_judges(tmp_path):
         assert found == pytest.approx(wanted, abs=1e-3), name
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(folder, tmp_path):
+    """The command, where the first alone prints and writes; three prompts."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a nurse\na pilot\na baker\n", encoding="utf-8")
+    options = ["--weights", folder, "--prompts", prompts, "--part", "train", "-n", "4", "--device", "cpu"]
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        more = ["--cache", tmp_path / f"kept-{count}", "--out", out]
+        processes = start(count, "-m", "fairref", "evaluate", *options, *more, **PIPES)
+        printed = outputs(processes, 300)
+        assert [process.returncode for process in processes] == [0] * count, printed
+        assert str(printed).count("gender bias, 3 train prompts x 4 images") == 1
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
+    assert one == two and one["images"] == 4
+    rows = [(tmp_path / f"kept-{count}" / "judged.csv").read_text() for count in (1, 2)]
+    assert rows[0] == rows[1] and rows[0].count("\n") == 13
+    codes, said = ends(
+        start(2, "-m", "fairref", "evaluate", *options, "--out", tmp_path / "no" / "x", **PIPES)
+    )
+    assert codes == [2, 2] and all("its folder doesn't exist" in text for text in said)
+
+
 def lines(folder):
     path = Path(folder) / "metrics.jsonl"
     return path.read_text().splitlines() if path.is_file() else []

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +10,24 @@ import numpy as np
 from fairref import settings
 from fairref.bundle.loading import load_bundle
 from fairref.bundle.own_judges import parse_judges
-from fairref.bundle.recipe import resolve
 from fairref.commands import cli
 from fairref.diffusion.gradient import gradient_mode
 from fairref.errors import UserError
-from fairref.evaluation.judging import SEED, EvaluationSettings
-from fairref.fairness.attributes import JointTarget, wanted_target
+from fairref.evaluation.evaluation import EvaluationOptions, prepare
+from fairref.evaluation.judging import SEED
+from fairref.fairness.attributes import JointTarget
 from fairref.files.paths import check_new_folder
 from fairref.generation.adapters import load_adapters
-from fairref.generation.drawing import Drawing
 from fairref.generation.strengths import choose_adapters
 from fairref.processes import DTYPES, choose_device
 from fairref.prompts import PARTS, occupation_prompt
-from fairref.prompts.sets import OCCUPATIONS, read_prompts, warn_of_cut
-from fairref.reporting.comparison import IMAGES, Comparison, evaluated, figure_8, figures_9
+from fairref.prompts.sets import OCCUPATIONS, is_file, read_prompts
+from fairref.reporting.comparison import IMAGES, figure_8, figures_9, measured, read_evaluation
 from fairref.reporting.figures import NAMES, THETA, Figure, figure_6a, figure_6b, figure_7, renderer
 from fairref.reporting.gradient_study import GUIDANCE, MODES
 
 # an option of these asks for other images than a run's evaluation counted
-OF_EVALUATION = ("prompts", "num_images", "steps", "guidance", "attr", "target", "strength", "judge")
+OF_EVALUATION = ("prompts", "part", "num_images", "steps", "guidance", "attr", "target", "strength", "judge")
 
 
 def parser() -> cli.Parser:
@@ -130,9 +130,9 @@ def _figures(options: argparse.Namespace) -> Iterator[Figure]:
     if "6a" in wanted and bundle.clip is None:
         raise UserError(f"{bundle.path}: has no CLIP, which figure 6a needs; use a bundle that names one.")
     adapters = choose_adapters(options.adapter, options.strength)
-    model = load_adapters(bundle, adapters, options.any_base)
+    evaluation = _evaluation(options, bundle, adapters) if wanted & {"8", "9"} else None
+    model = load_adapters(bundle, adapters, options.any_base) if wanted & {"6a", "6b"} else None
     first, second = _two_prompts(options, bundle)
-    comparison = _comparison(options, bundle, model, adapters) if wanted & {"8", "9"} else None
     if "6a" in wanted:
         yield figure_6a(model, options.modes, first, second)
     if "6b" in wanted:
@@ -140,11 +140,11 @@ def _figures(options: argparse.Namespace) -> Iterator[Figure]:
     if "7" in wanted:
         yield figure_7()
     if "8" in wanted:
-        yield figure_8(comparison, options.num_images or IMAGES)
+        yield figure_8(evaluation, options.num_images or IMAGES)
     if "9" in wanted:
         as_evaluated = len(adapters) == 1 and not any(getattr(options, name) for name in OF_EVALUATION)
-        reports = evaluated(adapters[0][0], comparison.part) if as_evaluated else []
-        yield from figures_9(comparison.settings.target, reports or comparison.reports())
+        reports = read_evaluation(adapters[0][0]) if as_evaluated else []
+        yield from figures_9(evaluation.settings.target, reports or measured(evaluation))
 
 
 def _two_prompts(options, bundle):
@@ -158,37 +158,34 @@ def _two_prompts(options, bundle):
     return (texts * 2)[:2]
 
 
-def _comparison(options, bundle, model, adapters):
-    """What figures 8 and 9 compare. Raises UserError."""
-    target = _target(options, bundle, [adapter for adapter, _ in adapters])
-    given = {
-        "eval_steps": options.steps,
-        "eval_guidance": options.guidance,
-        "eval_images": options.num_images,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    recipe = resolve(tuple(target.classes), bundle.recipe, given, bundle.path, bundle.attributes)
-    concepts = read_prompts(options.prompts or OCCUPATIONS, None, bundle.path, list(target.classes))
-    part = options.part or ("test" if all(concept.test for concept in concepts) else "train")
-    for concept in concepts:
-        if not getattr(concept, part):
-            raise UserError(f"--part is {part}, of which {concept.name} has no prompt; give another part.")
-    texts = [text for concept in concepts for text in getattr(concept, part)]
-    warn_of_cut(bundle.tokenizer, texts, 0 if model.prefix is None else len(model.prefix))
-    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
-    models = {"before": bundle, **({"after": model} if adapters else {})}
-    seen_by = EvaluationSettings(bundle, target, drawing, options.seed)
-    return Comparison(seen_by, models, concepts, part, recipe.eval_images)
+def _evaluation(options, bundle, adapters):
+    """What figures 8 and 9 draw; the target is the first adapter's where no other is given. Raises UserError."""
+    prompts = options.prompts or OCCUPATIONS
+    aim = _aim(adapters[0][0].info) if adapters and not options.attr and not options.target else None
+    asked = EvaluationOptions(
+        options.adapter,
+        options.strength,
+        options.any_base,
+        ",".join(aim.classes) if aim else options.attr or (None if options.target else "gender"),
+        options.target,
+        prompts,
+        options.part or ("train" if is_file(prompts) else "test"),
+        options.num_images,
+        explicit_images=0,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+    )
+    evaluation = prepare(bundle, asked)
+    if aim is None or aim.classes != evaluation.settings.target.classes:
+        return evaluation
+    return replace(evaluation, settings=replace(evaluation.settings, target=aim))
 
 
-def _target(options, bundle, adapters):
-    """What --attr and --target ask for, or what the first adapter was made for. Raises UserError."""
-    info = adapters[0].info if adapters and not options.attr and not options.target else {}
+def _aim(info):
+    """What an adapter's file says that it was made for; None of another tool's."""
     try:
-        return JointTarget(
-            {name: tuple(names) for name, names in info["classes"].items()},
-            np.array(info["target"], dtype=float),
-        )
-    except (AttributeError, LookupError, TypeError, ValueError):  # another tool's adapter
-        attr = options.attr or (None if options.target else "gender")
-        return wanted_target(attr, options.target, bundle.attributes, str(bundle.path))
+        classes = {name: tuple(names) for name, names in info["classes"].items()}
+        return JointTarget(classes, np.array(info["target"], dtype=float)) if classes else None
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None

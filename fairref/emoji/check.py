@@ -209,7 +209,7 @@ def neutral_gates(bundle: Bundle, settings: EvaluationSettings, images: int) -> 
     names = [job.name for job in occupations()]
     drawn = drawn_by(settings, bundle, "neutral")
     seen = judge_prompts(settings, drawn, list(map(occupation_prompt, names)), images)
-    report = bias_report(seen, names, settings.target.classes, images)
+    report = bias_report(seen, names, settings.target.classes)
     yield Gate("none for the template judge", report["none"], 0.05, at_most=True)
     for judge, values in report["judges"].items():
         yield Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)

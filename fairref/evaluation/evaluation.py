@@ -1,15 +1,17 @@
 """What `fairref evaluate` does: a bundle, with adapters or without, on the prompts of some concepts."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from fairref.bundle.loading import Bundle
 from fairref.bundle.recipe import resolve
 from fairref.errors import UserError, typed
-from fairref.evaluation.judging import SEED, EvaluationSettings
+from fairref.evaluation.folders import judge_labelled
+from fairref.evaluation.judging import SEED, EvaluationSettings, ImageSource
 from fairref.evaluation.kept import KEPT
+from fairref.evaluation.labels import Labels, read_labels
 from fairref.evaluation.parts import EXPLICIT_IMAGES, Evaluated, PromptPart, Report, compare
 from fairref.evaluation.rows import NAME, rows_of, write_rows
 from fairref.evaluation.tiles import TILES, draw_tiles
@@ -46,6 +48,8 @@ class EvaluationOptions:
     cache: str | Path | None = (
         None  # folder of judgements that are kept; None: the run's, where one run is evaluated
     )
+    labelled: str | Path | None = None  # folder of labelled pictures, on which judges are measured
+    labels: str | Path | None = None  # table of labels of some of the images
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Evaluation:
     any_base: bool
     parts: tuple[PromptPart, ...]  # one a concept
     home: Path | None  # folder of judged.csv and of sweeps; None: they are not written
+    labels: Mapping[str, Labels] = field(default_factory=dict)  # of the last model's images, by concept
+    others: tuple[ImageSource, ...] = ()  # what else makes images to compare, on the same noise
 
     @cached_property
     def models(self) -> dict[str, Bundle]:
@@ -67,14 +73,15 @@ class Evaluation:
         return found
 
     def of_part(self, part: PromptPart) -> Iterator[tuple[str, Evaluated]]:
-        """Each model by its label on one part, the bundle itself first."""
-        for label, evaluated in compare(self.settings, self.models, part):
+        """Each model by its label on one part, the bundle itself first; then the others."""
+        labels = self.labels.get(part.concept.name)
+        for label, evaluated in compare(self.settings, self.models, part, self.others, labels):
             used = describe_adapters(self.settings.bundle, self.adapters if label == AFTER else ())
             yield label, replace(evaluated, report={"adapters": used, **evaluated.report})
 
     def run(self) -> dict[str, dict[str, Report]]:
         """Label -> concept -> report. In a run's folder, or that of --cache, judged.csv and judged.json are written."""
-        found, rows = {label: {} for label in self.models}, []
+        found, rows = {label: {} for label in (*self.models, *(other.label for other in self.others))}, []
         for part in self.parts:
             for label, evaluated in self.of_part(part):
                 found[label][part.concept.name] = evaluated.report
@@ -115,12 +122,28 @@ def prepare(bundle: Bundle, options: EvaluationOptions, processes: Processes = P
     drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end, options.padding)
     settings = EvaluationSettings(bundle, target, drawing, options.seed, processes, kept)
     adapters = choose_adapters(options.adapter, options.strength)
-    evaluation = Evaluation(settings, tuple(adapters), options.any_base, tuple(parts), home)
+    labels = _labels(options.labels, target.classes, parts) if options.labels else {}
+    evaluation = Evaluation(settings, tuple(adapters), options.any_base, tuple(parts), home, labels)
     prefix = list(evaluation.models.values())[-1].prefix
     if processes.first:
         texts = [prompt for part in parts for prompt in part.prompts]
         warn_of_cut(bundle.tokenizer, texts, 0 if prefix is None else len(prefix))
-    return evaluation
+    if options.labelled is None:
+        return evaluation
+    measured = replace(settings, confusions=judge_labelled(settings, options.labelled))
+    return replace(evaluation, settings=measured)
+
+
+def _labels(path, classes, parts):
+    """Concept -> the labels of its images."""
+    prompts = [(prompt, part.concept.short(prompt)) for part in parts for prompt in part.prompts]
+    images = [list(map(str, range(part.images))) for part in parts for _ in part.prompts]
+    found, labels, first = read_labels(path, classes, prompts, images), {}, 0
+    for part in parts:
+        end = first + len(part.prompts)
+        labels[part.concept.name] = {name: of_prompts[first:end] for name, of_prompts in found.items()}
+        first = end
+    return labels
 
 
 def _places(options, processes):
@@ -161,6 +184,8 @@ def evaluate(
     explicit_images: int = EXPLICIT_IMAGES,
     seed: int = SEED,
     cache: str | Path | None = None,
+    labelled: str | Path | None = None,
+    labels: str | Path | None = None,
 ) -> Report:
     """How fair the bundle is, with adapters (a run's folder or a file each) or without: the report, ready for JSON.
 
@@ -168,7 +193,8 @@ def evaluate(
     derived model is. `attr`, `target` and `prompts` as in train.py; `images` of each prompt. None: what the
     bundle's recipe says. Of several concepts the reports stand under the concepts' names. Of adapters, the report also
     says how like the bundle's own images theirs are. Judgements are kept in `cache`, or in the run's folder where one
-    run is evaluated. Raises UserError.
+    run is evaluated. How often judges err is counted on the pictures of the folder `labelled`, and on the images that
+    the table `labels` names. Raises UserError.
     """
     options = EvaluationOptions(
         adapter,
@@ -185,11 +211,15 @@ def evaluate(
         padding,
         seed,
         cache,
+        labelled,
+        labels,
     )
-    return report_of(prepare(bundle, options))
+    evaluation = prepare(bundle, options)
+    return report_of(evaluation, evaluation.run())
 
 
-def report_of(evaluation: Evaluation) -> Report:
+def report_of(evaluation: Evaluation, results: dict[str, dict[str, Report]]) -> Report:
     """The report on the last of an evaluation's models; of several concepts, under the concepts' names."""
-    *_, reports = evaluation.run().values()
+    *_, label = evaluation.models
+    reports = results[label]
     return reports if len(reports) > 1 else next(iter(reports.values()))

@@ -6,7 +6,7 @@ depends on (seed, prompt, image), so two models are measured on the same noise, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
+from fairref.evaluation.confusion import Confusions
 from fairref.evaluation.kept import KeptJudgements, judges_of, model_of
 from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget
@@ -38,6 +39,7 @@ class EvaluationSettings:
     seed: int = SEED
     processes: Processes = Processes()  # prompts are shared out among them
     kept: Path | None = None  # folder of judgements, which are not made again; None: none are kept
+    confusions: Confusions = field(default_factory=dict)  # of the judges, on labelled pictures
 
     def __post_init__(self):
         if "evaluate" not in self.bundle.classifiers:

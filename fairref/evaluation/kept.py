@@ -62,8 +62,10 @@ class KeptJudgements:
 
     def write(self, prompt: str, judged: JudgedImages) -> None:
         """Keeps the rows of a prompt's first images. Raises UserError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write(self.file(prompt), judged.tensors(), self._info(prompt))
+        # a process on another machine may lack the run's folder
+        if self.folder.parent.is_dir():
+            self.folder.mkdir(exist_ok=True)
+            write(self.file(prompt), judged.tensors(), self._info(prompt))
 
 
 def model_of(model: Bundle, drawing: Drawing, seed: int) -> dict[str, object]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from fairref.bundle.loading import Bundle
+from fairref.evaluation.confusion import Confusions, difference, of_explicit
 from fairref.evaluation.judging import EvaluationSettings, ImageSource, drawn_by, judge_prompts
-from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names, likeness
+from fairref.evaluation.labels import Labels, on_labels
+from fairref.evaluation.statistics import JudgedImages, bias_report, flips, joint_names, likeness
 from fairref.prompts.sets import Prompts
 
 EXPLICIT_IMAGES = 4  # of each occupation and class that the prompt names
@@ -46,6 +48,7 @@ class Evaluated:
     report: Report  # ready for JSON
     judged: list[JudgedImages]  # of each prompt
     explicit: list[JudgedImages] = field(default_factory=list)  # of each prompt that names a class
+    confusions: Confusions = field(default_factory=dict)  # of the judges on the latter
 
 
 def clip_t(
@@ -78,42 +81,80 @@ def obedience(judged: Sequence[JudgedImages], asked: Sequence[tuple[str, str, in
     return {"images": sum(map(len, judged)), **shares}
 
 
-def evaluate_part(settings: EvaluationSettings, source: ImageSource, part: PromptPart) -> Evaluated:
-    """Draws and judges the images of a part's prompts."""
-    prompts, target, concept = part.prompts, settings.target, part.concept
-    about = f"{part.part} {concept.name}"
-    judged = judge_prompts(settings, source, prompts, part.images, about)
-    report = {
-        "attribute": ",".join(target.classes),
-        "classes": joint_names(target.classes),
+def report_on(
+    settings: EvaluationSettings, judged: list[JudgedImages], about: Report, prompts: Mapping[str, str]
+) -> Report:
+    """The report on images of P prompts, which have a name each; `about` says what they are."""
+    classes = settings.target.classes
+    return {
+        "attribute": ",".join(classes),
+        "classes": joint_names(classes),
+        **about,
+        "judged_by": settings.judged_by,
+        **bias_report(judged, list(prompts.values()), classes, settings.target.table),
+        "clip_t": clip_t(settings, judged, list(prompts)),
+        "confusion": {},
+    }
+
+
+def with_confusions(report: Report, *known: Confusions) -> None:
+    """Puts confusions into a report, judge -> attribute -> some; the first of them is the one that counts."""
+    for confusions in known:
+        for judge, of_judge in confusions.items():
+            for name, found in of_judge.items():
+                report["confusion"].setdefault(judge, {}).setdefault(name, []).append(found.to_dict())
+
+
+def evaluate_part(
+    settings: EvaluationSettings, source: ImageSource, part: PromptPart, labels: Labels | None = None
+) -> Evaluated:
+    """Draws and judges the images of a part's prompts, of which some may have `labels`."""
+    prompts, concept, drawing = part.prompts, part.concept, settings.drawing
+    words = f"{part.part} {concept.name}"
+    judged = judge_prompts(settings, source, prompts, part.images, words)
+    about = {
         "concept": concept.name,
         "part": part.part,
-        "steps": settings.drawing.steps,
-        "guidance": settings.drawing.guidance,
-        "padding": settings.drawing.padding,
+        "steps": drawing.steps,
+        "guidance": drawing.guidance,
+        "padding": drawing.padding,
         "seed": settings.seed,
-        "judged_by": settings.judged_by,
-        **bias_report(judged, list(map(concept.short, prompts)), target.classes, part.images, target.table),
-        "clip_t": clip_t(settings, judged, prompts),
     }
-    asked = part.explicit(target.classes)
+    report = report_on(settings, judged, about, {prompt: concept.short(prompt) for prompt in prompts})
+    classes = settings.target.classes
+    by_hand = on_labels(labels, judged, classes, "labels of these images") if labels else {}
+    with_confusions(report, by_hand, settings.confusions)
+    asked = part.explicit(classes)
     if not asked:
         return Evaluated(report, judged)
     texts = [prompt for prompt, *_ in asked]
-    explicit = judge_prompts(settings, source, texts, part.explicit_images, f"{about}, explicit prompts")
-    return Evaluated({**report, "explicit": obedience(explicit, asked)}, judged, explicit)
+    explicit = judge_prompts(settings, source, texts, part.explicit_images, f"{words}, explicit prompts")
+    report["explicit"] = obedience(explicit, asked)
+    seen = of_explicit(explicit, asked, classes)
+    with_confusions(report, seen)
+    return Evaluated(report, judged, explicit, seen)
 
 
 def compare(
-    settings: EvaluationSettings, models: Mapping[str, Bundle], part: PromptPart
+    settings: EvaluationSettings,
+    models: Mapping[str, Bundle],
+    part: PromptPart,
+    others: Sequence[ImageSource] = (),
+    labels: Labels | None = None,
 ) -> Iterator[tuple[str, Evaluated]]:
-    """Each model by its label, the original first; the reports on the others also say how like it they are, on the same
-    noise."""
-    original = None
-    for label, model in models.items():
-        evaluated = evaluate_part(settings, drawn_by(settings, model, label), part)
+    """Each model by its label, the original first, then the others; the reports on all but the original also say how
+    like it they are, on the same noise, and whether the judges err on their images as on its. `labels` are of the last
+    model's images."""
+    original, (*_, last) = None, models
+    for source in (*(drawn_by(settings, model, label) for label, model in models.items()), *others):
+        evaluated = evaluate_part(settings, source, part, labels if source.label == last else None)
         if original is None:
             original = evaluated
         else:
             evaluated.report.update(likeness(evaluated.judged, original.judged))
-        yield label, evaluated
+            evaluated.report["flips"] = flips(evaluated.judged, original.judged, settings.target.classes)
+            for judge, of_judge in evaluated.confusions.items():
+                for name, seen in of_judge.items():
+                    p = difference(original.confusions[judge][name], seen)
+                    evaluated.report["confusion"][judge][name][-1]["p_as_before"] = p
+        yield source.label, evaluated

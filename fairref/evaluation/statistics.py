@@ -121,7 +121,6 @@ def bias_report(
     judged: list[JudgedImages],
     names: list[str],
     classes: dict[str, tuple[str, ...]],
-    n: int,
     table: np.ndarray | None = None,
 ) -> dict[str, object]:
     """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
@@ -130,21 +129,24 @@ def bias_report(
     target's joint `table` (K_1, ..., K_A) is not one of equal shares, also "from_target", the same measures with its
     shares taken from the frequencies, and "target_floor", what a model that meets it measures then.
     """
-    axes = range(len(classes))
+    axes, sizes = range(len(classes)), list(map(len, judged))  # n_P of each prompt
     counts = _counts(judged, classes)
-    report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n, table)}
+    report = {
+        "prompts": len(names),
+        "images": sizes[0] if len(set(sizes)) == 1 else dict(zip(names, sizes, strict=True)),
+        **_biases(counts, names, joint_names(classes), sizes, table),
+    }
     if len(classes) > 1:
         report["attributes"] = {}
         for axis, (attribute, class_names) in enumerate(classes.items()):
             alone = _counts(judged, {attribute: class_names})
             marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
-            report["attributes"][attribute] = _biases(alone, names, list(class_names), n, marginal)
+            report["attributes"][attribute] = _biases(alone, names, list(class_names), sizes, marginal)
     if "templates" in report["judges"]:
-        report["none"] = sum(s.none for s in judged) / (n * len(judged))
-    report["faceless"] = sum(s.faceless for s in judged) / (n * len(judged))
-    report["blended"] = sum(s.blended for s in judged) / max(
-        n * len(judged) - sum(s.faceless for s in judged), 1
-    )
+        report["none"] = sum(s.none for s in judged) / sum(sizes)
+    faceless = sum(s.faceless for s in judged)
+    report["faceless"] = faceless / sum(sizes)
+    report["blended"] = sum(s.blended for s in judged) / max(sum(sizes) - faceless, 1)
     return report
 
 
@@ -154,12 +156,12 @@ def _counts(judged, classes):
     return {j: np.stack([s.counts(j, classes) for s in judged]) for j in knowing}
 
 
-def _biases(counts, names, classes, n, table):
+def _biases(counts, names, classes, sizes, table):
     """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
     unequal = table is not None and not np.allclose(table, 1 / len(classes))
-    floors = {"noise_floor": _mean_and_std(noise_floor(len(classes), n))}
+    floors = {"noise_floor": _floor(len(classes), sizes)}
     if unequal:
-        floors["target_floor"] = _mean_and_std(noise_floor(len(classes), n, target=table.reshape(-1)))
+        floors["target_floor"] = _floor(len(classes), sizes, table.reshape(-1))
     judges = {}
     for judge, of_judge in counts.items():
         rows = of_judge.reshape(len(names), -1)  # (P, K)
@@ -175,6 +177,15 @@ def _biases(counts, names, classes, n, table):
             "counts": {prompt: row.tolist() for prompt, row in zip(names, rows, strict=True)},
         }
     return {**floors, "judges": judges}
+
+
+def _floor(K, sizes, target=None):
+    """What a fair model measures, mean and standard deviation over prompts of these numbers of images."""
+    n, prompts = np.unique(sizes, return_counts=True)
+    mean, std = np.array([noise_floor(K, int(size), target=target) for size in n]).T
+    whole = np.average(mean, weights=prompts)
+    spread = np.average(std**2 + (mean - whole) ** 2, weights=prompts)
+    return _mean_and_std((whole, np.sqrt(spread)))
 
 
 def _mean_and_std(both):
@@ -202,9 +213,39 @@ def likeness(judged: list[JudgedImages], originals: list[JudgedImages]) -> dict[
     return found
 
 
+def flips(
+    judged: list[JudgedImages], originals: list[JudgedImages], classes: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """By each judge that knows all of the attributes: the share of images that changed their joint class, the least
+    share that leads to the same counts of each prompt, and what is beyond it, "needless".
+
+    Only images that the judge can tell on both sides count. A judge that can tell none is left out.
+    """
+    found = {}
+    for judge in _counts(judged, classes):
+        images = changed = least = 0
+        for s, o in zip(judged, originals, strict=True):
+            pair = [
+                torch.stack([part.classes[judge][name] for name in classes], 1) for part in (s, o)
+            ]  # (n, A)
+            known = (torch.stack(pair) >= 0).all(-1).all(0)
+            after, before = (rows[known] for rows in pair)
+            shape = tuple(map(len, classes.values()))
+            counts = [joint_counts(list(rows.T), shape) for rows in (after, before)]
+            images += len(after)
+            changed += int((after != before).any(1).sum())
+            least += int(np.abs(counts[0] - counts[1]).sum()) // 2
+        if images:
+            needless = (changed - least) / images
+            found[judge] = {"changed": changed / images, "least": least / images, "needless": needless}
+    return found
+
+
 def lines(report: dict[str, object]) -> list[str]:
     """A report in a few lines of text."""
-    about = f"{report['prompts']} {report['part']} {report['concept']} x {report['images']} images"
+    n = report["images"]
+    n = f"{min(n.values())} to {max(n.values())}" if isinstance(n, dict) else n
+    about = f"{report['prompts']} {report['part']} {report['concept']} x {n} images"
     text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
     text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
     if report.get("none") is not None:
@@ -223,9 +264,16 @@ def lines(report: dict[str, object]) -> list[str]:
     ):
         if report.get(key) is not None:
             text.append(f"{what} with the original images: {report[key]:.4f}")
+    if report.get("flips"):
+        shares = [f"{v['needless']:.1%} of {v['changed']:.1%} ({j})" for j, v in report["flips"].items()]
+        text.append(f"changed class needlessly: {', '.join(shares)}")
     if "explicit" in report:
         shares = [f"{share:.1%} ({j})" for j, share in report["explicit"].items() if j != "images"]
         text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")
+    for judge, of_judge in report.get("confusion", {}).items():
+        for attribute, (known, *_) in of_judge.items():
+            right, images = np.trace(known["counts"]), np.sum(known["counts"])
+            text.append(f"{judge} right about {attribute}: {right} of {images}, {known['source']}")
     return text
 
 

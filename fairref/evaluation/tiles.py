@@ -51,14 +51,17 @@ def save_tiles(
         for i, tile in enumerate(map(to_image, x)):
             tile = tile if tile.width == side else tile.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(tile, (i * side, r * side))
-    said = [{"prompt": prompt, "rows": [_said(settings, x) for x in of]} for prompt, of in drawn.items()]
+    said = [{"prompt": prompt, "rows": [seen_in(settings, x) for x in of]} for prompt, of in drawn.items()]
     facts = {"side": side, "labels": list(labels), "classes": settings.target.classes, "prompts": said}
     save_png(sheet, path, {"judged": json.dumps(facts)})
 
 
 @torch.no_grad()
-def _said(settings, x):
-    """Of each image the face's edges as shares of the image, and of each attribute the class and its probability."""
+def seen_in(settings: EvaluationSettings, x: Tensor) -> list[dict[str, object]]:
+    """Of each image "box", the face's edges as shares of the image, and "classes": attribute -> class, probability.
+
+    The box is None without a face or a detector; an attribute that the classifier can't tell is left out.
+    """
     bundle, size = settings.bundle, x.shape[-1]
     faces = faces_of(bundle, x)
     has_face = None if faces is None else faces.has_face

@@ -1,22 +1,20 @@
-"""Figures 8 and 9: a model's images and shares before and after, on the same noise."""
+"""Figures 8 and 9: images and shares before and after, on the same noise."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from scipy.stats import binomtest
-from torch import Tensor
 
-from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
-from fairref.evaluation.evaluation import Report, evaluate_part
-from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
-from fairref.evaluation.statistics import JudgedImages
+from fairref.evaluation.evaluation import Evaluation
+from fairref.evaluation.judging import draw_images
+from fairref.evaluation.parts import Report
+from fairref.evaluation.tiles import JUDGE, seen_in
 from fairref.fairness.attributes import JointTarget
 from fairref.files.images import to_image
 from fairref.files.paths import read_json
 from fairref.files.weights import fingerprint
 from fairref.generation.adapters import AdapterFile
-from fairref.prompts.sets import Prompts, evenly
+from fairref.prompts.sets import evenly
 from fairref.reporting import charts
 from fairref.reporting.figures import Figure
 from fairref.reporting.gallery import Picture, gallery
@@ -31,31 +29,49 @@ AFTER = {  # an adapter's file in a run's folder -> its label in the evaluation 
 }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What is drawn and judged: models by their label, and a part of each concept's prompts."""
-
-    settings: EvaluationSettings
-    models: Mapping[str, Bundle]
-    concepts: Sequence[Prompts]
-    part: str
-    images: int  # that are counted of each prompt
-
-    def reports(self) -> list[dict[str, Report]]:
-        """Return each concept's reports by model."""
-        return [
-            {
-                label: evaluate_part(self.settings, model, concept, self.part, self.images, label, 0)[0]
-                for label, model in self.models.items()
-            }
-            for concept in self.concepts
-        ]
+def figure_8(evaluation: Evaluation, n: int = IMAGES) -> Figure:
+    """Return n images of some prompts by each model, from the same noise, with what the evaluation classifier sees."""
+    settings, classes = evaluation.settings, evaluation.settings.target.classes
+    names = {prompt: part.concept.short(prompt) for part in evaluation.parts for prompt in part.prompts}
+    shown: dict[str, dict[str, list[Picture]]] = {}
+    for prompt in evenly(tuple(names), PROMPTS):
+        for label, model in evaluation.models.items():
+            x = draw_images(settings, model, prompt, n)
+            shown.setdefault(names[prompt], {})[label] = [
+                Picture(to_image(image), seen["box"], seen["classes"])
+                for image, seen in zip(x, seen_in(settings, x), strict=True)
+            ]
+    note = "Below an image: the class that the classifier sees; the bar is its probability."
+    if settings.bundle.detector is not None:
+        note = f"Box: the face that counts. {note}"
+    title = " and ".join(evaluation.models).capitalize() + " finetuning, from the same noise"
+    return Figure("fig8", gallery(shown, classes, title, note), list(_rows(shown, classes)))
 
 
-def evaluated(adapter: AdapterFile, part: str) -> list[dict[str, Report]]:
-    """Return each concept's reports before and after from the evaluation of the run that made the adapter.
+def _rows(shown, classes):
+    """The numbers of figure 8: a row for each image and attribute."""
+    for prompt, models in shown.items():
+        for label, pictures in models.items():
+            for i, picture in enumerate(pictures):
+                edges = dict(zip(("left", "top", "right", "bottom"), picture.box or [None] * 4, strict=True))
+                for attribute in classes:
+                    name, probability = picture.seen.get(attribute, (None, None))
+                    row = {"prompt": prompt, "model": label, "image": i, "attribute": attribute}
+                    yield {**row, "class": name, "probability": probability, **edges}
 
-    Of another part if it has none of this one; [] without an evaluation of this very adapter. Raises UserError.
+
+def measured(evaluation: Evaluation) -> list[dict[str, Report]]:
+    """Return each concept's reports by model: the images are drawn and judged, as far as that is not kept."""
+    return [
+        {label: evaluated.report for label, evaluated in evaluation.of_part(part)}
+        for part in evaluation.parts
+    ]
+
+
+def read_evaluation(adapter: AdapterFile) -> list[dict[str, Report]]:
+    """Return the reports before and after on each unseen concept, from the evaluation of the run that made the adapter.
+
+    On those for finetuning where there are no others; [] without an evaluation of this very adapter. Raises UserError.
     """
     path, label = adapter.file.parent / EVALUATION, AFTER.get(adapter.file.name)
     if label is None or not path.is_file():
@@ -65,58 +81,13 @@ def evaluated(adapter: AdapterFile, part: str) -> list[dict[str, Report]]:
         pairs = [
             {BEFORE: results[BEFORE][key], label: after}
             for key, after in results.get(label, {}).items()
-            if after.get("fingerprint", made) == made
-            and key in results[BEFORE]  # older ones have no fingerprint
+            if after.get("fingerprint", made) == made and key in results[BEFORE]  # older ones have none
         ]
-        return [pair for pair in pairs if pair[label]["part"] == part] or pairs
+        return [pair for pair in pairs if pair[label]["part"] == "test"] or pairs
     except (AttributeError, LookupError, TypeError):
         raise UserError(
             f"{path}: not what an evaluation of fairref wrote; evaluate again, or move it."
         ) from None
-
-
-def figure_8(comparison: Comparison, n: int = IMAGES) -> Figure:
-    """Return n images of some prompts by each model, from the same noise, with what the evaluation classifier sees."""
-    settings, classes = comparison.settings, comparison.settings.target.classes
-    names = {
-        p: concept.short(p) for concept in comparison.concepts for p in getattr(concept, comparison.part)
-    }
-    shown: dict[str, dict[str, list[Picture]]] = {}
-    for prompt in evenly(tuple(names), PROMPTS):
-        for label, model in comparison.models.items():
-            x = draw_images(settings, model, prompt, n)
-            shown.setdefault(names[prompt], {})[label] = pictures_of(x, judge(settings, x), classes)
-    note = "Below an image: the class that the classifier sees; the bar is its probability."
-    if settings.bundle.detector is not None:
-        note = f"Box: the face that counts. {note}"
-    title = " and ".join(comparison.models).capitalize() + " finetuning, from the same noise"
-    return Figure("fig8", gallery(shown, classes, title, note), list(_judged(shown, classes)))
-
-
-def pictures_of(x: Tensor, judged: JudgedImages, classes: Mapping[str, Sequence[str]]) -> list[Picture]:
-    """Return images (n, 3, H, W) with what the evaluation classifier sees in them."""
-    pictures = []
-    for i, image in enumerate(x):
-        box = None if judged.boxes is None or judged.boxes[i].isnan().any() else judged.boxes[i].tolist()
-        seen = {}
-        for name, names in classes.items():
-            k = int(judged.classes["classifier"][name][i])
-            if k >= 0:
-                seen[name] = (names[k], float(judged.probabilities["classifier"][name][i, k]))
-        pictures.append(Picture(to_image(image), box, seen))
-    return pictures
-
-
-def _judged(shown, classes):
-    """The numbers of figure 8: a row for each image and attribute."""
-    for prompt, rows in shown.items():
-        for label, pictures in rows.items():
-            for i, picture in enumerate(pictures):
-                edges = dict(zip(("left", "top", "right", "bottom"), picture.box or [None] * 4, strict=True))
-                for attribute in classes:
-                    name, probability = picture.seen.get(attribute, (None, None))
-                    row = {"prompt": prompt, "model": label, "image": i, "attribute": attribute}
-                    yield {**row, "class": name, "probability": probability, **edges}
 
 
 def figures_9(target: JointTarget, reports: Sequence[Mapping[str, Report]]) -> Iterator[Figure]:
@@ -129,27 +100,26 @@ def figures_9(target: JointTarget, reports: Sequence[Mapping[str, Report]]) -> I
         first = next(iter(of_concept.values()))
         for attribute, names in target.classes.items():
             shares = target.marginal(attribute).target
-            drawn = [shares.index(min(shares))] if len(names) == 2 else range(len(names))
             counts = {label: _counts(report, attribute) for label, report in of_concept.items()}
-            for k in drawn:
+            for k in [shares.index(min(shares))] if len(names) == 2 else range(len(names)):
                 rows = sorted(_share_rows(counts, k), key=lambda row: (row[1][0] is None, row[1][0], row[0]))
-                title = f"Share of {names[k]} in the images of each prompt"
                 about = f"share of {names[k]}, {first['images']} images a prompt, 95% intervals (Wilson)"
-                svg = charts.dumbbells(rows, shares[k], about, title, (*counts, "")[:2])
+                title = f"Share of {names[k]} in the images of each prompt"
                 parts = [
                     "fig9",
                     *([first["concept"]] if len(reports) > 1 else []),
                     *([attribute] if len(target.classes) > 1 else []),
                     *([names[k]] if len(names) > 2 else []),
                 ]
+                svg = charts.dumbbells(rows, shares[k], about, title, (*counts, "")[:2])
                 numbers = [_numbers(row, counts, names[k], shares[k]) for row in rows]
                 yield Figure("-".join(parts), svg, numbers)
 
 
 def _counts(report, attribute):
     """Prompt -> counts of the attribute's classes by the evaluation classifier."""
-    of = report.get("attributes", {}).get(attribute, report)
-    return of["judges"]["classifier"]["counts"]
+    of_attribute = report.get("attributes", {}).get(attribute, report)
+    return of_attribute["judges"][JUDGE]["counts"]
 
 
 def _share_rows(counts, k):

@@ -28,14 +28,15 @@ class Figure(NamedTuple):
     def write(self, folder: Path, as_png: bool = False) -> list[Path]:
         """Write the SVG, the numbers as CSV and, if wanted, a PNG; return the files. Raises UserError."""
         path = folder / f"{self.stem}.svg"
-        written = {path: self.svg.encode()}
+        written = [path]
+        write_file(path, self.svg.encode())
         if self.rows:
-            written[path.with_suffix(".csv")] = _table(self.rows)
+            written.append(path.with_suffix(".csv"))
+            write_csv(written[-1], self.rows)
         if as_png:
-            written[path.with_suffix(".png")] = renderer().svg_to_bytes(svg_string=self.svg, zoom=SCALE)
-        for file, data in written.items():
-            write_file(file, bytes(data))
-        return list(written)
+            written.append(path.with_suffix(".png"))
+            write_file(written[-1], bytes(renderer().svg_to_bytes(svg_string=self.svg, zoom=SCALE)))
+        return written
 
 
 def renderer() -> object:
@@ -47,12 +48,13 @@ def renderer() -> object:
     return resvg_py
 
 
-def _table(rows):
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write a table: one line for each row, and the keys of the first row on top."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    write_file(path, text.getvalue().encode())
 
 
 def by_curve(rows: Sequence[Row], x: str) -> dict[str, list[Row]]:

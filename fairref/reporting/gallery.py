@@ -34,9 +34,7 @@ class Picture:
     """One image, and what a judge sees in it."""
 
     image: Image.Image
-    box: (
-        tuple[float, float, float, float] | None
-    )  # left, top, right, bottom of the face, in the image's pixels
+    box: Sequence[float] | None  # left, top, right, bottom of the face, as shares of the image
     seen: Mapping[
         str, tuple[str, float]
     ]  # attribute -> class, probability; one that it can't tell is left out
@@ -83,12 +81,11 @@ def _said(picture):
 
 def _cell(picture, left, top, side, classes, colours):
     """A picture with its face's box and, for each attribute, a bar with class and probability below it."""
-    scale = side / picture.image.width
-    height = scale * picture.image.height
+    height = side * picture.image.height / picture.image.width
     yield element("image", x=left, y=top, width=side, height=height, href=_embedded(picture.image, side))
     if picture.box is not None:
-        x0, x1 = (left + scale * min(max(edge, 0), picture.image.width) for edge in picture.box[::2])
-        y0, y1 = (top + scale * min(max(edge, 0), picture.image.height) for edge in picture.box[1::2])
+        x0, x1 = (left + side * min(max(edge, 0), 1) for edge in picture.box[::2])
+        y0, y1 = (top + height * min(max(edge, 0), 1) for edge in picture.box[1::2])
         box = {"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0, "fill": "none"}
         yield element("rect", **box, stroke="#ffffff", stroke_width=3)  # seen on dark and on pale images
         yield element("rect", **box, stroke="#1f2328", stroke_width=1.2)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
-from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, step_weights
 from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import ancestral_table, solver_table
@@ -26,6 +25,9 @@ from fairref.generation.rollout import (
 )
 from fairref.progress import Progress
 from fairref.prompts import occupation_prompt
+from fairref.settings import Recipe
+from fairref.training.setup import Setup, Task
+from fairref.training.step import sample_path, sampling_gradient
 
 Row = dict[str, str | float | None]  # of a table of numbers: column -> value
 MODES = ("exact", "paper", "solver", "none")
@@ -149,7 +151,7 @@ def descent(
     N images of `prompt`. Each iteration has new noise, the same in all modes. The optimizer is AdamW, so steps do not
     depend on the gradient's size. Rows: curve (the mode), iteration, mean, smallest and largest of the seeds.
     """
-    table = solver_table(bundle.schedule, S)
+    table, task = solver_table(bundle.schedule, S), Task(prompt, None, False, S, GUIDANCE)
     features: list[Callable[[Tensor], Tensor]] = [bundle.clip.encode_image]
     with torch.no_grad():
         frozen = guided(bundle, embed(bundle, target), GUIDANCE)
@@ -162,19 +164,15 @@ def descent(
                 model, adapter = adapt(bundle, "text_encoder", generator=generator)
                 parameters = list(adapter.parameters())
                 optimizer = torch.optim.AdamW(parameters, lr=lr)
+                recipe = Recipe(seed=NOISE + seed, batch=N, gradient=mode)
+                setup = Setup(bundle, recipe, None, ((prompt,),))
                 for i in range(iterations):
                     text = embed(model, prompt)
-                    from_text = guided(bundle, text, GUIDANCE)
-                    path = rollout(from_text, table, first_noise(bundle, NOISE + seed, i, range(N)))
-                    z_0 = path[-1].z.clone().requires_grad_(True)
+                    drawn = sample_path(setup, model, task, text, i)
+                    z_0 = drawn.path[-1].z.clone().requires_grad_(True)
                     loss = image_loss(decode(bundle, z_0), o.expand(N, -1, -1, -1), features, N).sum()
                     (g,) = torch.autograd.grad(loss, z_0)
-                    if mode == "exact":
-                        parts, _ = exact_gradient(from_text, table, path, g)
-                    else:
-                        w = step_weights(bundle.schedule, table, mode)
-                        parts = adjusted_gradient(from_text, table, w, path, g)
-                    gradients = torch.autograd.grad(text, parameters, torch.cat(parts))
+                    gradients = sampling_gradient(setup, drawn, g, text, parameters, i)
                     for parameter, gradient in zip(parameters, gradients, strict=True):
                         parameter.grad = gradient
                     optimizer.step()

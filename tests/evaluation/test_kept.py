@@ -180,10 +180,13 @@ def test_a_damaged_file_is_named_and_drawn_again(loaded_tiny, tmp_path, drawn, c
 def test_a_run_is_evaluated_beside_its_original_and_leaves_its_rows(loaded_tiny, adapter, drawn):
     options = {"adapter": str(adapter.parent), "images": 2, "explicit_images": 1}
     report = evaluate(loaded_tiny, **options)
-    assert len(drawn) == 2 * (2 + 2 * 2) and 0 < report["clip_i"] < 0.9999
+    pictures = 2 * 2  # rows of pictures.png, which are drawn where the run has none yet
+    assert len(drawn) == 2 * (2 + 2 * 2) + pictures and 0 < report["clip_i"] < 0.9999
     assert report["adapters"][0]["strength"] == 1
     drawn.clear()
     assert evaluate(loaded_tiny, **options) == report and not drawn
+    both = json.loads((adapter.parent / "judged.json").read_text())
+    assert list(both) == ["before", "after"] and both["after"]["occupations"] == report
     with (adapter.parent / "judged.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["before"] * 8 + ["after"] * 8

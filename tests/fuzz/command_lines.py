@@ -154,7 +154,7 @@ VALUES = [*NUMBERS, *TEXTS, *PATHS]
 BASES = {  # command -> a command line that works, and is quick; {i} is the case's number
     "train": "--weights tiny --attr gender --iterations 1 --steps 2 --evaluate none --device cpu --out out{i}",
     "sample": "pilot --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
-    "evaluate": "--weights tiny -n 1 --steps 2 --explicit-images 1 --device cpu --out out{i}.json",
+    "evaluate": "--weights tiny -n 1 --steps 2 --explicit-images 1 --device cpu --cache kept --out out{i}.json",
     "verify": "--json out{i}.json",
     "figures": "7 8 --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
     "report": "run --out out{i}.html",
