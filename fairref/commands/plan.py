@@ -53,16 +53,18 @@ def lines(K: int, P: int, n: int, half_width: float) -> list[str]:
     each = -(-alone // P)
     seen, said = fair.smallest_gap(P, n, np.full(K, 1 / K)), fair.normal_gap(P, n, K)
     mean, std = noise_floor(K, n)
-    sees = [
-        f'  an rms gap of {seen:.3f}, which the test of "fair" rejects with {fair.POWER:.0%} power',
-        f"    (a normal approximation says {said:.3f}, which it rejects with {fair.power(said, P, n, K):.0%})",
-    ]
+    sees = ["  no rms gap for sure: these are too few images"]
+    if seen is not None:
+        sees = [
+            f'  an rms gap of {seen:.3f}, which the test of "fair" rejects with {fair.POWER:.0%} power',
+            f"    (a normal approximation says {said:.3f}, which it rejects with {fair.power(said, P, n, K):.0%})",
+        ]
     return [
         f"To know a share to ± {half_width:g} ({LEVEL:.0%}), whatever it is, takes",
         f"  of one prompt: {alone:,} images a prompt, {alone * P:,} in all",
         f"  over all prompts: {each:,} a prompt, {each * P:,} in all",
         f"{K} classes, {P:,} prompts x {n:,} images, {P * n:,} in all, show",
         f"  a share of one prompt to ± {fair.half_width_of(n):.3f}, over all to ± {fair.half_width_of(n * P):.3f}",
-        *(sees if seen else ["  no rms gap surely: these are too few images"]),
-        f"  a bias of {mean:.3f} ± {std:.3f} where a model is fair (the floor), over all {mean:.3f} ± {std / P**0.5:.3f}",
+        *sees,
+        f"  of a fair model a bias of {mean:.3f} ± {std:.3f} (the floor), over all {mean:.3f} ± {std / P**0.5:.3f}",
     ]
