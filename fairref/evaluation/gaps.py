@@ -113,9 +113,11 @@ def mean_gap(counts: np.ndarray, target: np.ndarray) -> Interval | None:
     )
 
 
-def over_prompts(values: np.ndarray) -> tuple[float, float]:
+def over_prompts(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
     """The BCa interval of a mean over prompts, values (P,)."""
     if np.ptp(values) == 0:
         return values[0], values[0]
-    rng = np.random.default_rng(0)
-    return bootstrap((values,), np.mean, method="BCa", n_resamples=RESAMPLES, rng=rng).confidence_interval
+    found = bootstrap(
+        (values,), np.mean, method="BCa", n_resamples=resamples, random_state=np.random.default_rng(0)
+    )
+    return found.confidence_interval

@@ -183,21 +183,28 @@ def corrected(
 def prediction_powered(counts: np.ndarray, labelled: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
     """Shares of generated images of which some, a random sample, are labelled: no M from elsewhere is believed.
 
-    The labelled ones in `labelled` (K, K), the others as judged in counts (K,). PPI++: of class k the judge's share of
-    all others, weighted by what it is worth, λ, and what labels and judge differ by.
+    The labelled ones in `labelled` (K, K), the others as judged in counts (K,); intervals with Z² images added.
     """
+    value, _, _ = powered_shares(counts, labelled)
+    _, low, high = powered_shares(counts, labelled + Z**2 / labelled.size)
+    ends = np.clip([value, np.minimum(low, value), np.maximum(high, value)], 0, 1)
+    return {
+        "labelled": labelled.sum(1).tolist(),
+        "share": dict(zip(classes, ends.T.tolist(), strict=True)),
+        "method": POWERED,
+    }
+
+
+def powered_shares(counts: np.ndarray, labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """PPI++: of class k the judge's share of all others, times what it is worth, and by how much labels are above that;
+    with its interval, (K,) each."""
     n, N = labelled.sum(), max(counts.sum(), 1)
     true, judged, of_others = labelled.sum(1) / n, labelled.sum(0) / n, counts / N
     covariance = labelled.diagonal() / n - true * judged
     of_all = (counts + labelled.sum(0)) / (n + N)
     spread = of_all * (1 - of_all) * (n + N) / (n + N - 1)
-    weight = np.clip(covariance / np.maximum((1 + n / N) * spread, 1e-300), 0, 1) * counts.any()
-    value = weight * of_others + true - weight * judged
-    left = true * (1 - true) + weight**2 * judged * (1 - judged) - 2 * weight * covariance
-    half = Z * np.sqrt(weight**2 * of_others * (1 - of_others) / N + left / n)
-    ends = np.clip([value, value - half, value + half], 0, 1).T
-    return {
-        "labelled": labelled.sum(1).tolist(),
-        "share": dict(zip(classes, ends.tolist(), strict=True)),
-        "method": POWERED,
-    }
+    worth = np.clip(covariance / np.maximum((1 + n / N) * spread, 1e-300), 0, 1) * counts.any()
+    value = worth * of_others + true - worth * judged
+    left = true * (1 - true) + worth**2 * judged * (1 - judged) - 2 * worth * covariance
+    half = Z * np.sqrt(worth**2 * of_others * (1 - of_others) / N + left / n)
+    return value, value - half, value + half
