@@ -109,7 +109,7 @@ def test_projection_is_the_published_one():
 
 def test_projection_minimises_its_objective_over_all_pairs(tones):
     """|P - I|^2 + lambda (mean of |P z_i - P z_j|^2), in loops and by autograd."""
-    z = F.normalize(class_states(tones), dim=2)
+    z = F.normalize(class_states(tones, 80), dim=2)
     assert z.shape == (3, 4, 32)  # K, X, d
     P, strength = projection.fit(tones, 30)["P"].requires_grad_(), 30
     pairs = [(i, j, x) for i, j in itertools.combinations(range(3), 2) for x in range(4)]
@@ -240,9 +240,20 @@ def test_fair_directions_hold_no_class_and_the_most_of_the_rest(K):
     assert float((X @ U).square().sum()) == pytest.approx(best, rel=1e-6)
 
 
+def test_directions_that_no_prompt_has_are_lost():
+    x = torch.from_numpy(
+        np.random.default_rng(0).normal(size=(2, 3, 10))
+    )  # 6 states, one direction of classes
+    U = fair_pca.fair_directions(x, 9)
+    assert U.shape == (10, 5)
+    X = x.flatten(0, 1)
+    v = fair_pca.class_directions(x)[0]
+    torch.testing.assert_close(X @ U @ U.T, X - (X @ v)[:, None] * v)
+
+
 def test_each_image_gets_the_noise_of_a_drawn_class(tones):
     fitted = fair_pca.fit(tones, 0.5)
-    x = class_states(tones)
+    x = class_states(tones, 80)
     for k, j in ((0, 1), (2, 3)):
         v = F.normalize(x[k].mean(0) - x.mean((0, 1)), dim=0)
         torch.testing.assert_close(fitted["noise"][k, j], 0.5 * (v @ x[k, j]) * v)
