@@ -24,6 +24,8 @@ OWN_LOSSES = "tests/training/test_own_losses.py"
 RESUME = "tests/training/test_resume.py"
 TRANSPORT = "tests/fairness/test_transport.py"
 STAGES = "tests/judges/test_mtcnn.py"
+KEPT = "tests/evaluation/test_kept.py"
+CONFUSIONS = "tests/evaluation/test_confusion.py"
 # and what is faulty
 GROUP = "fairref/processes.py"
 STEP = "fairref/training/step.py"
@@ -35,6 +37,9 @@ OWN_LOSS = "fairref/training/own_losses.py"
 VALIDATION = "fairref/training/validation.py"
 MTCNN = "fairref/judges/mtcnn.py"
 SOLVER = "fairref/fairness/transport.py"
+CONFUSION = "fairref/evaluation/confusion.py"
+JUDGING = "fairref/evaluation/judging.py"
+ZERO_SHOT = "fairref/bundle/zero_shot.py"
 
 BY_HAND = f"{LOOP}::test_updates_are_adamw_by_hand"
 LITERAL = f"{LOOP}::test_a_published_gradient_is_autograd_through_its_literal_algorithm"
@@ -350,6 +355,37 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "suppress(boxes, score, image, OVERLAP)",
         f"{STAGES}::test_the_first_network_goes_by_the_union_at_a_half_in_one_scale_and_seven_tenths_across",
     ),
+    # judges and their errors
+    "true and judged classes are swapped": (
+        CONFUSION,
+        "(truth[truth >= 0], judged[truth >= 0])",
+        "(judged[truth >= 0], truth[truth >= 0])",
+        f"{CONFUSIONS}::test_counts_of_true_and_judged_classes",
+    ),
+    "an image counts without the template judge's word": (
+        CONFUSION,
+        "== k, k, -1)",
+        ">= -1, k, -1)",
+        f"{CONFUSIONS}::test_explicit_prompts_count_where_the_template_judge_confirms_the_class",
+    ),
+    "a judge errs alike where its errors differ": (
+        CONFUSION,
+        "drawn >= seen - 1e-9",
+        "drawn <= seen + 1e-9",
+        f"{CONFUSIONS}::test_whether_a_judge_errs_alike_before_and_after[table0]",
+    ),
+    "CLIP's logits are cosines times the logarithm of their scale": (
+        ZERO_SHOT,
+        ".to(cosines).exp()",
+        ".to(cosines)",
+        "tests/bundle/test_zero_shot.py::test_its_logits_are_those_of_transformers",
+    ),
+    "the second judge is the first again": (
+        JUDGING,
+        "of_judge.setdefault(place, [])",
+        "of_judge.setdefault(knowing[0], [])",
+        "tests/evaluation/test_evaluate.py::test_several_classifiers_judge_as_each_does_alone",
+    ),
     # several processes
     "rows are gathered in reverse": (
         GROUP,
@@ -389,6 +425,30 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "rows[mine.start : mine.stop]",
         "rows[: len(mine)]",
         VALIDATED,
+    ),
+    "what is kept does not know how it was drawn": (
+        "fairref/evaluation/kept.py",
+        '"drawing": drawing._asdict(),',
+        '"drawing": {},',
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "what is kept does not know the adapter's strength": (
+        "fairref/generation/adapters.py",
+        "made_of = (fingerprint(adapter.tensors), float(strength))",
+        "made_of = (fingerprint(adapter.tensors), 1.0)",
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "images that are missing begin anew": (
+        "fairref/evaluation/judging.py",
+        "source.draw(prompts[p], range(there[p], n))",
+        "source.draw(prompts[p], range(n - there[p]))",
+        f"{KEPT}::test_what_is_judged_is_not_drawn_again_and_more_images_are_added",
+    ),
+    "every flip is needless": (
+        "fairref/evaluation/statistics.py",
+        "needless = (changed - least) / images",
+        "needless = changed / images",
+        "tests/evaluation/test_evaluate.py::test_flips_that_no_count_asked_for",
     ),
     "all processes draw the same images": (
         STEP,

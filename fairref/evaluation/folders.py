@@ -18,7 +18,7 @@ from fairref.evaluation.confusion import Confusions, confusions
 from fairref.evaluation.judging import EvaluationSettings, judge
 from fairref.evaluation.labels import Labels, on_labels, read_labels
 from fairref.evaluation.parts import Evaluated, Report, report_on, with_confusions
-from fairref.evaluation.statistics import JudgedImages, likeness
+from fairref.evaluation.statistics import JudgedImages, flips, likeness
 from fairref.fairness.attributes import wanted_target
 from fairref.files.datasets import read_labelled
 from fairref.files.images import read_square
@@ -121,6 +121,7 @@ def evaluate_folder(
         ]
         originals = _judged(settings, before, [[file for _, file in shared] for shared in pairs if shared])
         report |= {"pairs": sum(map(len, pairs)), **likeness(after, originals)}
+        report["flips"] = flips(after, originals, settings.target.classes)
     return Evaluated(report, judged)
 
 

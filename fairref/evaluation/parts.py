@@ -12,7 +12,7 @@ from fairref.bundle.loading import Bundle
 from fairref.evaluation.confusion import Confusions, difference, of_explicit
 from fairref.evaluation.judging import EvaluationSettings, ImageSource, drawn_by, judge_prompts
 from fairref.evaluation.labels import Labels, on_labels
-from fairref.evaluation.statistics import JudgedImages, bias_report, joint_names, likeness
+from fairref.evaluation.statistics import JudgedImages, bias_report, flips, joint_names, likeness
 from fairref.prompts.sets import Prompts
 
 EXPLICIT_IMAGES = 4  # of each occupation and class that the prompt names
@@ -152,6 +152,7 @@ def compare(
             original = evaluated
         else:
             evaluated.report.update(likeness(evaluated.judged, original.judged))
+            evaluated.report["flips"] = flips(evaluated.judged, original.judged, settings.target.classes)
             for judge, of_judge in evaluated.confusions.items():
                 for name, seen in of_judge.items():
                     p = difference(original.confusions[judge][name], seen)

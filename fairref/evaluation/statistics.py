@@ -213,6 +213,34 @@ def likeness(judged: list[JudgedImages], originals: list[JudgedImages]) -> dict[
     return found
 
 
+def flips(
+    judged: list[JudgedImages], originals: list[JudgedImages], classes: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """By each judge that knows all of the attributes: the share of images that changed their joint class, the least
+    share that leads to the same counts of each prompt, and what is beyond it, "needless".
+
+    Only images that the judge can tell on both sides count. A judge that can tell none is left out.
+    """
+    found = {}
+    for judge in _counts(judged, classes):
+        images = changed = least = 0
+        for s, o in zip(judged, originals, strict=True):
+            pair = [
+                torch.stack([part.classes[judge][name] for name in classes], 1) for part in (s, o)
+            ]  # (n, A)
+            known = (torch.stack(pair) >= 0).all(-1).all(0)
+            after, before = (rows[known] for rows in pair)
+            shape = tuple(map(len, classes.values()))
+            counts = [joint_counts(list(rows.T), shape) for rows in (after, before)]
+            images += len(after)
+            changed += int((after != before).any(1).sum())
+            least += int(np.abs(counts[0] - counts[1]).sum()) // 2
+        if images:
+            needless = (changed - least) / images
+            found[judge] = {"changed": changed / images, "least": least / images, "needless": needless}
+    return found
+
+
 def lines(report: dict[str, object]) -> list[str]:
     """A report in a few lines of text."""
     n = report["images"]
@@ -236,6 +264,9 @@ def lines(report: dict[str, object]) -> list[str]:
     ):
         if report.get(key) is not None:
             text.append(f"{what} with the original images: {report[key]:.4f}")
+    if report.get("flips"):
+        shares = [f"{v['needless']:.1%} of {v['changed']:.1%} ({j})" for j, v in report["flips"].items()]
+        text.append(f"changed class needlessly: {', '.join(shares)}")
     if "explicit" in report:
         shares = [f"{share:.1%} ({j})" for j, share in report["explicit"].items() if j != "images"]
         text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")

@@ -24,7 +24,8 @@ TRAINED = {
     "unet": "the U-Net",
     "both": "text encoder and U-Net",
 }
-GUIDANCES, STRENGTHS = "1,3,5,7.5,12", "0,.25,.5,.75,1,1.25"
+SWEEPS = {"guidance": "1,3,5,7.5,12", "strength": "0,0.25,0.5,0.75,1,1.25"}
+BASELINES = ("coin", "projection", "uce", "fair_pca")
 
 
 def made(run: Run) -> list[tuple[str, str]]:
@@ -149,31 +150,43 @@ def _shown(value):
 
 def commands(run: Run) -> dict[str, str]:
     """What makes the files that a section is made of."""
-    settings, folder = run.settings, place(run.path)
-    measure = ["fairref", "evaluate", "--adapter", folder]
+    names = list((run.settings["target"] or {"classes": {}})["classes"])
+    prompts = run.settings["prompts"]
+    concepts = prompts.split(",") if isinstance(prompts, str) else []
+    train = ["python", "train.py", "--attr", ",".join(names) or "gender"]
+    words = {
+        "evaluate": _evaluate(run, names, concepts),
+        # a sweep takes one concept, a baseline one attribute
+        **{
+            name: [*_evaluate(run, names, concepts[:1]), "--sweep", f"{name}={values}"]
+            for name, values in SWEEPS.items()
+        },
+        "baselines": [
+            *_evaluate(run, names[:1], concepts[:1]),
+            *(word for name in BASELINES for word in ("--baseline", name)),
+        ],
+        "resume": ["python", "train.py", "--resume", place(run.path)],
+        "components": [*train, "--component", "unet"],
+    }
+    return {name: short_paths(shlex.join(of)) for name, of in words.items()}
+
+
+def _evaluate(run, names, concepts):
+    """fairref evaluate of the run's adapter, on attributes and concepts; without concepts its prompts were a file."""
+    words = ["fairref", "evaluate", "--adapter", place(run.path)]
     if not is_small_world(run):
-        measure += ["--weights", place(Path(settings["weights"]))]
-    target = settings["target"] or {"classes": {}}
-    names = list(target["classes"])
+        words += ["--weights", place(Path(run.settings["weights"]))]
     if names and names != ["gender"]:
-        measure += ["--attr", ",".join(names)]
+        words += ["--attr", ",".join(names)]
     for name in names:
         shares = target_shares(run, name)
         if shares and max(shares.values()) - min(shares.values()) > 1e-9:
-            measure += ["--target", f"{name}=" + ",".join(f"{share:.4g}" for share in shares.values())]
-    if isinstance(settings["prompts"], str) and settings["prompts"] != "occupations":
-        measure += ["--prompts", settings["prompts"]]
-    train = ["python", "train.py", "--attr", ",".join(names) or "gender"]
-    words = {
-        "evaluate": measure,
-        "guidance": [*measure, "--sweep", f"guidance={GUIDANCES}"],
-        "strength": [*measure, "--sweep", f"strength={STRENGTHS}"],
-        "baselines": [*measure, "--baseline", "coin"],
-        "resume": ["python", "train.py", "--resume", folder],
-        "components": [*train, "--component", "unet"],
-        "concepts": [*train, "--prompts", "occupations,sports,style_context,descriptors"],
-    }
-    return {name: short_paths(shlex.join(of)) for name, of in words.items()}
+            words += ["--target", f"{name}=" + ",".join(f"{share:.4g}" for share in shares.values())]
+    if not concepts:
+        words += ["--prompts", "FILE", "--part", "train"]
+    elif concepts != ["occupations"]:
+        words += ["--prompts", ",".join(concepts)]
+    return words
 
 
 def place(path: Path) -> str:

@@ -141,6 +141,46 @@ def _more(values, P):
     )
 
 
+def errors_table(part: Part) -> Table | None:
+    """How often a judge is right on images whose class is known otherwise."""
+    rows = []
+    for label, report in part.reports.items():
+        for judge, attributes in report.get("confusion", {}).items():
+            for name, counted in attributes.items():
+                classes = list((of_judge(report, name, judge) or {"share": {}})["share"])
+                rows += [
+                    (
+                        f"{judge}, {label}: {short(of['source'])}",
+                        short(c),
+                        *_right(k, row, untold),
+                        *_as_before(of),
+                    )
+                    for of in counted
+                    for k, (c, row, untold) in enumerate(
+                        zip(classes, of["counts"], of["untold"], strict=False)
+                    )
+                ]
+    head = (
+        "judge, model: where the class is known from",
+        "true class",
+        "judged right",
+        "can't tell",
+        "n",
+        "p of “as before”",
+    )
+    return Table(f"How often the judges are right, {part.name}", head, rows) if rows else None
+
+
+def _right(k, row, untold):
+    n = sum(row) + untold
+    return [percent(count / n) if n else NONE for count in (sum(row[k : k + 1]), untold)] + [str(n)]
+
+
+def _as_before(of):
+    """p of the hypothesis that the judge errs as on the original's images."""
+    return [probability(of.get("p_as_before"))]
+
+
 def paired_table(part: Part) -> Table | None:
     """Before against after on the same noise: the paired test, and how many pictures changed class."""
     rows = []

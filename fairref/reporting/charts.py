@@ -213,7 +213,7 @@ def _colour(i):
 
 def _ticks(width):
     """How many ticks of an x axis there is room for."""
-    return max(2, round(width / 90))
+    return max(3, round(width / 90))
 
 
 def _room(axis):

@@ -21,6 +21,7 @@ from fairref.reporting.evaluated import (
 )
 from fairref.reporting.run_files import Run
 from fairref.reporting.tables import (
+    SLASH,
     Chart,
     Table,
     attribute_words,
@@ -46,7 +47,12 @@ def curves(run: Run) -> list[Chart]:
             run, terms, "Loss and its terms", "mean over the batch; the terms without their weights"
         ),
         _curve_chart(run, {"cost": "cost"}, "Transport cost", "how far the batch is from the target"),
-        _curve_chart(run, {"bias": "batches", "validation": "validations"}, "Bias while it learns", "bias"),
+        _curve_chart(
+            run,
+            {"bias": "batches", "validation": "validations"},
+            "Bias while it learns",
+            "bias of each batch, and of validations",
+        ),
     ]
     return [made for made in found if made]
 
@@ -159,6 +165,9 @@ def pareto_chart(run: Run) -> Chart | None:
     """Bias against likeness to the original, over the adapter's strength, and the baselines as points."""
     series, rows = {}, []
     for label, reports in run.strength["reports"].items():
+        if label == BEFORE and reports:
+            _add_points(series, rows, label, [("the original", {"clip_i": 1.0, **reports[0]})])
+            continue
         named = [
             (f"{value:g}", report) for value, report in zip(run.strength["values"], reports, strict=True)
         ]
@@ -236,10 +245,10 @@ def _way(report: Report, judges: Sequence[str]) -> list[str]:
     found = [of_judge(report, report["attribute"], judge) for judge in judges]
     flips, asked = report.get("flips", {}), report.get("explicit", {})
     return [
-        " / ".join(spread(bias(of)) for of in found),
-        " / ".join(interval(rms_gap(of, corrected=True)) for of in found),
-        " / ".join(percent(flips.get(judge, {}).get("needless")) for judge in judges),
+        SLASH.join(spread(bias(of)) for of in found),
+        SLASH.join(interval(rms_gap(of, corrected=True)) for of in found),
+        SLASH.join(percent(flips.get(judge, {}).get("needless")) for judge in judges),
         number((report.get("clip_t") or {}).get("matched"), 3),
         *(number(report.get(key), 3) for key in ("clip_i", "dino")),
-        " / ".join(percent(asked.get(judge)) for judge in judges),
+        SLASH.join(percent(asked.get(judge)) for judge in judges),
     ]

@@ -20,7 +20,7 @@ PARTS = {
     "validation": "validation",
     "train": "finetuning",
 }  # what finetuning knows of its prompts
-BEFORE = "before"
+BEFORE, BASELINE = "before", "baseline "  # a label, and how one begins
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def size(report: Report) -> str:
 
 
 def parts(evaluation: Mapping[str, Mapping[str, Report]] | None) -> list[Part]:
-    """The parts of evaluation.json; a run without a target has none."""
+    """The parts of evaluation.json; a run without a target has none. Baselines have a table of their own."""
     by_key = {}
     for label in sorted(evaluation or {}, key=lambda label: label != BEFORE):
         for key, report in evaluation[label].items():
-            if "terms" not in report:
+            if "terms" not in report and not label.startswith(BASELINE):
                 by_key.setdefault(key, {})[label] = report
     return [Part(key, reports) for key, reports in by_key.items()]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from fairref.reporting.evaluated import Part, Report, bias, floor, of_judge, prompts_name, size, view
-from fairref.reporting.tables import NONE, Table, attribute_words, number, percent, short, spread
+from fairref.reporting.tables import NONE, SLASH, Table, attribute_words, number, percent, short, spread
 
 MEASURES = (  # key of a report, what it is called, what it says
     ("clip_i", "CLIP-I", "likeness to the original's picture of the same noise; 1 is the same picture"),
@@ -82,7 +82,7 @@ def concepts_table(evaluated: Sequence[Part]) -> Table | None:
     for part in unseen:
         for label, report in part.reports.items():
             biases = [
-                " / ".join(spread(bias(of_judge(report, name, judge))) for judge in report["judges"])
+                SLASH.join(spread(bias(of_judge(report, name, judge))) for judge in report["judges"])
                 for name in part.views
             ]
             floors = "; ".join(spread(floor(view(report, name))) for name in part.views)

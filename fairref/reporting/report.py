@@ -11,7 +11,7 @@ from fairref.reporting import about, biases, course, kept, pictures, shares
 from fairref.reporting.evaluated import Part, bias, floor, of_judge, parts, view
 from fairref.reporting.run_files import FILES, Run, read_run
 from fairref.reporting.svg import STYLE
-from fairref.reporting.tables import Table, attribute_words, number, sentence, short, spread
+from fairref.reporting.tables import SLASH, Table, attribute_words, number, sentence, short, spread
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -97,6 +97,7 @@ def part_facts(run: Run, part: Part) -> dict[str, object]:
         "shares": shares.share_charts(run, part),
         "joint": shares.joint_tables(run, part),
         "more": biases.more_of_each_judge(part),
+        "errors": biases.errors_table(part),
         "paired": biases.paired_table(part),
         "kept": kept.kept_table(part),
     }
@@ -134,9 +135,9 @@ def _row(part):
     """Bias before and after, floor, and likeness after."""
     reports, name = part.pair, part.views[0]
     biases = (
-        " / ".join(spread(bias(of_judge(report, name, judge))) for judge in part.judges) for report in reports
+        SLASH.join(spread(bias(of_judge(report, name, judge))) for judge in part.judges) for report in reports
     )
     last = reports[1] or reports[0]
-    likeness = " / ".join(number(last.get(key), 3) for key in ("clip_i", "dino"))
+    likeness = SLASH.join(number(last.get(key), 3) for key in ("clip_i", "dino"))
     fit = number((last.get("clip_t") or {}).get("matched"), 3)
     return *biases, spread(floor(view(part.first, name))), fit, likeness

@@ -75,6 +75,7 @@ REPORT = {
     "paired?": {str: {"p": N, "difference": N, "low": N, "high": N}},
     "flips?": {str: {"changed": N, "least": N, "needless": N}},
     "diversity?": {str: N},
+    "confusion?": {str: {str: [{"counts": [[int]], "untold": [int], "source": str, "p_as_before?": N}]}},
 }
 TERMS = {**ABOUT, "terms": {str: N}}  # of a run without a target
 SHAPES = {

@@ -110,7 +110,7 @@ def joint_tables(run: Run, part: Part) -> list[Table]:
         targets = target_shares(run, name)
         classes = list(dict.fromkeys(c for value in found.values() for c in value["share"]))
         rows = [
-            (short(c), percent(targets.get(c)), *(percent(value["share"].get(c)) for value in found.values()))
+            (short(c), percent(targets.get(c)), *(_in_all(value, c) for value in found.values()))
             for c in classes
         ]
         head = ("class", "target", *(f"{judge}, {label}" for judge, label in found))
@@ -122,3 +122,11 @@ def joint_tables(run: Run, part: Part) -> list[Table]:
             )
         )
     return tables
+
+
+def _in_all(found, name):
+    """A class's share in all pictures, and what it is without the judge's errors, with its interval."""
+    corrected = ((found.get("corrected") or {}).get("share") or {}).get(name)
+    return percent(found["share"].get(name)) + (
+        f"; corrected {interval(corrected, percent)}" if corrected else ""
+    )

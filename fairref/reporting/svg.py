@@ -32,6 +32,7 @@ STYLE = (
     + "}"
 )
 SIZE = 12  # of text
+EXTREME = 1e100  # the largest number of an axis
 LINE = 1.35  # height of a line, in sizes
 FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
 # no XML file may hold these
@@ -188,10 +189,14 @@ def axis(
 
     It ends at ticks; with `tight`, which log has not, at the smallest and the largest value.
     """
-    values = [value for value in values if is_number(value) and (value > 0 or not log)]
+    # what is beyond any measurement stands at an end of the axis
+    values = [min(max(v, -EXTREME), EXTREME) for v in values if is_number(v) and (v > 0 or not log)]
     low, high = (min(values), max(values)) if values else (1, 10) if log else (0, 1)
     if log:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        first, last = (
+            math.floor(math.log10(max(low, 1 / EXTREME))),
+            math.ceil(math.log10(max(high, 1 / EXTREME))),
+        )
         last = max(last, first + 1)
         every = -(-(last - first) // most)
         digits = (1, 2, 5) if last - first == 1 else (1,)
@@ -199,8 +204,11 @@ def axis(
             d * 10.0**k for k in range(first, last + 1, every) for d in digits if d * 10.0**k <= 10.0**last
         ]
         return Axis(10.0**first, 10.0**last, start, end, tuple(ticks), log=True)
-    if low == high:
-        low, high = (low, high + 1) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    size = max(abs(low), abs(high))
+    if size < 1 / EXTREME:
+        low, high = 0, 1
+    elif high - low < 1e-9 * size:  # no tick could tell them apart
+        low, high = low - size / 2, high + size / 2
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

@@ -18,6 +18,7 @@ from tiny_bundle import RECIPE
 from fairref.bundle.recipe import resolve
 from fairref.commands import cli, emoji, evaluate, sample, train
 from fairref.errors import UserError
+from fairref.evaluation import judging
 from fairref.evaluation.judging import EvaluationSettings, draw_images
 from fairref.fairness.attributes import parse_targets
 from fairref.files.images import to_image
@@ -343,6 +344,26 @@ def test_baselines_are_measured_beside_the_original(weights, tmp_path, capsys):
         ([*cache, "--prompts", "sports"], "is no prompt of an occupation"),
     ):
         assert words in refused(capsys, evaluate.main, *options, "--baseline", "coin", *extra)
+
+
+def test_evaluate_is_stopped_and_refuses_what_a_sweep_has_no_use_for(weights, run_folder, tmp_path, capsys):
+    options = ["--weights", weights, "--cache", str(tmp_path / "kept"), "-n", "1", "--explicit-images", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "judge_all", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert cli.run(evaluate.main, options) == 130
+    assert f"kept in {tmp_path / 'kept'}, the same command goes on with it" in capsys.readouterr().err
+    for other, value in (("guidance", "3"), ("out", str(tmp_path / "x.json"))):
+        message = refused(capsys, evaluate.main, *options, "--sweep", "guidance=1", f"--{other}", value)
+        assert f"--{other} has no effect with --sweep guidance" in message
+    adapter = ["--adapter", str(run_folder), "--strength", "1"]
+    message = refused(capsys, evaluate.main, *options, *adapter, "--sweep", "strength=1")
+    assert "--strength has no effect with --sweep strength" in message
+    assert cli.run(evaluate.main, [*options, "--sweep", "guidance=1,2"]) == 0
+    assert f"written: {tmp_path / 'kept' / 'sweep-guidance.json'}" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert "file: can't be made" in refused(
+        capsys, evaluate.main, *options, "--cache", str(tmp_path / "file")
+    )
 
 
 def test_resume_goes_on_with_a_runs_own_settings(run_folder, weights, tmp_path, capsys):

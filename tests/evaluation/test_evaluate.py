@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from tiny_bundle import OCCUPATIONS, RECIPE, RESOLUTION
 
 from fairref.bundle.judges import save_classifier
@@ -20,7 +21,7 @@ from fairref.evaluation import before_after
 from fairref.evaluation.evaluation import evaluate
 from fairref.evaluation.judging import EvaluationSettings, draw_images, drawn_by, judge, judge_prompts
 from fairref.evaluation.parts import PromptPart, clip_t, evaluate_part, obedience
-from fairref.evaluation.statistics import JudgedImages, bias_report, likeness, lines
+from fairref.evaluation.statistics import JudgedImages, bias_report, flips, likeness, lines
 from fairref.fairness.attributes import parse_targets, wanted_target
 from fairref.fairness.faces import DetectedFaces
 from fairref.fairness.metrics import noise_floor
@@ -98,6 +99,33 @@ def test_how_much_of_the_colours_stays():
     ]
     found = likeness(one, one)  # without a neighbour nothing is known
     assert found["background"] is None and found["clothes"] is None
+
+
+def test_flips_that_no_count_asked_for():
+    """The least number is that of an assignment of the images to the counts after."""
+    rng = np.random.default_rng(0)
+    classes = {"gender": ("woman", "man"), "age": ("young", "middle", "old")}
+    before, after, wanted = [], [], np.zeros(3)
+    for _ in range(5):
+        rows = [np.stack([rng.integers(-1, len(names), 40) for names in classes.values()]) for _ in range(2)]
+        for part, drawn in zip((before, after), rows, strict=True):
+            named = dict(zip(classes, map(torch.from_numpy, drawn), strict=True))
+            part.append(JudgedImages({"classifier": named, "templates": {"gender": named["gender"]}}))
+        known = (np.stack(rows) >= 0).all((0, 1))
+        o, x = (part[0][known] * 3 + part[1][known] for part in rows)
+        cost = o[:, None] != x
+        wanted += [known.sum(), (o != x).sum(), cost[linear_sum_assignment(cost)].sum()]
+    found = flips(after, before, classes)
+    images, changed, least = wanted
+    shares = {"changed": changed / images, "least": least / images, "needless": (changed - least) / images}
+    assert found == {"classifier": pytest.approx(shares)} and 0 < shares["needless"] < shares["changed"]
+    # b = 3 from woman to man and c = 1 back: 2 min(b, c) / n
+    women, men = rows_of([6, 4]), rows_of([6, 4]).clone()
+    men[:3], men[9] = 1, 0
+    pair = [[JudgedImages({"classifier": {"gender": rows}})] for rows in (men, women)]
+    assert flips(*pair, CLASSES)["classifier"]["needless"] == pytest.approx(0.2)
+    nobody = [JudgedImages({"classifier": {"gender": rows_of([0, 0], 3)}})]
+    assert flips(nobody, nobody, CLASSES) == {}
 
 
 def test_how_far_from_a_target_that_is_not_even():

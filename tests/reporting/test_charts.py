@@ -281,10 +281,22 @@ def test_numbers_make_the_same_bytes_and_charts_without_numbers_are_drawn():
         ((-3, 41), (-10, 0, 10, 20, 30, 40, 50)),
         ((5, 5), (2, 3, 4, 5, 6, 7, 8)),
         ((1e-9, 3e-9), (1e-9, 1.5e-9, 2e-9, 2.5e-9, 3e-9)),
+        ((1, 1 + 1e-15), (0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6)),
     ],
 )
 def test_ticks_are_round_and_hold_the_values(values, ticks):
     assert svg.axis(values, 0, 100).ticks == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values", [(-1e308, 1e308), (5e-324, 1e308), (0, 5e-324), (math.inf, math.nan, None, -1)]
+)
+def test_numbers_beyond_measurement_stand_at_an_end(values, log):
+    rows = [{"x": v, "mean": v, "low": v, "high": v} for v in values]
+    root, _ = parse(charts.curves({"a": rows}, "x", "y", "t", log))
+    for path in of_series(root, 0, "path"):
+        assert np.isfinite(points(path)).all()
 
 
 def test_the_paths_are_the_products_of_B_t():

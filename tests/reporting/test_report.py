@@ -101,10 +101,11 @@ def page(runs):
 def test_it_says_what_the_files_say(page):
     text, read = page
     # the numbers of docs/results.md for this very run
-    assert read.row("judge, model", "classifier, before")[1:4] == [
+    assert read.row("judge, model", "classifier, before")[1:5] == [
         ".83\u00a0±\u00a0.17 [.81,\u00a0.85]",
         ".10\u00a0±\u00a0.08",
         ".83\u00a0[.81,\u00a0.85]",
+        ".84\u00a0[.82,\u00a0.86]",
     ]
     assert read.row("judge, model", f"templates, {AFTER}")[1].startswith(".23\u00a0±\u00a0.15")
     assert read.row("judge, prompts", "classifier, unseen occupations") == [
@@ -120,7 +121,10 @@ def test_it_says_what_the_files_say(page):
     assert read.row(
         "measure", "CLIP-I: likeness to the original's picture of the same noise; 1 is the same picture"
     )[1:] == ["–", ".942"]
-    assert read.row("guidance", "3")[0] == "3" and read.row("way, n", "coin, 50 × 60")[3] == "3.0% / –"
+    assert read.row("guidance", "3")[0] == "3" and read.row("way, n", "coin, 50 × 60")[3] == "3.0%\u00a0/ –"
+    first = read.row("judge, model: where the class is known from", "classifier, before: labelled pictures")
+    assert first[1:] == ["woman", "97.0%", "1.0%", "100", ".040"]
+    assert read.row("class", "woman")[2] == "50.2%; corrected 50.2%\u00a0[50.2%,\u00a050.2%]"
     assert "apparent gender" in text and "50 prompts × 60 images" in text
     for section in SECTIONS:
         assert f'id="run1-{section}"' in text
@@ -163,17 +167,38 @@ def test_several_runs_stand_side_by_side(runs):
     )
     row = read.row("prompts, model, n", f"unseen sports, {AFTER}, 10 prompts × 60 images")
     assert [cell[:3] for cell in row[1:4]] == [".07", ".24", ".08"]  # joint, gender, skin tone
+    assert row[-3:] == [".481", ".818", ".954"]  # CLIP-T, CLIP-I, DINO of docs/results.md
     assert "it has no intervals" in text  # of the older evaluations
 
 
+def test_of_unequal_shares_the_distance_from_them_counts(tmp_path):
+    """As the paper's run for age: 25 % old, whose share is what the chart shows."""
+    text, read = page_of(write_run(tmp_path / "age", "gender-skin_tone-age.json", new=False, prompts=3))
+    tables = {table[1][2]: table for table in read.tables if table[0][0] == "judge, model"}  # by their floor
+    assert tables[".09\u00a0±\u00a0.07"][2][:3] == [
+        f"classifier, {AFTER}",
+        ".11\u00a0±\u00a0.08",
+        ".09\u00a0±\u00a0.07",
+    ]
+    assert "Apparent age: distance from the target" in text and "Apparent gender: bias" in text
+    assert "Share of old (apparent age)" in text and "target 25%" in text and "Share of young" not in text
+    assert read.row("class", "old")[1] == "25.0%" and read.row("class", "woman, dark, old")[1] == "3.1%"
+    assert "age: 75.0% young, 25.0% old" in text
+
+
 def test_what_is_missing_names_its_command(tmp_path):
-    write(tmp_path / "settings.json", report_runs.settings(["age"]) | {"weights": "/somewhere/sd15"})
+    made = {"weights": "/somewhere/sd15", "command": "python train.py --attr age --weights /somewhere/sd15"}
+    write(tmp_path / "settings.json", report_runs.settings(["age"]) | made)
     text, read = page_of(tmp_path)
     missing = [a for a in read.all("p") if a.get("class") == "missing"]
     assert len(missing) == len(SECTIONS) - 1
-    command = f"fairref evaluate --adapter {tmp_path.name} --weights sd15 --attr age"
-    assert command in text and f"{command} --sweep strength=0,.25,.5,.75,1,1.25" in text
-    assert "/somewhere" not in text and str(tmp_path) not in text
+    command = f"fairref evaluate --adapter {tmp_path.name} --weights sd15 --attr age --target age=0.75,0.25"
+    assert command in text and f"{command} --sweep strength=0,0.25,0.5,0.75,1,1.25" in text
+    assert (
+        "python train.py --attr age --weights sd15<" in text
+        and "/somewhere" not in text
+        and str(tmp_path) not in text
+    )
 
 
 def test_an_older_or_unusual_evaluation_makes_a_page(tmp_path):
@@ -184,7 +209,10 @@ def test_an_older_or_unusual_evaluation_makes_a_page(tmp_path):
         judges["templates"] |= {"mean": None, "std": None}
         judges["templates"]["counts"] = {prompt: [0, 0] for prompt in judges["templates"]["counts"]}
     write(folder / "evaluation.json", {AFTER: evaluation[AFTER]})
-    text, _ = page_of(folder)
+    text, read = page_of(folder)
+    women, men = evaluation[AFTER]["test"]["judges"]["classifier"]["counts"]["toolmaker"]
+    share = round(100 * women / (women + men))
+    assert read.row("prompt", "toolmaker")[1:] == [f"{share}%, n = 60", "–"] and share < 50
     assert "it has no intervals" in text
     terms = {
         "concept": "occupations",
@@ -242,6 +270,7 @@ JUDGE = ("before", "test", "judges", "classifier")
         ("evaluation.json", (*JUDGE, "counts", "*", [-1, 3])),
         ("evaluation.json", (*JUDGE, "counts", "*", "many")),
         ("evaluation.json", (*JUDGE, "share", [])),
+        ("evaluation.json", ("before", "test", "confusion", "classifier", "gender", [{"counts": [1]}])),
         ("evaluation.json", (*JUDGE, "sure", "fair", None)),
         ("evaluation.json", (*JUDGE, "sure", "prompts", "*", "share", "*", [1, 2])),
         ("evaluation.json", ("before", "test", "noise_floor", {})),
