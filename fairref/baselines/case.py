@@ -22,7 +22,7 @@ from fairref.nets.clip import end_positions
 from fairref.prompts import TEMPLATE
 from fairref.prompts.sets import OCCUPATIONS, PLACE, Prompts, evenly, read_prompts
 
-PAIRED = 80  # occupations whose explicit prompts projection and fair_pca are fitted on
+TEXTS = 64  # that are encoded at once
 Edit = Callable[[Tensor, list[int]], Tensor]  # c (1, T, d), images -> (1, T, d), or (n, T, d), one an image
 
 
@@ -74,16 +74,17 @@ class Case:
 @torch.no_grad()
 def states(case: Case, texts: Sequence[str], back: int = 0) -> Tensor:
     """(n, d) float64: the text encoder's state at each text's EOS, or so many tokens before it."""
-    encoder, tokenizer = case.bundle.text_encoder, case.bundle.tokenizer
-    ids = tokenizer(list(texts))
-    ends = end_positions(ids, tokenizer.eos) - back  # (n,)
-    h = encoder(ids.to(case.bundle.device))  # (n, T, d)
-    return h[torch.arange(len(ids)), ends].cpu().double()
+    encoder, tokenizer, found = case.bundle.text_encoder, case.bundle.tokenizer, []
+    for ids in tokenizer(list(texts)).split(TEXTS):
+        ends = end_positions(ids, tokenizer.eos) - back
+        h = encoder(ids.to(case.bundle.device))  # (TEXTS, T, d)
+        found.append(h[torch.arange(len(ids)), ends].cpu().double())
+    return torch.cat(found)
 
 
-def class_states(case: Case) -> Tensor:
-    """(K, X, d) float64: the EOS states of the explicit prompts of PAIRED finetuning occupations."""
-    known = [case.occupations.short(prompt) for prompt in evenly(case.occupations.train, PAIRED)]
+def class_states(case: Case, most: int) -> Tensor:
+    """(K, X, d) float64: the EOS states of the explicit prompts of at most so many finetuning occupations."""
+    known = [case.occupations.short(prompt) for prompt in evenly(case.occupations.train, most)]
     prompts = [case.explicit(occupation) for occupation in known]
     return torch.stack([states(case, of_class) for of_class in zip(*prompts, strict=True)])
 

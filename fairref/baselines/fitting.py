@@ -54,7 +54,7 @@ def _made_of(case, chosen):
     bundle, judges = case.bundle, case.bundle.own_judges.get("finetune", ())
     return {
         "format": FORMAT,
-        "baseline": chosen.name if own is None else [own.name, own.sha256],
+        "baseline": chosen.name.partition(":")[0] if own is None else [own.name, own.sha256],
         "number": chosen.number,
         "attribute": [case.attribute.name, case.attribute.classes, case.attribute.target],
         "model": model_of(bundle, case.settings.drawing, case.settings.seed),

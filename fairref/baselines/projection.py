@@ -15,10 +15,12 @@ from torch import Tensor
 
 from fairref.baselines.case import Case, apply, class_states, draw_edited
 
+OCCUPATIONS = 80  # as many as there
+
 
 def fit(case: Case, strength: float) -> dict[str, Tensor]:
     """P (d, d) of lambda = `strength`."""
-    return {"P": projection(F.normalize(class_states(case), dim=2), strength)}
+    return {"P": projection(F.normalize(class_states(case, OCCUPATIONS), dim=2), strength)}
 
 
 def projection(z: Tensor, strength: float) -> Tensor:

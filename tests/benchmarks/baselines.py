@@ -36,7 +36,11 @@ from fairref.files.paths import write_json
 from fairref.generation.adapters import load_adapter
 from fairref.processes import choose_device
 
-NUMBERS = {"projection": (100, 500, 2_000, 10_000), "uce": (0.1, 0.5, 2), "fair_pca": (0.1, 0.36, 0.6, 1)}
+NUMBERS = {
+    "projection": (100, 500, 2_000, 10_000, 50_000),
+    "uce": (0.1, 0.5, 2),
+    "fair_pca": (0.36, 1, 2, 4),
+}
 IMAGES = 60  # of each prompt
 MOST_NONE = 0.05  # how many more pictures than the original's may show nobody, or a class that can't be told
 HEADER = (
