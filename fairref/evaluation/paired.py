@@ -1,12 +1,14 @@
 """A model beside the original, on the same prompts and noise (docs/method.md §8). P prompts, K classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.spatial.distance import pdist
 from scipy.stats import permutation_test, ttest_1samp
 
 from fairref.evaluation.gaps import LEVEL, squared_gaps
+from fairref.evaluation.statistics import JudgedImages, counts_by_judge
+from fairref.fairness.attributes import JointTarget
 
 MIN_PAIRS = 10  # prompts, for an interval; with fewer it is too short
 METHOD = "p: permutation test of before and after within prompts; Student's t over prompts: other prompts, other images"
@@ -37,25 +39,6 @@ def paired(before: np.ndarray, after: np.ndarray, target: np.ndarray) -> dict[st
     return {**found, "method": METHOD}
 
 
-def flips(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> dict[str, float] | None:
-    """Shares of images that changed class, that had to for the counts after, and that did so for nothing.
-
-    Of each prompt the classes (n,) before and after, from the same noise; images that the judge leaves out (-1) once
-    don't count. None without an image.
-    """
-    changed = least = images = 0
-    for b, a in zip(before, after, strict=True):
-        told = (b >= 0) & (a >= 0)
-        b, a = b[told], a[told]
-        K = max(b.max(initial=0), a.max(initial=0)) + 1
-        changed += int((a != b).sum())
-        least += int(np.maximum(np.bincount(a, minlength=K) - np.bincount(b, minlength=K), 0).sum())
-        images += len(b)
-    if not images:
-        return None
-    return {"changed": changed / images, "least": least / images, "needless": (changed - least) / images}
-
-
 def diversity(features: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -> float | None:
     """1 - cosine, mean over all pairs of images of one prompt and one class: how little they are alike.
 
@@ -68,3 +51,28 @@ def diversity(features: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -> 
     ]
     together = np.concatenate([np.zeros(0), *distances])
     return float(together.mean()) if len(together) else None
+
+
+def paired_by_judge(
+    judged: Sequence[JudgedImages], originals: Sequence[JudgedImages], target: JointTarget
+) -> dict[str, dict[str, object] | None]:
+    """The paired test of the joint classes, by each judge that knows all attributes."""
+    after, before = (counts_by_judge(part, target.classes) for part in (judged, originals))
+    P = len(judged)
+    return {
+        judge: paired(before[judge].reshape(P, -1), counts.reshape(P, -1), target.table.reshape(-1))
+        for judge, counts in after.items()
+    }
+
+
+def diversities(
+    judged: Sequence[JudgedImages], classes: Mapping[str, Sequence[str]]
+) -> dict[str, float | None]:
+    """The diversity of CLIP's and DINO's features within a joint class, as the first judge sees it."""
+    judge = next(iter(counts_by_judge(judged, classes)))
+    rows = [np.stack([np.asarray(s.classes[judge][name]) for name in classes]) for s in judged]  # (A, n)
+    shape = tuple(map(len, classes.values()))
+    joint = [np.where((r >= 0).all(0), np.ravel_multi_index(tuple(r.clip(0)), shape), -1) for r in rows]
+    return {
+        name: diversity([np.asarray(s.features[name]) for s in judged], joint) for name in judged[0].features
+    }
