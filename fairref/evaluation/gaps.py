@@ -16,9 +16,7 @@ LEVEL = 0.95  # of every interval and bound
 Z, Z_ONE_SIDED = norm.ppf((1 + LEVEL) / 2), norm.ppf(LEVEL)
 MIN_PROMPTS = 30  # of a bootstrap over prompts
 RESAMPLES = 9999
-FAIR_WEIGHT = (
-    3.0  # standard deviations of a fair model's squared gap, up to which its variance is a fair model's
-)
+FAIR_WEIGHT = 3.0  # of a fair model's variance, in standard deviations of its squared gap
 IMAGES_ALONE = "score interval: other images of these prompts"
 PROMPTS_TOO = "BCa bootstrap over prompts: other prompts of this kind, and other images"
 Interval = dict[str, object]  # "value", "low", "high", "method"
@@ -108,16 +106,15 @@ def mean_gap(counts: np.ndarray, target: np.ndarray) -> Interval | None:
     Of counts (P, K); None with fewer than 30 prompts.
     """
     values = bias(counts[counts.sum(-1) > 0], target)
-    return (
-        None if len(values) < MIN_PROMPTS else as_interval(values.mean(), *over_prompts(values), PROMPTS_TOO)
-    )
+    if len(values) < MIN_PROMPTS:
+        return None
+    return as_interval(values.mean(), *over_prompts(values), PROMPTS_TOO)
 
 
 def over_prompts(values: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
     """The BCa interval of a mean over prompts, values (P,)."""
     if np.ptp(values) == 0:
         return values[0], values[0]
-    found = bootstrap(
-        (values,), np.mean, method="BCa", n_resamples=resamples, random_state=np.random.default_rng(0)
-    )
+    rng = np.random.default_rng(0)
+    found = bootstrap((values,), np.mean, method="BCa", n_resamples=resamples, random_state=rng)
     return found.confidence_interval

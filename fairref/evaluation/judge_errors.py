@@ -120,12 +120,14 @@ def corrected_gap(counts: np.ndarray, labelled: np.ndarray, target: np.ndarray) 
     slope = np.einsum("...pi,...pk->...ik", shares - target, shares) / P - mean_noise  # mean of (p - t) pᵀ
     alone = scale**2 * 2 * (second**2 * overlap).sum((-1, -2))
     along = scale**2 * 4 * np.einsum("...ik,...kij,...jk->...", slope, column, slope)
+    # the images' noise times M's is in gap.with_gap and in `along`
+    both = scale**2 * 4 * np.einsum("...pk,...pij,...kij->...", shares**2, noise, column) / P**2
     at_target = np.outer(target, target)
     return replace(
         gap,
         value=gap.value - scale * np.einsum("...kk,...k->...", second, trace),
         alone=gap.alone + alone,
-        with_gap=gap.with_gap + along - 2 * alone,
+        with_gap=gap.with_gap + along - 2 * alone - both,
         fair_alone=gap.fair_alone + scale**2 * 2 * (at_target**2 * overlap).sum((-1, -2)),
         fair_slope=gap.fair_slope + scale * 4 * (target**2 * trace).sum(-1) / (K - 1),
     )

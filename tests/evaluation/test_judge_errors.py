@@ -131,7 +131,7 @@ def test_near_the_target_the_corrected_gap_scatters_by_what_a_fair_model_does():
         shares = np.tile(target + 0.03 * lean, (2, 1))
         moved = corrected_gap(10**7 * shares @ M.T, 10**4 * LABELLED, target)
         added.append(moved.with_gap / moved.value)
-        assert moved.value == pytest.approx(squared_gaps(1e9 * shares, target).mean(), rel=1e-4)
+        assert moved.value == pytest.approx(squared_gaps(1e9 * shares, target).mean(), rel=1e-3)
     assert moved.fair_slope == pytest.approx(np.mean(added), rel=0.03)
 
 
