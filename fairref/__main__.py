@@ -10,6 +10,7 @@ COMMANDS = {
     "sample": "draw images of a prompt (sample.py is the same)",
     "evaluate": "measure how fair, and how faithful, a model's images are",
     "report": "show what runs measured on one page",
+    "plan": "say how many images an evaluation needs, and what it can see",
     "verify": "check every equation of the method",
     "figures": "draw the paper's figures: gradients, images and shares before and after",
     "bundle": "say what a folder of weights has and lacks",

@@ -16,8 +16,9 @@ from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
 from fairref.evaluation.confusion import Confusions, confusions
 from fairref.evaluation.judging import EvaluationSettings, judge
-from fairref.evaluation.labels import Labels, on_labels, read_labels
-from fairref.evaluation.parts import Evaluated, Report, report_on, with_confusions
+from fairref.evaluation.labels import BY_HAND, Labels, on_labels, read_labels
+from fairref.evaluation.paired import paired_by_judge
+from fairref.evaluation.parts import Evaluated, Report, correct, report_on, with_confusions
 from fairref.evaluation.statistics import JudgedImages, flips, likeness
 from fairref.fairness.attributes import wanted_target
 from fairref.files.datasets import read_labelled
@@ -108,8 +109,9 @@ def evaluate_folder(
     about |= dict.fromkeys(("steps", "guidance", "padding", "seed"))  # unknown
     report = report_on(settings, judged, about, folder.names)
     classes = settings.target.classes
-    by_hand = on_labels(labels, judged, classes, "labels of these images") if labels else {}
+    by_hand = on_labels(labels, judged, classes, BY_HAND) if labels else {}
     with_confusions(report, by_hand, settings.confusions)
+    correct(report, settings.target)
     if before is not None:
         pairs = _pairs(folder, before)
         after = [
@@ -121,6 +123,7 @@ def evaluate_folder(
         ]
         originals = _judged(settings, before, [[file for _, file in shared] for shared in pairs if shared])
         report |= {"pairs": sum(map(len, pairs)), **likeness(after, originals)}
+        report["paired"] = paired_by_judge(after, originals, settings.target)
         report["flips"] = flips(after, originals, settings.target.classes)
     return Evaluated(report, judged)
 

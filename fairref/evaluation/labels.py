@@ -16,6 +16,7 @@ from fairref.evaluation.statistics import JudgedImages
 from fairref.files.datasets import class_index, read_table
 from fairref.files.paths import expanded
 
+BY_HAND = "labels of these images"
 Labels = dict[str, list[np.ndarray]]  # attribute -> of each of P prompts (n_P,) class indices, -1: no label
 
 

@@ -6,13 +6,17 @@ P prompts, n images of each.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from fairref.bundle.loading import Bundle
 from fairref.evaluation.confusion import Confusions, difference, of_explicit
+from fairref.evaluation.judge_errors import corrected, prediction_powered
 from fairref.evaluation.judging import EvaluationSettings, ImageSource, drawn_by, judge_prompts
-from fairref.evaluation.labels import Labels, on_labels
+from fairref.evaluation.labels import BY_HAND, Labels, on_labels
+from fairref.evaluation.paired import diversities, paired_by_judge
 from fairref.evaluation.statistics import JudgedImages, bias_report, flips, joint_names, likeness
+from fairref.fairness.attributes import JointTarget
 from fairref.prompts.sets import Prompts
 
 EXPLICIT_IMAGES = 4  # of each occupation and class that the prompt names
@@ -93,6 +97,7 @@ def report_on(
         "judged_by": settings.judged_by,
         **bias_report(judged, list(prompts.values()), classes, settings.target.table),
         "clip_t": clip_t(settings, judged, list(prompts)),
+        "diversity": diversities(judged, classes),
         "confusion": {},
     }
 
@@ -103,6 +108,25 @@ def with_confusions(report: Report, *known: Confusions) -> None:
         for judge, of_judge in confusions.items():
             for name, found in of_judge.items():
                 report["confusion"].setdefault(judge, {}).setdefault(name, []).append(found.to_dict())
+
+
+def correct(report: Report, target: JointTarget) -> None:
+    """Puts beside each judge's counts of an attribute what they are without its errors, where its confusion is known.
+
+    Of images that are labelled by hand, the shares are prediction-powered: these labels are a sample of the images.
+    """
+    for name, classes in target.classes.items():
+        view = report["attributes"][name] if len(target.classes) > 1 else report
+        shares = np.array(target.marginal(name).target)
+        for judge, of_judge in view["judges"].items():
+            known, *_ = report["confusion"].get(judge, {}).get(name, [None])
+            if known is None:
+                continue
+            counts, labelled = np.array(list(of_judge["counts"].values())), np.array(known["counts"])
+            of_judge["corrected"] = corrected(counts, labelled, known["source"], classes, shares)
+            if known["source"] == BY_HAND and of_judge["corrected"]:
+                others = counts.sum(0) - labelled.sum(0)
+                of_judge["corrected"] |= prediction_powered(others, labelled, classes)
 
 
 def evaluate_part(
@@ -122,16 +146,18 @@ def evaluate_part(
     }
     report = report_on(settings, judged, about, {prompt: concept.short(prompt) for prompt in prompts})
     classes = settings.target.classes
-    by_hand = on_labels(labels, judged, classes, "labels of these images") if labels else {}
+    by_hand = on_labels(labels, judged, classes, BY_HAND) if labels else {}
     with_confusions(report, by_hand, settings.confusions)
     asked = part.explicit(classes)
     if not asked:
+        correct(report, settings.target)
         return Evaluated(report, judged)
     texts = [prompt for prompt, *_ in asked]
     explicit = judge_prompts(settings, source, texts, part.explicit_images, f"{words}, explicit prompts")
     report["explicit"] = obedience(explicit, asked)
     seen = of_explicit(explicit, asked, classes)
     with_confusions(report, seen)
+    correct(report, settings.target)
     return Evaluated(report, judged, explicit, seen)
 
 
@@ -152,6 +178,7 @@ def compare(
             original = evaluated
         else:
             evaluated.report.update(likeness(evaluated.judged, original.judged))
+            evaluated.report["paired"] = paired_by_judge(evaluated.judged, original.judged, settings.target)
             evaluated.report["flips"] = flips(evaluated.judged, original.judged, settings.target.classes)
             for judge, of_judge in evaluated.confusions.items():
                 for name, seen in of_judge.items():

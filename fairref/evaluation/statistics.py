@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairref.evaluation.certainty import certainty
 from fairref.fairness.metrics import BLEND, bias, joint_counts, mean_cosine, noise_floor
 
 JUDGES = ("classifier", "templates")
@@ -123,14 +124,15 @@ def bias_report(
     classes: dict[str, tuple[str, ...]],
     table: np.ndarray | None = None,
 ) -> dict[str, object]:
-    """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
+    """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor;
+    and how sure that is.
 
     Of several attributes, also of each alone, under "attributes", with the judges that don't know the others. Where the
     target's joint `table` (K_1, ..., K_A) is not one of equal shares, also "from_target", the same measures with its
     shares taken from the frequencies, and "target_floor", what a model that meets it measures then.
     """
     axes, sizes = range(len(classes)), list(map(len, judged))  # n_P of each prompt
-    counts = _counts(judged, classes)
+    counts = counts_by_judge(judged, classes)
     report = {
         "prompts": len(names),
         "images": sizes[0] if len(set(sizes)) == 1 else dict(zip(names, sizes, strict=True)),
@@ -139,7 +141,7 @@ def bias_report(
     if len(classes) > 1:
         report["attributes"] = {}
         for axis, (attribute, class_names) in enumerate(classes.items()):
-            alone = _counts(judged, {attribute: class_names})
+            alone = counts_by_judge(judged, {attribute: class_names})
             marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
             report["attributes"][attribute] = _biases(alone, names, list(class_names), sizes, marginal)
     if "templates" in report["judges"]:
@@ -150,7 +152,9 @@ def bias_report(
     return report
 
 
-def _counts(judged, classes):
+def counts_by_judge(
+    judged: Sequence[JudgedImages], classes: Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
     """Of each judge that knows all of these attributes, (P, K_1, ..., K_A) images."""
     knowing = [j for j, known in judged[0].classes.items() if set(classes) <= set(known)]
     return {j: np.stack([s.counts(j, classes) for s in judged]) for j in knowing}
@@ -162,6 +166,7 @@ def _biases(counts, names, classes, sizes, table):
     floors = {"noise_floor": _floor(len(classes), sizes)}
     if unequal:
         floors["target_floor"] = _floor(len(classes), sizes, table.reshape(-1))
+    target = table.reshape(-1) if unequal else None
     judges = {}
     for judge, of_judge in counts.items():
         rows = of_judge.reshape(len(names), -1)  # (P, K)
@@ -175,6 +180,7 @@ def _biases(counts, names, classes, sizes, table):
             **({"from_target": _mean_and_std((far.mean(), far.std()))} if unequal else {}),
             "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist(), strict=True)),
             "counts": {prompt: row.tolist() for prompt, row in zip(names, rows, strict=True)},
+            "sure": certainty(rows, sizes - rows.sum(1), names, classes, target),
         }
     return {**floors, "judges": judges}
 
@@ -222,7 +228,7 @@ def flips(
     Only images that the judge can tell on both sides count. A judge that can tell none is left out.
     """
     found = {}
-    for judge in _counts(judged, classes):
+    for judge in counts_by_judge(judged, classes):
         images = changed = least = 0
         for s, o in zip(judged, originals, strict=True):
             pair = [
@@ -248,6 +254,8 @@ def lines(report: dict[str, object]) -> list[str]:
     about = f"{report['prompts']} {report['part']} {report['concept']} x {n} images"
     text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
     text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
+    views = {report["attribute"]: report, **report.get("attributes", {})}
+    text += [line for name, view in views.items() for line in _said_of_rms(name, view["judges"])]
     if report.get("none") is not None:
         text.append(f"left out by the template judge: {report['none']:.1%}")
     if report["faceless"]:
@@ -290,6 +298,22 @@ def _said(biases):
     said = [f"{_spread(v) if v['mean'] is not None else 'none'} ({name})" for name, v in far.items()]
     floor = _spread(biases["target_floor"])
     return f"{text}; from the target: {', '.join(said)}; a model that meets it measures {floor}"
+
+
+def _said_of_rms(name, judges):
+    """The gap without the images' noise, raw and corrected, by each judge; what it is fair within."""
+    found = []
+    for judge, values in judges.items():
+        sure, fixed = values.get("sure"), values.get("corrected")
+        if sure and sure["rms_gap"]:
+            within = "" if sure["fair"]["upper"] is None else f", fair within {sure['fair']['upper']:.3f}"
+            right = f", corrected {_interval(fixed['rms_gap'])}" if fixed and fixed["rms_gap"] else ""
+            found.append(f"{_interval(sure['rms_gap'])}{right}{within} ({judge})")
+    return [f"{name} rms gap without the images' noise: {', '.join(found)}"] if found else []
+
+
+def _interval(v):
+    return f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
 
 
 def _spread(v):

@@ -123,6 +123,7 @@ def more_of_each_judge(part: Part) -> Table | None:
         "worst class: share",
         "bounds of the bias",
         "smallest gap seen",
+        "intervals",
     )
     return Table(f"Each judge in more detail, {part.name}, {part.size}", head, rows) if rows else None
 
@@ -138,7 +139,13 @@ def _more(values, P):
         else NONE,
         f"{number(bounds['low'])} to {number(bounds['high'])}" if bounds else NONE,
         number(values.get("smallest_gap_seen")),
+        "; ".join(f"{what}: {short(of['method'])}" for what, of in _gaps(values) if of and "method" in of)
+        or NONE,
     )
+
+
+def _gaps(values):
+    return ("rms gap", values.get("rms_gap")), ("bias", values.get("mean_gap"))
 
 
 def errors_table(part: Part) -> Table | None:
@@ -181,22 +188,33 @@ def _as_before(of):
     return [probability(of.get("p_as_before"))]
 
 
+def corrections_table(part: Part) -> Table | None:
+    """What the corrected numbers are corrected with."""
+    rows = []
+    for name in part.views:
+        for judge in part.judges:
+            for label, report in part.reports.items():
+                corrected = (of_judge(report, name, judge) or {}).get("corrected") or {}
+                if "source" in corrected or "method" in corrected:
+                    n = ", ".join(number(n, 0) for n in corrected.get("labelled", [])) or NONE
+                    about = (short(corrected.get(key, NONE)) for key in ("source", "method"))
+                    rows.append((f"{attribute_words(name)}, {judge}, {label}", n, *about))
+    head = ("judge, model", "labelled images of each class", "labelled by", "intervals")
+    return Table(f"What corrected numbers are corrected with, {part.name}", head, rows) if rows else None
+
+
 def paired_table(part: Part) -> Table | None:
     """Before against after on the same noise: the paired test, and how many pictures changed class."""
     rows = []
     for label, report in part.reports.items():
         for judge in {**report.get("paired", {}), **report.get("flips", {})}:
-            paired, flips = report.get("paired", {}).get(judge), report.get("flips", {}).get(judge, {})
-            difference = (
-                (None, None, None)
-                if paired is None
-                else (paired["difference"], paired["low"], paired["high"])
-            )
+            paired, flips = (report.get(key, {}).get(judge) or {} for key in ("paired", "flips"))
+            difference = tuple(paired.get(key) for key in ("difference", "low", "high"))
             rows.append(
                 (
                     f"{judge}, {label}",
                     interval(difference),
-                    probability(paired["p"] if paired else None),
+                    probability(paired.get("p")),
                     *(percent(flips.get(key)) for key in ("changed", "least", "needless")),
                 )
             )

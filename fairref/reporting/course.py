@@ -247,7 +247,7 @@ def _way(report: Report, judges: Sequence[str]) -> list[str]:
     return [
         SLASH.join(spread(bias(of)) for of in found),
         SLASH.join(interval(rms_gap(of, corrected=True)) for of in found),
-        SLASH.join(percent(flips.get(judge, {}).get("needless")) for judge in judges),
+        SLASH.join(percent((flips.get(judge) or {}).get("needless")) for judge in judges),
         number((report.get("clip_t") or {}).get("matched"), 3),
         *(number(report.get(key), 3) for key in ("clip_i", "dino")),
         SLASH.join(percent(asked.get(judge)) for judge in judges),

@@ -106,10 +106,9 @@ def bias(found: Mapping[str, object] | None) -> Mapping[str, float | None]:
 
 
 def mean_gap(found: Mapping[str, object] | None) -> Interval:
-    """The bias with its interval, as far as it is known; the interval is that of the bias, not of another target."""
-    value = bias(found)["mean"]
-    gap = sure(found).get("mean_gap")
-    return (value, gap["low"], gap["high"]) if gap and "from_target" not in found else (value, None, None)
+    """The bias, or the distance from the target, with its interval as far as it is known."""
+    _, low, high = triple(sure(found).get("mean_gap"))
+    return (bias(found)["mean"], low, high)
 
 
 def rms_gap(found: Mapping[str, object] | None, corrected: bool = False) -> Interval:

@@ -97,7 +97,7 @@ def part_facts(run: Run, part: Part) -> dict[str, object]:
         "shares": shares.share_charts(run, part),
         "joint": shares.joint_tables(run, part),
         "more": biases.more_of_each_judge(part),
-        "errors": biases.errors_table(part),
+        "errors": [biases.errors_table(part), biases.corrections_table(part)],
         "paired": biases.paired_table(part),
         "kept": kept.kept_table(part),
     }

@@ -29,10 +29,9 @@ N = (float, None)
 SPREAD = {"mean": N, "std": N}
 INTERVAL = {"value": N, "low": N, "high": N, "method?": str}
 SHARES = {str: [N, N, N]}
-SURE = {
-    "rms_gap?": INTERVAL,
-    "mean_gap?": (INTERVAL, None),
-    "fair?": {"p": N, "upper": N, "said": str},
+SURE = {  # null: there is no image to say it of
+    **dict.fromkeys(("rms_gap?", "mean_gap?"), (INTERVAL, None)),
+    "fair?": ({"p": N, "upper": N, "said": str}, None),
     "prompts?": {str: {"share": SHARES, "p?": N, "unfair?": bool}},
     "unfair_prompts?": int,
     "smallest_gap_seen?": N,
@@ -41,11 +40,9 @@ SURE = {
     "worst_group?": ({"class": str, "share": N, "low": N, "high": N}, None),
 }
 CORRECTED = {
-    "confusion?": [[N]],
+    **dict.fromkeys(("rms_gap?", "mean_gap?"), (INTERVAL, None)),
+    **dict.fromkeys(("source?", "method?"), str),
     "labelled?": [N],
-    "source?": str,
-    "mean_gap?": (INTERVAL, None),
-    "rms_gap?": (INTERVAL, None),
     "share?": SHARES,
 }
 JUDGE = {
@@ -72,8 +69,8 @@ REPORT = {
     "clip_t?": ({"matched": N, "shuffled": N}, None),
     "explicit?": {str: N},
     **dict.fromkeys(("clip_i?", "dino?", "background?", "clothes?"), N),
-    "paired?": {str: {"p": N, "difference": N, "low": N, "high": N}},
-    "flips?": {str: {"changed": N, "least": N, "needless": N}},
+    "paired?": {str: ({"p": N, "difference": N, "low": N, "high": N}, None)},
+    "flips?": {str: ({"changed": N, "least": N, "needless": N}, None)},
     "diversity?": {str: N},
     "confusion?": {str: {str: [{"counts": [[int]], "untold": [int], "source": str, "p_as_before?": N}]}},
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 WIDE, NARROW = 720, 340  # pixels of a chart on a screen or on paper, and on a telephone
 MOST_ROWS = 400  # of a table; a file has the rest
-MOST_LETTERS = 120  # of a name or a prompt
+MOST_LETTERS = 160  # of a name or a prompt
 NONE = "–"
 SLASH = "\u00a0/ "  # between numbers of several judges; no line begins with it
 ATTRIBUTES = {name: f"apparent {name}" for name in ("gender", "race", "age")}  # where a judge sees pictures

@@ -271,7 +271,7 @@ JUDGE = ("before", "test", "judges", "classifier")
         ("evaluation.json", (*JUDGE, "counts", "*", "many")),
         ("evaluation.json", (*JUDGE, "share", [])),
         ("evaluation.json", ("before", "test", "confusion", "classifier", "gender", [{"counts": [1]}])),
-        ("evaluation.json", (*JUDGE, "sure", "fair", None)),
+        ("evaluation.json", (*JUDGE, "sure", "fair", {})),
         ("evaluation.json", (*JUDGE, "sure", "prompts", "*", "share", "*", [1, 2])),
         ("evaluation.json", ("before", "test", "noise_floor", {})),
         ("evaluation.json", ("before", "test", "prompts", {})),
