@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,6 +74,25 @@ class Processes:
         _together(dist.broadcast, data, 0)
         return bytes(data.tolist()).decode()
 
+    def first_does(self, work: Callable[[], object]) -> str:
+        """What `work` returns, as text, which the first process alone does. Its UserError is raised in all."""
+        answer = ""
+        if self.first:
+            try:
+                answer = f"ok {work()}"
+            except UserError as error:
+                answer = str(error)
+        answer = self.share(answer)
+        if not answer.startswith("ok "):
+            raise UserError(answer)
+        return answer.removeprefix("ok ")
+
+    def least(self, numbers: list[int]) -> list[int]:
+        """The smallest of all processes' numbers, each by itself."""
+        if self.world == 1:
+            return numbers
+        return self.gather(torch.tensor([numbers]), self.world).amin(0).tolist()
+
     def wait(self) -> None:
         """Until all processes are here: what the first one wrote before can be read after."""
         if self.world > 1:
@@ -92,7 +111,8 @@ def _together(collective, *arguments):
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"another process of this run has ended, see its message ({reason}); go on with --resume."
+            f"another process of this run has ended, see its message ({reason}); start all of them again, train.py"
+            " with --resume."
         ) from error
 
 

@@ -5,6 +5,7 @@ Recipe has the numbers of a run, RunOptions what a run is of.
 
 import argparse
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple
@@ -100,6 +101,13 @@ class Recipe:
         0,
         "every so many iterations the prompt names a class, and all its images shall show it. This keeps prompts that"
         " name a class working. 0: never",
+        only_with=TARGET,
+    )
+    targets: str = setting(
+        "transport",
+        "what an image's target class is. transport: that of expected optimal transport (eqs 4, 5). random: drawn from"
+        " the target shares, whatever the image shows. This ablation says what the transport is worth",
+        choices=("transport", "random"),
         only_with=TARGET,
     )
     C: float = setting(
@@ -356,6 +364,19 @@ def check_settings(settings: Mapping[str, object]) -> bool:
     lines = settings["prompts"] if isinstance(settings["prompts"], list) else []
     known = settings["dtype"] in DTYPES and set(settings["recipe"]) == {f.name for f in fields(Recipe)}
     return known and all(isinstance(line, str) for line in lines)
+
+
+def command_line(options: RunOptions, recipe: Mapping[str, object]) -> str:
+    """The call of train.py with these options; prompts that came as a list of lines are left out."""
+    words = ["python", "train.py"]
+    for f in fields(RunOptions):
+        value = getattr(options, f.name)
+        given = value if f.type == Sequence[str] | None else [value] if isinstance(value, str) else []
+        words += [word for text in given or () for word in (_flag(f), text)]
+    for name, value in recipe.items():
+        no = "no-" if value is False else ""
+        words += [f"--{no}{_option(name)[2:]}"] if isinstance(value, bool) else [_option(name), shown(value)]
+    return shlex.join(words)
 
 
 def shown(value: object) -> str:

@@ -9,11 +9,12 @@ import torch
 from tiny_bundle import write_tiny_bundle
 
 from fairref.bundle import loading
-from fairref.commands import train
+from fairref.commands import evaluate, train
 from fairref.training import run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+MEASURED = re.findall(r"^    fairref evaluate (.*--baseline.*)$", PAGE, re.MULTILINE)
 COMMANDS = re.findall(r"^    python train\.py (.*)$", PAGE, re.MULTILINE)
 MOST_LINES = 15  # of a loss of one's own
 
@@ -35,7 +36,7 @@ def block(start):
 
 
 def write_own(folder):
-    for name in ("brighter.py", "background.py"):
+    for name in ("brighter.py", "background.py", "stronger.py"):
         (folder / name).write_text(block(f"# {name}"), encoding="utf-8")
 
 
@@ -87,5 +88,13 @@ def test_a_judge_of_ones_own(here, capsys):
     assert results["before"]["test"]["classes"] == ["light", "dark"]
 
 
+def test_a_baseline_of_ones_own(here, capsys):
+    write_own(here)
+    (command,) = MEASURED
+    evaluate.main([*command.split(), "--out", "report.json"])
+    found = json.loads((here / "runs" / "baselines" / "baselines.json").read_text())
+    assert found["stronger"]["test"]["clip_i"] < 0.99999
+
+
 def test_the_page_has_no_command_that_is_not_run():
-    assert len(COMMANDS) == 3 and len(BLOCKS) == 5
+    assert len(COMMANDS) == 3 and len(BLOCKS) == 6

@@ -24,6 +24,8 @@ OWN_LOSSES = "tests/training/test_own_losses.py"
 RESUME = "tests/training/test_resume.py"
 TRANSPORT = "tests/fairness/test_transport.py"
 STAGES = "tests/judges/test_mtcnn.py"
+KEPT = "tests/evaluation/test_kept.py"
+CONFUSIONS = "tests/evaluation/test_confusion.py"
 # and what is faulty
 GROUP = "fairref/processes.py"
 STEP = "fairref/training/step.py"
@@ -35,6 +37,9 @@ OWN_LOSS = "fairref/training/own_losses.py"
 VALIDATION = "fairref/training/validation.py"
 MTCNN = "fairref/judges/mtcnn.py"
 SOLVER = "fairref/fairness/transport.py"
+CONFUSION = "fairref/evaluation/confusion.py"
+JUDGING = "fairref/evaluation/judging.py"
+ZERO_SHOT = "fairref/bundle/zero_shot.py"
 
 BY_HAND = f"{LOOP}::test_updates_are_adamw_by_hand"
 LITERAL = f"{LOOP}::test_a_published_gradient_is_autograd_through_its_literal_algorithm"
@@ -253,8 +258,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "targets are drawn alike in all iterations": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT, 0)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, 0)",
         f"{STREAMS}::test_the_error_of_drawn_targets_averages_out_over_iterations",
     ),
     "a class that was never drawn has no error": (SOLVER, "3 / M, stderr))", "0 / M, stderr))", RULE_OF_3),
@@ -350,6 +355,37 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "suppress(boxes, score, image, OVERLAP)",
         f"{STAGES}::test_the_first_network_goes_by_the_union_at_a_half_in_one_scale_and_seven_tenths_across",
     ),
+    # judges and their errors
+    "true and judged classes are swapped": (
+        CONFUSION,
+        "(truth[truth >= 0], judged[truth >= 0])",
+        "(judged[truth >= 0], truth[truth >= 0])",
+        f"{CONFUSIONS}::test_counts_of_true_and_judged_classes",
+    ),
+    "an image counts without the template judge's word": (
+        CONFUSION,
+        "== k, k, -1)",
+        ">= -1, k, -1)",
+        f"{CONFUSIONS}::test_explicit_prompts_count_where_the_template_judge_confirms_the_class",
+    ),
+    "a judge errs alike where its errors differ": (
+        CONFUSION,
+        "drawn >= seen - 1e-9",
+        "drawn <= seen + 1e-9",
+        f"{CONFUSIONS}::test_whether_a_judge_errs_alike_before_and_after[table0]",
+    ),
+    "CLIP's logits are cosines times the logarithm of their scale": (
+        ZERO_SHOT,
+        ".to(cosines).exp()",
+        ".to(cosines)",
+        "tests/bundle/test_zero_shot.py::test_its_logits_are_those_of_transformers",
+    ),
+    "the second judge is the first again": (
+        JUDGING,
+        "of_judge.setdefault(place, [])",
+        "of_judge.setdefault(knowing[0], [])",
+        "tests/evaluation/test_evaluate.py::test_several_classifiers_judge_as_each_does_alone",
+    ),
     # several processes
     "rows are gathered in reverse": (
         GROUP,
@@ -384,11 +420,35 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "counts, cosine, count = torch.stack(counts), torch.cat(cosines).sum(), _count(self.originals)",
         VALIDATED,
     ),
-    "a validation's originals are not reduced": (
+    "a validation compares each process's images with the first one's originals": (
         VALIDATION,
-        "setup.processes.total([sum(f.double().sum(0) for f in originals), _count(originals)])",
-        "[sum(f.double().sum(0) for f in originals), _count(originals)]",
+        "rows[mine.start : mine.stop]",
+        "rows[: len(mine)]",
         VALIDATED,
+    ),
+    "what is kept does not know how it was drawn": (
+        "fairref/evaluation/kept.py",
+        '"drawing": drawing._asdict(),',
+        '"drawing": {},',
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "what is kept does not know the adapter's strength": (
+        "fairref/generation/adapters.py",
+        "made_of = (fingerprint(adapter.tensors), float(strength))",
+        "made_of = (fingerprint(adapter.tensors), 1.0)",
+        f"{KEPT}::test_what_is_kept_follows_from_all_that_draws_and_judges",
+    ),
+    "images that are missing begin anew": (
+        "fairref/evaluation/judging.py",
+        "source.draw(prompts[p], range(there[p], n))",
+        "source.draw(prompts[p], range(n - there[p]))",
+        f"{KEPT}::test_what_is_judged_is_not_drawn_again_and_more_images_are_added",
+    ),
+    "every flip is needless": (
+        "fairref/evaluation/statistics.py",
+        "needless = (changed - least) / images",
+        "needless = changed / images",
+        "tests/evaluation/test_evaluate.py::test_flips_that_no_count_asked_for",
     ),
     "all processes draw the same images": (
         STEP,
@@ -398,14 +458,14 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "all processes learn from process 0's targets": (
         STEP,
-        "transport.q[rows.start : rows.stop]",
-        "transport.q[: len(rows)]",
+        "of_all[rows.start : rows.stop]",
+        "of_all[: len(rows)]",
         f"{AS_ONE}[gradient-4]",
     ),
     "each process draws its own targets": (
         STEP,
-        "rng=draws(setup.recipe.seed, TRANSPORT, i)",
-        "rng=draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT, i)",
+        "rng, cost = draws(setup.recipe.seed, TRANSPORT + setup.processes.rank, i)",
         f"{AS_ONE}[q-5]",
     ),
 }

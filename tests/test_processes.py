@@ -23,7 +23,8 @@ from waiting import ends, outputs, wait_for
 from fairref import processes as distributed
 from fairref.bundle.loading import load_bundle
 from fairref.errors import UserError
-from fairref.evaluation.judging import EvaluationSettings, judge_prompts
+from fairref.evaluation import judging
+from fairref.evaluation.judging import EvaluationSettings, drawn_by, judge_prompts
 from fairref.fairness.faces import TEMPLATE, DetectedFaces
 from fairref.generation.drawing import Drawing
 from fairref.training import step as iteration
@@ -135,7 +136,7 @@ JUDGED = (1, 3)  # prompts: none in the first of two processes, and one more in 
 PAIR_N = (4, 5)  # images: as many in each of two processes, and one more in the second
 
 
-def pair(folder, out=None):
+def pair(folder, place, out=None):
     """What one process does for the tests of two: it gathers, adds, draws, learns and validates, with faces.
 
     Without torchrun's variables it is the only one, and does the same.
@@ -145,7 +146,7 @@ def pair(folder, out=None):
     torch.set_num_threads(1)  # as many processes as cores are at work
     try:
         with pytest.MonkeyPatch.context() as patch:
-            found = _pair(patch, processes, device, folder)
+            found = _pair(patch, processes, device, folder, place)
     finally:
         torch.set_num_threads(threads)
     found = {name: value.contiguous() for name, value in found.items()}
@@ -155,7 +156,7 @@ def pair(folder, out=None):
     return found
 
 
-def _pair(patch, processes, device, folder):
+def _pair(patch, processes, device, folder, place):
     found = {}
     for count in PAIR_N:
         part = processes.part(count)
@@ -198,12 +199,28 @@ def _pair(patch, processes, device, folder):
     seen = start_validation(replace(setup, bundle=replace(bundle, detector=None)))
     measured = [seen.unlike, *seen.measure(model).values()]
     found["validation"] = torch.tensor(measured, dtype=torch.float64)
-    settings = EvaluationSettings(bundle, setup.target, Drawing(2, 2.0), processes=processes)
+    settings = EvaluationSettings(bundle, setup.target, Drawing(2, 2.0), 1, processes)
     for count in JUDGED:
-        judged = judge_prompts(settings, model, [f"a photo of {i} cooks" for i in range(count)], 3, "")
+        source = drawn_by(settings, model, "")
+        judged = judge_prompts(settings, source, [f"a photo of {i} cooks" for i in range(count)], 3)
         rows = [s.tensors() for s in judged]
         for name in rows[0]:
             found[f"judged.{count}.{name}"] = torch.stack([of_prompt[name] for of_prompt in rows])
+    found |= _kept(patch, replace(settings, kept=place, bundle=replace(bundle, detector=None)))
+    return found
+
+
+def _kept(patch, settings):
+    """What is judged of three prompts, two images of the second being there, and again; how often each drew."""
+    drawn, real = [], judging.fixed_images
+    patch.setattr(judging, "fixed_images", lambda *args: drawn.append(args[2]) or real(*args))
+    source, prompts, found = drawn_by(settings, settings.bundle, ""), ["a cook", "a judge", "a pilot"], {}
+    judge_prompts(settings, source, prompts[1:2], 2)
+    for name in ("first", "again"):
+        drawn.clear()
+        judged = judge_prompts(settings, source, prompts, 3)
+        rows = torch.stack([s.probabilities["classifier"]["gender"] for s in judged])
+        found |= {f"kept.{name}": rows, f"drawn.{name}": torch.tensor(len(drawn))}
     return found
 
 
@@ -212,9 +229,9 @@ def pairs(tmp_path_factory):
     """What this process alone finds, and each of two."""
     out = tmp_path_factory.mktemp("pair")
     folder = write_tiny_bundle(tmp_path_factory.mktemp("faces"), faces=True)
-    code = f"import test_processes as t; t.pair({str(folder)!r}, {str(out / 'of-')!r})"
-    two = start(2, "-c", code, stderr=subprocess.PIPE)
-    alone = pair(folder)
+    of_two = f"{str(folder)!r}, t.Path({str(out / 'kept-2')!r}), {str(out / 'of-')!r}"
+    two = start(2, "-c", f"import test_processes as t; t.pair({of_two})", stderr=subprocess.PIPE)
+    alone = pair(folder, out / "kept")
     codes, said = ends(two)
     assert codes == [0, 0], said
     return [alone, *(load_file(out / f"of-{rank}") for rank in range(2))]
@@ -251,6 +268,14 @@ def test_two_processes_judge_the_images_that_one_does(pairs, count):
             torch.testing.assert_close(v, pairs[0][f"judged.{count}.{name}"], equal_nan=True)
     classes = pairs[0][f"judged.{count}.classes/classifier/gender"]
     assert bool((classes >= 0).any())
+
+
+def test_two_processes_share_out_what_is_not_kept_and_draw_nothing_twice(pairs):
+    """Of three prompts one has two of three images there."""
+    assert [int(found["drawn.first"]) for found in pairs] == [3, 1, 2]
+    for found in pairs:
+        assert int(found["drawn.again"]) == 0 and torch.equal(found["kept.again"], found["kept.first"])
+        torch.testing.assert_close(found["kept.first"], pairs[0]["kept.first"])
 
 
 @pytest.mark.parametrize("count", PAIR_N)
@@ -364,6 +389,29 @@ def test_two_processes_judge_as_one_does_with_all_judges(tmp_path):
     for name in ("background", "clothes", "clip_i", "dino"):  # of an adapter whose last digits differ
         found, wanted = (of_one["after (ema)"]["train"][name] for of_one in (two, one))
         assert found == pytest.approx(wanted, abs=1e-3), name
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(folder, tmp_path):
+    """The command, where the first alone prints and writes; three prompts."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a nurse\na pilot\na baker\n", encoding="utf-8")
+    options = ["--weights", folder, "--prompts", prompts, "--part", "train", "-n", "4", "--device", "cpu"]
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        more = ["--cache", tmp_path / f"kept-{count}", "--out", out]
+        processes = start(count, "-m", "fairref", "evaluate", *options, *more, **PIPES)
+        printed = outputs(processes, 300)
+        assert [process.returncode for process in processes] == [0] * count, printed
+        assert str(printed).count("gender bias, 3 train prompts x 4 images") == 1
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
+    assert one == two and one["images"] == 4
+    rows = [(tmp_path / f"kept-{count}" / "judged.csv").read_text() for count in (1, 2)]
+    assert rows[0] == rows[1] and rows[0].count("\n") == 13
+    codes, said = ends(
+        start(2, "-m", "fairref", "evaluate", *options, "--out", tmp_path / "no" / "x", **PIPES)
+    )
+    assert codes == [2, 2] and all("its folder doesn't exist" in text for text in said)
 
 
 def lines(folder):

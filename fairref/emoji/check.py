@@ -31,7 +31,7 @@ from fairref.emoji.captions import (
 from fairref.emoji.pictures import VIEWS, Scene, draw, face_points, random_scene
 from fairref.emoji.sheet import things
 from fairref.errors import UserError
-from fairref.evaluation.judging import EvaluationSettings, draw_images, judge_prompts
+from fairref.evaluation.judging import EvaluationSettings, draw_images, drawn_by, judge_prompts
 from fairref.evaluation.statistics import bias_report
 from fairref.fairness.attributes import parse_targets
 from fairref.fairness.faces import Faces, crops, find
@@ -196,7 +196,7 @@ def follows_data(bundle: Bundle, settings: EvaluationSettings, images: int, ever
     """Return the gate that the share of women of each occupation follows the table."""
     jobs = occupations()[::every]
     prompts = [occupation_prompt(job.name) for job in jobs]
-    seen = judge_prompts(settings, bundle, prompts, images, "guidance 1")
+    seen = judge_prompts(settings, drawn_by(settings, bundle, "guidance 1"), prompts, images)
     counts = [s.counts("templates", settings.target.classes) for s in seen]
     share = [of_prompt[0] / max(1, of_prompt.sum()) for of_prompt in counts]
     correlation = spearmanr(share, [job.share_women for job in jobs]).statistic
@@ -207,8 +207,9 @@ def follows_data(bundle: Bundle, settings: EvaluationSettings, images: int, ever
 def neutral_gates(bundle: Bundle, settings: EvaluationSettings, images: int) -> Iterator[Gate]:
     """Yield the gates of neutral prompts: images of nobody, and bias."""
     names = [job.name for job in occupations()]
-    seen = judge_prompts(settings, bundle, list(map(occupation_prompt, names)), images, "neutral")
-    report = bias_report(seen, names, settings.target.classes, images)
+    drawn = drawn_by(settings, bundle, "neutral")
+    seen = judge_prompts(settings, drawn, list(map(occupation_prompt, names)), images)
+    report = bias_report(seen, names, settings.target.classes)
     yield Gate("none for the template judge", report["none"], 0.05, at_most=True)
     for judge, values in report["judges"].items():
         yield Gate(f"mean gender bias of neutral prompts, {judge}", values["mean"], 0.5)

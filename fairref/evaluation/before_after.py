@@ -6,20 +6,20 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from fairref.bundle.loading import Bundle
-from fairref.evaluation.evaluation import EXPLICIT_IMAGES, Report, evaluate_part
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
-from fairref.evaluation.statistics import likeness, lines
+from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, Report, compare
+from fairref.evaluation.rows import NAME, rows_of, write_rows
+from fairref.evaluation.statistics import lines
+from fairref.evaluation.tiles import GRID, TILES, save_tiles
 from fairref.files.images import save_png, to_image
 from fairref.files.paths import write_json
 from fairref.files.sheets import Pair, enlarged, sheet
-from fairref.files.weights import fingerprint, read
 from fairref.generation.adapters import load_adapter
 from fairref.prompts.sets import Prompts, evenly
 
-SO_FAR = "evaluation-so-far.json"
-GRID = (6, 12)  # before/after grid: prompts, images of each
 Results = dict[str, dict[str, Report]]  # label of a model -> part -> report
 
 
@@ -39,29 +39,27 @@ def before_after(
     folder: Path,
 ) -> Results:
     """Evaluates the frozen model and each adapter on unseen and on finetuning prompts, prints it, and writes
-    evaluation.json and before_after.png (same noise) into the folder."""
-    made_of = {f"after ({name})": fingerprint(read(file)) for name, file in adapters.items()}
+    evaluation.json, judged.csv, before_after.png (same noise) and pictures.png into the folder."""
     models = {"before": settings.bundle}
     models |= {f"after ({name})": load_adapter(settings.bundle, file) for name, file in adapters.items()}
-    results, originals = {}, {}
+    results, rows = {}, []
     for prompts, part in product(concepts, ("test", "train")):
         key = part if len(concepts) == 1 else f"{prompts.name}, {part}"
         # without unseen prompts, as in a text file, those of finetuning are all there is
         n = images.unseen if part == "test" or not prompts.test else images.seen
-        for label, model in models.items() if n and getattr(prompts, part) else ():
-            explicit = EXPLICIT_IMAGES if part == "test" else 0
-            report, judged = evaluate_part(settings, model, prompts, part, n, label, explicit)
-            originals.setdefault(key, judged)
-            if label != "before":
-                report |= {"fingerprint": made_of[label], **likeness(judged, originals[key])}
-            results.setdefault(label, {})[key] = report
+        wanted = PromptPart(prompts, part, n, EXPLICIT_IMAGES if part == "test" else 0)
+        for label, evaluated in compare(settings, models, wanted) if n and wanted.prompts else ():
+            for made_of, _ in models[label].adapters:
+                evaluated.report["fingerprint"] = made_of
+            results.setdefault(label, {})[key] = evaluated.report
+            rows += rows_of(settings, label, wanted, evaluated)
             if settings.processes.first:
-                write_json(folder / SO_FAR, results)  # what there is, should the run be stopped
-                print("\n  ".join([f"{label}:", *lines(report)]))
+                print("\n  ".join([f"{label}:", *lines(evaluated.report)]))
     if settings.processes.first:
         write_json(folder / "evaluation.json", results)
-        (folder / SO_FAR).unlink(missing_ok=True)
-        draw_before_after(settings, models, concepts, results, folder / "before_after.png")
+        write_rows(folder / NAME, rows)
+        drawn = draw_before_after(settings, models, concepts, results, folder / "before_after.png")
+        save_tiles(settings, tuple(models)[:2], drawn, folder / TILES)
     return results
 
 
@@ -71,8 +69,10 @@ def draw_before_after(
     concepts: Sequence[Prompts],
     results: Results,
     path: Path,
-) -> None:
+) -> dict[str, list[Tensor]]:
     """Draws some prompts: a row of the first model's images, below it the second's from the same noise, and bars.
+
+    Returns each prompt's images (n, 3, H, W) by either model.
 
     `models` have the labels of `results`, which are those of evaluation.json. The bars show what the evaluation
     classifier counted in all images of a prompt; of one that `results` lack, in the images drawn here.
@@ -85,18 +85,23 @@ def draw_before_after(
         for prompt in drawn
     }
     evaluated = {report["images"] for of_prompt in reports.values() for report in of_prompt if report}
-    pairs = []
+    pairs, images = [], {}
     for prompt in drawn:
         x = [draw_images(settings, model, prompt, GRID[1]) for model in models.values()]
         label = concept_of[prompt].short(prompt)
+        images[label] = x
         if None in reports[prompt]:
-            counts = [judge(settings, images).counts("classifier", settings.target.classes) for images in x]
+            counts = [
+                judge(settings, of_model).counts("classifier", settings.target.classes) for of_model in x
+            ]
         else:
             counts = [report["judges"]["classifier"]["counts"][label] for report in reports[prompt]]
         if None in reports[prompt] and evaluated:
             label += f" (bars: {GRID[1]} images)"
         shares = tuple(_shares(np.reshape(of_model, settings.target.table.shape)) for of_model in counts)
-        pairs.append(Pair(label, tuple([enlarged(to_image(one)) for one in images] for images in x), shares))
+        pairs.append(
+            Pair(label, tuple([enlarged(to_image(one)) for one in of_model] for of_model in x), shares)
+        )
     before, after = models
     seen = f"{' or '.join(map(str, sorted(evaluated) or GRID[1:]))} images"
     seen = seen if settings.bundle.detector is None else f"the faces in {seen}"
@@ -108,6 +113,7 @@ def draw_before_after(
     image, _ = sheet(pairs, notes, settings.target.classes, targets)
     text = {"prompts": "\n".join(drawn), "rows": f"{before} and {after} of each prompt, same noise"}
     save_png(image, path, {**text, "bars": notes[1], "seed": str(settings.seed)})
+    return images
 
 
 def _report_of(reports, settings, prompts, prompt):

@@ -1,24 +1,19 @@
 """How often a judge errs: what it says of images whose class is known otherwise (docs/method.md §8).
 
-Of one attribute with K classes. The class is known from labelled pictures, or from prompts that name it, where the
-template judge confirms that the image shows it.
+Of one attribute with K classes. The class is known from labelled pictures, from labels of some judged images, or from
+prompts that name it, where the template judge confirms that the image shows it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from scipy.stats import random_table
 
-from fairref.evaluation.judging import EvaluationSettings, judge
 from fairref.evaluation.statistics import JudgedImages
-from fairref.files.datasets import Photographs
-from fairref.files.images import read_square
-from fairref.generation.drawing import group_size
-from fairref.progress import Progress
 
 TEMPLATES = "templates"
+EXPLICIT = "the model's own images of prompts that name a class, where the template judge confirms it"
 
 
 @dataclass(frozen=True)
@@ -32,8 +27,12 @@ class Confusion:
     def __add__(self, other: "Confusion") -> "Confusion":
         return replace(self, counts=self.counts + other.counts, untold=self.untold + other.untold)
 
+    def to_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return {"counts": self.counts.tolist(), "untold": self.untold.tolist(), "source": self.source}
 
-Confusions = dict[str, dict[str, Confusion]]  # judge -> attribute -> its confusion
+
+Confusions = Mapping[str, Mapping[str, Confusion]]  # judge -> attribute -> its confusion
 
 
 def confusion(truth: np.ndarray, judged: np.ndarray, K: int, source: str) -> Confusion:
@@ -43,59 +42,42 @@ def confusion(truth: np.ndarray, judged: np.ndarray, K: int, source: str) -> Con
     return Confusion(counts[:, :K], counts[:, K], source)
 
 
+def confusions(
+    truth: Mapping[str, np.ndarray],
+    judged: Mapping[str, Mapping[str, np.ndarray]],
+    classes: Mapping[str, Sequence[str]],
+    source: str,
+) -> Confusions:
+    """The same of every judge and attribute: truth attribute -> (n,), judged judge -> attribute -> (n,)."""
+    return {
+        judge: {
+            name: confusion(truth[name], np.asarray(rows), len(classes[name]), source)
+            for name, rows in of_judge.items()
+            if name in truth
+        }
+        for judge, of_judge in judged.items()
+    }
+
+
 def of_explicit(
     judged: Sequence[JudgedImages],
     asked: Sequence[tuple[str, str, int]],
-    classes: dict[str, tuple[str, ...]],
-    what: str,
+    classes: Mapping[str, Sequence[str]],
 ) -> Confusions:
-    """Each classifier on images of prompts that name a class, asked (prompt, attribute, class), where the template
-    judge sees this class, too; {} without it. `what` was drawn, in words."""
-    found: Confusions = {}
-    source = f"{what} whose prompts name a class and whose class the template judge confirms"
-    for s, (_, attribute, k) in zip(judged, asked, strict=True):
-        for name in s.classes if TEMPLATES in s.classes else ():
-            if name == TEMPLATES or attribute not in s.classes[name]:
-                continue
-            confirmed = (s.classes[TEMPLATES][attribute] == k).numpy()
-            of_prompt = confusion(
-                np.where(confirmed, k, -1),
-                s.classes[name][attribute].numpy(),
-                len(classes[attribute]),
-                source,
-            )
-            of_judge = found.setdefault(name, {})
-            of_judge[attribute] = of_judge[attribute] + of_prompt if attribute in of_judge else of_prompt
-    return found
-
-
-def of_photographs(settings: EvaluationSettings, photographs: Photographs, source: str) -> Confusions:
-    """Each judge on labelled pictures, which it sees as it sees drawn images. Raises UserError."""
-    bundle = settings.bundle
-    # features are of no use here
-    settings = replace(settings, bundle=replace(bundle, clip=None, dino=None))
-    rows, size = photographs.parts["test"], group_size(bundle)
-    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-    seen = []
-    with Progress(len(groups), "labelled pictures", settings.processes.first) as progress:
-        for group in groups:
-            x = torch.stack([read_square(row.file, bundle.resolution) for row in group]).to(bundle.device)
-            seen.append(judge(settings, x).classes)
-            progress.step()
-    truth = np.array([row.labels for row in rows])  # (n, A)
-    return {
-        name: {
-            attribute: confusion(
-                truth[:, a],
-                torch.cat([classes[name][attribute] for classes in seen]).numpy(),
-                len(photographs.attributes[attribute]),
-                source,
-            )
-            for a, attribute in enumerate(photographs.attributes)
-            if attribute in seen[0][name]
+    """Each classifier on images of prompts that name a class, asked (prompt, attribute, class index), where the
+    template judge sees this class, too; {} without it."""
+    found: dict[str, dict[str, Confusion]] = {}
+    for s, (_, name, k) in zip(judged, asked, strict=True):
+        if name not in s.classes.get(TEMPLATES, {}):
+            continue
+        confirmed = np.where(s.classes[TEMPLATES][name] == k, k, -1)
+        classifiers = {
+            j: {name: rows[name]} for j, rows in s.classes.items() if j != TEMPLATES and name in rows
         }
-        for name in seen[0]
-    }
+        for judge, of_judge in confusions({name: confirmed}, classifiers, classes, EXPLICIT).items():
+            before = found.setdefault(judge, {}).get(name)
+            found[judge][name] = of_judge[name] if before is None else before + of_judge[name]
+    return found
 
 
 def difference(one: Confusion, other: Confusion, tables: int = 2000, seed: int = 0) -> float:

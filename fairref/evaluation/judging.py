@@ -1,13 +1,13 @@
-"""A model's images as two judges see them (docs/method.md §8).
+"""A model's images as the judges see them (docs/method.md §8).
 
 P prompts, n images of each, K classes. The evaluation classifier, whose gradient no finetuning has seen (a run's
 validations ask it which adapter is best), and the nearest-template judge, through which no gradient can flow. Noise
 depends on (seed, prompt, image), so two models are measured on the same noise, whatever else is measured with it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
+from fairref.evaluation.confusion import Confusions
+from fairref.evaluation.kept import KeptJudgements, judges_of, model_of
 from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget
+from fairref.fairness.faces import Faces
 from fairref.files.weights import finite
 from fairref.generation.drawing import Drawing, fixed_images
 from fairref.generation.views import classify, faces_of, require_attributes, scatter_to_images
-from fairref.judges.templates import Templates
 from fairref.processes import Processes
 from fairref.progress import Progress
 
@@ -36,6 +38,8 @@ class EvaluationSettings:
     drawing: Drawing
     seed: int = SEED
     processes: Processes = Processes()  # prompts are shared out among them
+    kept: Path | None = None  # folder of judgements, which are not made again; None: none are kept
+    confusions: Confusions = field(default_factory=dict)  # of the judges, on labelled pictures
 
     def __post_init__(self):
         if "evaluate" not in self.bundle.classifiers:
@@ -44,43 +48,47 @@ class EvaluationSettings:
             )
         require_attributes(self.bundle, "evaluate", self.target)
 
-    @cached_property
-    def turns(self) -> dict[str, dict[int, list[str]]]:
-        """Judge -> the place of a classifier in the bundle's list -> the attributes that it judges for this judge.
-
-        "classifier" judges each attribute by the first that knows it, "classifier 2" by the second, and so on.
-        """
-        judges: dict[str, dict[int, list[str]]] = {}
-        for name in self.target.classes:
-            classifiers = enumerate(self.bundle.classifiers["evaluate"])
-            for turn, place in enumerate([i for i, c in classifiers if name in c.classes], 1):
-                of_judge = judges.setdefault("classifier" if turn == 1 else f"classifier {turn}", {})
-                of_judge.setdefault(place, []).append(name)
-        return judges
-
     @property
     def judged_by(self) -> dict[str, dict[str, str]]:
-        """Judge -> attribute -> what judges it, as bundle.json or --judge names it."""
-        named = self.bundle.named("classifiers.evaluate")
+        """Judge -> attribute of the target -> what judges it, as bundle.json or --judge names it."""
+        named, names = self.bundle.named("classifiers.evaluate"), self.target.classes
         found = {
-            judge: {name: named[place] for place, mine in places.items() for name in mine}
-            for judge, places in self.turns.items()
+            judge: {name: named[place] for place, mine in places.items() for name in mine if name in names}
+            for judge, places in turns(self.bundle).items()
             if max(places) < len(named)  # classifiers of a program may have no name
         }
-        if self.templates is not None:
-            found["templates"] = dict.fromkeys(self.target.classes, *self.bundle.named("templates"))
-        return found
-
-    @property
-    def templates(self) -> Templates | None:
-        """The nearest-template judge, if the bundle has it and it knows all of the attributes."""
-        judge = self.bundle.templates
-        return judge if judge is not None and set(self.target.classes) <= set(judge.attributes) else None
+        if self.bundle.templates is not None:
+            known = [name for name in names if name in self.bundle.templates.attributes]
+            found["templates"] = dict.fromkeys(known, *self.bundle.named("templates"))
+        return {judge: attributes for judge, attributes in found.items() if attributes}
 
 
-def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int) -> Tensor:
-    """(n, 3, H, W) of one prompt; the noise follows from (seed, prompt, image). Raises UserError."""
-    x = fixed_images(model, settings.seed, prompt, range(n), settings.drawing)
+@dataclass(frozen=True)
+class ImageSource:
+    """What makes the images that are judged: a model, or anything else."""
+
+    label: str  # as reports and rows name it
+    draw: Callable[[str, range], Tensor]  # prompt, which of its images -> (n, 3, H, W) in [-1, 1]
+    # all that its images follow from beside their prompt and number, for JSON; None: their judgements are not kept
+    made_of: Mapping[str, object] | None = None
+
+
+def drawn_by(settings: EvaluationSettings, model: Bundle, label: str) -> ImageSource:
+    """The images of a bundle, adapted or not."""
+
+    def draw(prompt, images):
+        return draw_images(settings, model, prompt, images.stop, images.start)
+
+    made_of = model_of(model, settings.drawing, settings.seed) if settings.kept else None
+    return ImageSource(label, draw, made_of)
+
+
+def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int, first: int = 0) -> Tensor:
+    """Images first .. n - 1 of one prompt, (n - first, 3, H, W); the noise follows from (seed, prompt, image).
+
+    Raises UserError.
+    """
+    x = fixed_images(model, settings.seed, prompt, range(first, n), settings.drawing)
     if not finite(x):
         raise UserError(
             f"Images of {prompt!r} at guidance {settings.drawing.guidance} are no numbers; measure with `fairref"
@@ -89,26 +97,52 @@ def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int
     return x
 
 
-@torch.no_grad()
+def turns(bundle: Bundle) -> dict[str, dict[int, list[str]]]:
+    """Judge -> the place of a classifier in the bundle's list -> the attributes that it judges for this judge.
+
+    "classifier" judges each attribute by the first that knows it, "classifier 2" by the second, and so on.
+    """
+    judges: dict[str, dict[int, list[str]]] = {}
+    classifiers = bundle.classifiers["evaluate"]
+    for name in dict.fromkeys(name for classifier in classifiers for name in classifier.classes):
+        knowing = [place for place, classifier in enumerate(classifiers) if name in classifier.classes]
+        for turn, place in enumerate(knowing, 1):
+            of_judge = judges.setdefault("classifier" if turn == 1 else f"classifier {turn}", {})
+            of_judge.setdefault(place, []).append(name)
+    return judges
+
+
+def logits_of(bundle: Bundle, judge: str, x: Tensor, faces: Faces | None) -> dict[str, Tensor]:
+    """Attribute -> logits (M, K_a) of a judge that is classifiers, on the M faces in n images."""
+    logits = {}
+    for place, names in turns(bundle)[judge].items():
+        logits |= classify([bundle.classifiers["evaluate"][place]], names, x, faces)
+    return logits
+
+
 def judge(settings: EvaluationSettings, x: Tensor) -> JudgedImages:
-    """All judges, CLIP and DINO on n images."""
-    bundle, names = settings.bundle, tuple(settings.target.classes)
+    """All judges, CLIP and DINO on n images, by the target's attributes."""
+    return judge_all(settings.bundle, x).of(settings.target.classes)
+
+
+@torch.no_grad()
+def judge_all(bundle: Bundle, x: Tensor) -> JudgedImages:
+    """The same, by every attribute that a judge can tell: what is kept serves other targets, too."""
     faces = faces_of(bundle, x)
     has_face = None if faces is None else faces.has_face
     classes, probabilities, features, colours = {}, {}, {}, {}
-    for name, places in settings.turns.items():
-        logits = {}  # attribute -> (M, K_a)
-        for place, mine in places.items():
-            logits |= classify([bundle.classifiers["evaluate"][place]], mine, x, faces)
-        logits = {a: logits[a] for a in names if a in logits}
+    for name in turns(bundle):
+        logits = logits_of(bundle, name, x, faces)
         classes[name] = {a: scatter_to_images(v.argmax(1), has_face, -1) for a, v in logits.items()}
         probabilities[name] = {
             a: scatter_to_images(v.softmax(1).float(), has_face, torch.nan) for a, v in logits.items()
         }
-    if settings.templates is not None:
-        verdict = settings.templates(x)
-        classes["templates"] = {a: verdict[a].where(verdict[f"{a}_known"], -1) for a in names}
-        colours = settings.templates.colours(x, verdict)
+    if bundle.templates is not None:
+        verdict = bundle.templates(x)
+        classes["templates"] = {
+            a: verdict[a].where(verdict[f"{a}_known"], -1) for a in bundle.templates.attributes
+        }
+        colours = bundle.templates.colours(x, verdict)
     if bundle.clip is not None:
         features["clip"] = bundle.clip.encode_image(x).float()
     if bundle.dino is not None:
@@ -119,16 +153,38 @@ def judge(settings: EvaluationSettings, x: Tensor) -> JudgedImages:
 
 
 def judge_prompts(
-    settings: EvaluationSettings, model: Bundle, prompts: Sequence[str], n: int, label: str
+    settings: EvaluationSettings, source: ImageSource, prompts: Sequence[str], n: int, about: str = ""
 ) -> list[JudgedImages]:
-    """n images of each of P prompts, judged; every process gets all P results."""
-    mine = settings.processes.part(len(prompts))
-    judged = []
-    with Progress(len(mine), label, settings.processes.first) as progress:
+    """n images of each of P prompts, judged on the target's attributes; every process gets all P results.
+
+    What is kept is not drawn again, and what is drawn is kept, at once. `about` is shown beside the progress.
+    """
+    processes, kept = settings.processes, _kept(settings, source)
+    judged = [kept.read(prompt) if kept else None for prompt in prompts]
+    there = processes.least(
+        [0 if s is None else min(len(s), n) for s in judged]
+    )  # images that all processes have
+    missing = [p for p, count in enumerate(there) if count < n]
+    mine = [missing[i] for i in processes.part(len(missing))]
+    with Progress(len(mine), f"{source.label}{about and ', '}{about}", processes.first) as progress:
         for p in mine:
-            judged.append(judge(settings, draw_images(settings, model, prompts[p], n)))
+            drawn = judge_all(settings.bundle, source.draw(prompts[p], range(there[p], n)))
+            judged[p] = drawn if there[p] == 0 else judged[p].first(there[p]).followed_by(drawn)
+            if kept:
+                kept.write(prompts[p], judged[p])
             progress.step(prompts[p][-40:])
-    return judged if settings.processes.world == 1 else _gathered(settings, judged, len(prompts), n)
+    if processes.world > 1 and missing:
+        for p, of_prompt in zip(
+            missing, _gathered(settings, [judged[p] for p in mine], len(missing), n), strict=True
+        ):
+            judged[p] = of_prompt
+    return [of_prompt.first(n).of(settings.target.classes) for of_prompt in judged]
+
+
+def _kept(settings, source):
+    """The judgements of the source's images that are kept; None where none are."""
+    judges = judges_of(settings.bundle) if settings.kept and source.made_of else None
+    return KeptJudgements(settings.kept, source.made_of, judges) if judges else None
 
 
 def _gathered(settings, judged, P, n):
@@ -141,7 +197,7 @@ def _gathered(settings, judged, P, n):
         x = torch.full((1, 3, side, side), -1.0, device=settings.bundle.device)
         here = {
             name: one.expand(n, *one.shape[1:])[None][:0]
-            for name, one in judge(settings, x).tensors().items()
+            for name, one in judge_all(settings.bundle, x).tensors().items()
         }
     gathered = {name: settings.processes.gather(rows, P) for name, rows in here.items()}
     return [JudgedImages.from_tensors({name: rows[p] for name, rows in gathered.items()}) for p in range(P)]

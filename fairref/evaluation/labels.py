@@ -4,14 +4,20 @@ The columns are prompt, image, and one for each attribute that is labelled. `pro
 `image` the number of its noise, or in a folder of images the file's name. A blank is no label.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fairref.errors import UserError
+from fairref.evaluation.confusion import Confusions, confusions
+from fairref.evaluation.statistics import JudgedImages
 from fairref.files.datasets import class_index, read_table
 from fairref.files.paths import expanded
+
+BY_HAND = "labels of these images"
+Labels = dict[str, list[np.ndarray]]  # attribute -> of each of P prompts (n_P,) class indices, -1: no label
 
 
 def read_labels(
@@ -19,11 +25,9 @@ def read_labels(
     classes: dict[str, tuple[str, ...]],
     prompts: Sequence[Sequence[str]],
     images: Sequence[Sequence[str]],
-) -> dict[str, list[np.ndarray]]:
-    """Of each labelled attribute the class indices (n_P,) of each of P prompts' images, -1 where there is no label.
-
-    `prompts`: what each prompt may be called; `images`: what each one's images are called. Raises UserError.
-    """
+) -> Labels:
+    """The labels of P prompts' images. `prompts`: what each prompt may be called; `images`: what each one's images are
+    called. Raises UserError."""
     path = expanded(path)
     table = list(read_table(path, {"prompt", "image"}))
     names = [name for name in classes if table and name in table[0][1]]
@@ -44,3 +48,15 @@ def read_labels(
         for name in names:
             labels[name][p][images[p].index(image)] = class_index(row[name], name, classes[name], where)
     return labels
+
+
+def on_labels(
+    labels: Labels, judged: Sequence[JudgedImages], classes: Mapping[str, Sequence[str]], source: str
+) -> Confusions:
+    """Each judge's confusions on those of P prompts' images that have a label."""
+    truth = {name: np.concatenate(of_prompts) for name, of_prompts in labels.items()}
+    said = {
+        judge: {name: torch.cat([s.classes[judge][name] for s in judged]) for name in known}
+        for judge, known in judged[0].classes.items()
+    }
+    return confusions(truth, said, classes, source)

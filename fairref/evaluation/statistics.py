@@ -3,14 +3,15 @@
 P prompts, n images of each, K classes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fairref.evaluation.certainty import certainty
 from fairref.fairness.metrics import BLEND, bias, joint_counts, mean_cosine, noise_floor
 
 JUDGES = ("classifier", "templates")
@@ -30,14 +31,42 @@ class JudgedImages:
     features: dict[str, Tensor] = field(default_factory=dict)  # "clip", "dino" -> (n, D), unit norm
     colours: dict[str, Tensor] = field(default_factory=dict)  # of COLOURED -> (n, 3), NaN: not known
 
+    def __len__(self) -> int:
+        return len(next(iter(self.classes["classifier"].values())))
+
+    def first(self, n: int) -> "JudgedImages":
+        """The first n of them."""
+        return self.from_tensors({name: rows[:n] for name, rows in self.tensors().items()})
+
+    def followed_by(self, others: "JudgedImages") -> "JudgedImages":
+        """These and others, by the same judges."""
+        theirs = others.tensors()
+        return self.from_tensors(
+            {name: torch.cat([rows, theirs[name]]) for name, rows in self.tensors().items()}
+        )
+
+    def of(self, attributes: Iterable[str]) -> "JudgedImages":
+        """The same, by these attributes alone; a judge that knows none of them is left out."""
+        names = tuple(attributes)
+        classes, probabilities = (
+            {
+                j: {a: rows[a] for a in names if a in rows}
+                for j, rows in by_judge.items()
+                if not set(names).isdisjoint(rows)
+            }
+            for by_judge in (self.classes, self.probabilities)
+        )
+        return replace(self, classes=classes, probabilities=probabilities)
+
     def known(self, judge: str) -> Tensor:
         """(n,) bool: the judge can tell every attribute's class."""
-        return torch.stack([classes >= 0 for classes in self.classes[judge].values()]).all(0)
+        return torch.stack(list(self.classes[judge].values())).amin(0) >= 0
 
     def counts(self, judge: str, classes: Mapping[str, Sequence[str]]) -> np.ndarray:
         """(K_1, ..., K_A) images of each joint class of these attributes, of those that the judge can tell."""
-        known, shape = self.known(judge), tuple(len(names) for names in classes.values())
-        return joint_counts([self.classes[judge][name][known] for name in classes], shape)
+        rows = [self.classes[judge][name] for name in classes]
+        known = torch.stack(rows).amin(0) >= 0
+        return joint_counts([of_attribute[known] for of_attribute in rows], tuple(map(len, classes.values())))
 
     @property
     def none(self) -> int:
@@ -93,45 +122,51 @@ def bias_report(
     judged: list[JudgedImages],
     names: list[str],
     classes: dict[str, tuple[str, ...]],
-    n: int,
     table: np.ndarray | None = None,
 ) -> dict[str, object]:
-    """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor.
+    """bias(P) of the joint classes of each prompt, mean and standard deviation, by each judge, beside the noise floor;
+    and how sure that is.
 
     Of several attributes, also of each alone, under "attributes", with the judges that don't know the others. Where the
     target's joint `table` (K_1, ..., K_A) is not one of equal shares, also "from_target", the same measures with its
     shares taken from the frequencies, and "target_floor", what a model that meets it measures then.
     """
-    axes = range(len(classes))
-    counts = _counts(judged, classes)
-    report = {"prompts": len(names), "images": n, **_biases(counts, names, joint_names(classes), n, table)}
+    axes, sizes = range(len(classes)), list(map(len, judged))  # n_P of each prompt
+    counts = counts_by_judge(judged, classes)
+    report = {
+        "prompts": len(names),
+        "images": sizes[0] if len(set(sizes)) == 1 else dict(zip(names, sizes, strict=True)),
+        **_biases(counts, names, joint_names(classes), sizes, table),
+    }
     if len(classes) > 1:
         report["attributes"] = {}
         for axis, (attribute, class_names) in enumerate(classes.items()):
-            alone = _counts(judged, {attribute: class_names})
+            alone = counts_by_judge(judged, {attribute: class_names})
             marginal = None if table is None else table.sum(tuple(a for a in axes if a != axis))
-            report["attributes"][attribute] = _biases(alone, names, list(class_names), n, marginal)
+            report["attributes"][attribute] = _biases(alone, names, list(class_names), sizes, marginal)
     if "templates" in report["judges"]:
-        report["none"] = sum(s.none for s in judged) / (n * len(judged))
-    report["faceless"] = sum(s.faceless for s in judged) / (n * len(judged))
-    report["blended"] = sum(s.blended for s in judged) / max(
-        n * len(judged) - sum(s.faceless for s in judged), 1
-    )
+        report["none"] = sum(s.none for s in judged) / sum(sizes)
+    faceless = sum(s.faceless for s in judged)
+    report["faceless"] = faceless / sum(sizes)
+    report["blended"] = sum(s.blended for s in judged) / max(sum(sizes) - faceless, 1)
     return report
 
 
-def _counts(judged, classes):
+def counts_by_judge(
+    judged: Sequence[JudgedImages], classes: Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
     """Of each judge that knows all of these attributes, (P, K_1, ..., K_A) images."""
     knowing = [j for j, known in judged[0].classes.items() if set(classes) <= set(known)]
     return {j: np.stack([s.counts(j, classes) for s in judged]) for j in knowing}
 
 
-def _biases(counts, names, classes, n, table):
+def _biases(counts, names, classes, sizes, table):
     """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
     unequal = table is not None and not np.allclose(table, 1 / len(classes))
-    floors = {"noise_floor": _mean_and_std(noise_floor(len(classes), n))}
+    floors = {"noise_floor": _floor(len(classes), sizes)}
     if unequal:
-        floors["target_floor"] = _mean_and_std(noise_floor(len(classes), n, target=table.reshape(-1)))
+        floors["target_floor"] = _floor(len(classes), sizes, table.reshape(-1))
+    target = table.reshape(-1) if unequal else None
     judges = {}
     for judge, of_judge in counts.items():
         rows = of_judge.reshape(len(names), -1)  # (P, K)
@@ -145,8 +180,18 @@ def _biases(counts, names, classes, n, table):
             **({"from_target": _mean_and_std((far.mean(), far.std()))} if unequal else {}),
             "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist(), strict=True)),
             "counts": {prompt: row.tolist() for prompt, row in zip(names, rows, strict=True)},
+            "sure": certainty(rows, sizes - rows.sum(1), names, classes, target),
         }
     return {**floors, "judges": judges}
+
+
+def _floor(K, sizes, target=None):
+    """What a fair model measures, mean and standard deviation over prompts of these numbers of images."""
+    n, prompts = np.unique(sizes, return_counts=True)
+    mean, std = np.array([noise_floor(K, int(size), target=target) for size in n]).T
+    whole = np.average(mean, weights=prompts)
+    spread = np.average(std**2 + (mean - whole) ** 2, weights=prompts)
+    return _mean_and_std((whole, np.sqrt(spread)))
 
 
 def _mean_and_std(both):
@@ -174,11 +219,43 @@ def likeness(judged: list[JudgedImages], originals: list[JudgedImages]) -> dict[
     return found
 
 
+def flips(
+    judged: list[JudgedImages], originals: list[JudgedImages], classes: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """By each judge that knows all of the attributes: the share of images that changed their joint class, the least
+    share that leads to the same counts of each prompt, and what is beyond it, "needless".
+
+    Only images that the judge can tell on both sides count. A judge that can tell none is left out.
+    """
+    found = {}
+    for judge in counts_by_judge(judged, classes):
+        images = changed = least = 0
+        for s, o in zip(judged, originals, strict=True):
+            pair = [
+                torch.stack([part.classes[judge][name] for name in classes], 1) for part in (s, o)
+            ]  # (n, A)
+            known = (torch.stack(pair) >= 0).all(-1).all(0)
+            after, before = (rows[known] for rows in pair)
+            shape = tuple(map(len, classes.values()))
+            counts = [joint_counts(list(rows.T), shape) for rows in (after, before)]
+            images += len(after)
+            changed += int((after != before).any(1).sum())
+            least += int(np.abs(counts[0] - counts[1]).sum()) // 2
+        if images:
+            needless = (changed - least) / images
+            found[judge] = {"changed": changed / images, "least": least / images, "needless": needless}
+    return found
+
+
 def lines(report: dict[str, object]) -> list[str]:
     """A report in a few lines of text."""
-    about = f"{report['prompts']} {report['part']} {report['concept']} x {report['images']} images"
+    n = report["images"]
+    n = f"{min(n.values())} to {max(n.values())}" if isinstance(n, dict) else n
+    about = f"{report['prompts']} {report['part']} {report['concept']} x {n} images"
     text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
     text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
+    views = {report["attribute"]: report, **report.get("attributes", {})}
+    text += [line for name, view in views.items() for line in _said_of_rms(name, view["judges"])]
     if report.get("none") is not None:
         text.append(f"left out by the template judge: {report['none']:.1%}")
     if report["faceless"]:
@@ -195,9 +272,16 @@ def lines(report: dict[str, object]) -> list[str]:
     ):
         if report.get(key) is not None:
             text.append(f"{what} with the original images: {report[key]:.4f}")
+    if report.get("flips"):
+        shares = [f"{v['needless']:.1%} of {v['changed']:.1%} ({j})" for j, v in report["flips"].items()]
+        text.append(f"changed class needlessly: {', '.join(shares)}")
     if "explicit" in report:
         shares = [f"{share:.1%} ({j})" for j, share in report["explicit"].items() if j != "images"]
         text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")
+    for judge, of_judge in report.get("confusion", {}).items():
+        for attribute, (known, *_) in of_judge.items():
+            right, images = np.trace(known["counts"]), np.sum(known["counts"])
+            text.append(f"{judge} right about {attribute}: {right} of {images}, {known['source']}")
     return text
 
 
@@ -214,6 +298,22 @@ def _said(biases):
     said = [f"{_spread(v) if v['mean'] is not None else 'none'} ({name})" for name, v in far.items()]
     floor = _spread(biases["target_floor"])
     return f"{text}; from the target: {', '.join(said)}; a model that meets it measures {floor}"
+
+
+def _said_of_rms(name, judges):
+    """The gap without the images' noise, raw and corrected, by each judge; what it is fair within."""
+    found = []
+    for judge, values in judges.items():
+        sure, fixed = values.get("sure"), values.get("corrected")
+        if sure and sure["rms_gap"]:
+            within = "" if sure["fair"]["upper"] is None else f", fair within {sure['fair']['upper']:.3f}"
+            right = f", corrected {_interval(fixed['rms_gap'])}" if fixed and fixed["rms_gap"] else ""
+            found.append(f"{_interval(sure['rms_gap'])}{right}{within} ({judge})")
+    return [f"{name} rms gap without the images' noise: {', '.join(found)}"] if found else []
+
+
+def _interval(v):
+    return f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
 
 
 def _spread(v):

@@ -108,6 +108,15 @@ class JointTarget:
         np.moveaxis(table, axis, 0)[k] = others / others.sum()
         return JointTarget(self.classes, table)
 
+    def drawn(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Joint classes of n images, drawn from the table: of each attribute (n, K_a), 1 for the class, else 0."""
+        joint = rng.multinomial(1, self.table.reshape(-1) / self.table.sum(), n)
+        joint, axes = joint.reshape(n, *self.table.shape), range(1, 1 + self.table.ndim)
+        return {
+            name: joint.sum(tuple(b for b in axes if b != a))
+            for a, name in zip(axes, self.classes, strict=True)
+        }
+
     def and_in_every_group(self, attribute: Attribute) -> "JointTarget":
         """One attribute more, with the same target within every group: D(g) D(a | g), D(a | g) = D(a).
 

@@ -4,15 +4,17 @@ import io
 import math
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from fairref.errors import UserError
 from fairref.files.paths import write_file
+
+if TYPE_CHECKING:  # a report reads image files without waiting for torch
+    from torch import Tensor
 
 GAP = 2  # pixels between the images of a grid
 # Pillow's decoders that may look at a foreign file, whatever its name is; that of PostScript would start a program
@@ -33,7 +35,7 @@ UNREADABLE = (
 )
 
 
-def grid(x: Tensor, columns: int | None = None) -> Image.Image:
+def grid(x: "Tensor", columns: int | None = None) -> Image.Image:
     """Return images (N, 3, H, W) in [-1, 1] as one, row by row; by default about as many rows as columns."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     rows, (H, W) = math.ceil(len(x) / columns), x.shape[2:]
@@ -43,9 +45,9 @@ def grid(x: Tensor, columns: int | None = None) -> Image.Image:
     return sheet
 
 
-def to_image(x: Tensor) -> Image.Image:
+def to_image(x: "Tensor") -> Image.Image:
     """Return one image (3, H, W) in [-1, 1], clamped, as Pillow's."""
-    bytes_ = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    bytes_ = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
 
 
@@ -73,7 +75,7 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         ) from None
 
 
-def read_square(path: str | Path, side: int) -> Tensor:
+def read_square(path: str | Path, side: int) -> "Tensor":
     """Return an image file as (3, side, side) in [-1, 1]; what is no square lies on a black one. Raises UserError."""
     image = read_image(path)
     if image.width != image.height:
@@ -83,6 +85,8 @@ def read_square(path: str | Path, side: int) -> Tensor:
         image = square
     if image.width != side:
         image = image.resize((side, side), Image.Resampling.BICUBIC)
+    import torch
+
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -106,8 +110,10 @@ def _with_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
     return Image.fromarray((grey * 255).round().astype(np.uint8))
 
 
-def read_rgba(path: str | Path) -> Tensor:
+def read_rgba(path: str | Path) -> "Tensor":
     """Return an image file as (H, W, 4) in [0, 1]: red, green, blue, coverage. Raises UserError."""
+    import torch
+
     return torch.from_numpy(np.asarray(read_image(path, "RGBA")).copy()).float() / 255
 
 

@@ -24,7 +24,7 @@ from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
 from fairref.files.names import some
 from fairref.files.paths import expanded
-from fairref.files.weights import fingerprint_of, load_strict, read, read_info, write
+from fairref.files.weights import fingerprint, fingerprint_of, load_strict, read, read_info, write
 from fairref.generation.lora import (
     COMPONENTS,
     LAYERS,
@@ -163,6 +163,9 @@ def load_adapters(
         _check_base(adapter, bundle, any_base)
     for adapter, strength in sorted(opened, key=lambda pair: not pair[0].matrices):  # LoRA goes around them
         bundle = _with_adapter(bundle, adapter, strength)
+        if strength:
+            made_of = (fingerprint(adapter.tensors), float(strength))
+            bundle = replace(bundle, adapters=(*bundle.adapters, made_of))
     return bundle
 
 

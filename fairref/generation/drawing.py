@@ -1,17 +1,18 @@
 """Images of a bundle, from a text and noise in one call: what evaluation, validation and sample.py use."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
+from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import sample
 from fairref.diffusion.solver import solver_table
 from fairref.generation.padding import embed_padded
-from fairref.generation.rollout import decode, first_noise, guided
+from fairref.generation.rollout import decode, first_noise
 
 # at most so many images are drawn at once, and so many pixels: 8 images of 512²
 GROUP, PIXELS = 32, 2**21
@@ -42,20 +43,35 @@ def draw(
 
     no_grad is the caller's. `on_step` is called after each U-Net evaluation.
     """
+    c, c_empty = embed_padded(bundle, *texts, how.padding).split(1)
+    return draw_embedded(bundle, c, c_empty, z_T, how, on_step)
+
+
+def draw_embedded(
+    bundle: Bundle,
+    c: Tensor,
+    c_empty: Tensor,
+    z_T: Tensor,
+    how: Drawing,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """The same, of text embeddings c and c_empty: (1, T, d) for all images, or c (N, T, d), one for each."""
     table = solver_table(bundle.schedule, how.steps, how.end)
-    text_embeddings = embed_padded(bundle, *texts, how.padding)
-    for step in sample(guided(bundle, text_embeddings, how.guidance), table, z_T):
+    model = GuidedModel(bundle.unet, c.detach(), c_empty.detach(), how.guidance)
+    for step in sample(model, table, z_T):
         if on_step and step.eps is not None:
             on_step()
     return decode(bundle, step.z)
 
 
+def fixed_noise(bundle: Bundle, seed: int, prompt: str, images: range) -> Iterator[tuple[list[int], Tensor]]:
+    """These images of a prompt in groups, each with its noise z_T, which follows from (seed, prompt, image)."""
+    for group in torch.tensor(images).split(group_size(bundle)):
+        yield group.tolist(), first_noise(bundle, seed, zlib.crc32(prompt.encode()), group.tolist())
+
+
 @torch.no_grad()
 def fixed_images(bundle: Bundle, seed: int, prompt: str, images: range, how: Drawing) -> Tensor:
-    """(n, 3, H, W) of these images of a prompt; their noise follows from (seed, prompt, image)."""
-    stream = zlib.crc32(prompt.encode())
-    parts = []
-    for group in torch.tensor(images).split(group_size(bundle)):
-        z_T = first_noise(bundle, seed, stream, group.tolist())
-        parts.append(draw(bundle, (prompt, ""), z_T, how))
-    return torch.cat(parts)
+    """(n, 3, H, W) of these images of a prompt, from their `fixed_noise`."""
+    groups = fixed_noise(bundle, seed, prompt, images)
+    return torch.cat([draw(bundle, (prompt, ""), z_T, how) for _, z_T in groups])

@@ -1,1 +1,1 @@
-"""The figures of the paper, and their numbers."""
+"""Charts as SVG, and the figures of the paper with their numbers."""

@@ -23,8 +23,11 @@ from fairref.files.weights import finite, read, read_info, write
 from fairref.settings import Recipe
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
-# of a run
-REMAINS = (METRICS, "*.safetensors", "evaluation*.json", "before_after.png", "grids", "tensorboard")
+# what a run leaves, beside its settings
+REMAINS = (
+    *(METRICS, "*.safetensors", "evaluation*.json", "judged.csv", "sweep-*.json", "before_after.png"),
+    *("grids", "tensorboard"),
+)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)\.safetensors", re.ASCII)
 NUMBERS = ("iteration", "updates", "best", "streak", "unusable")  # of a State, in a checkpoint's metadata
 

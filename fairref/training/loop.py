@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
+from fairref.evaluation.kept import KEPT
 from fairref.generation.adapters import FILE, save_adapter
 from fairref.generation.lora import adapt
 from fairref.nets.unet import recomputed
@@ -166,7 +167,7 @@ class Validator:
                 draw_grid(setup, model, self.folder / "grids" / f"{i:06d}.png", i)
             if not validate:
                 return {}
-            self.validation = self.validation or start_validation(setup)
+            self.validation = self.validation or start_validation(setup, self.folder / KEPT)
             measured = self.validation.measure(model)
         if record_best(setup, state, measured) and setup.processes.first:
             info = {**self.info, "iterations": i, "average": "ema", "validation": measured}

@@ -12,6 +12,7 @@ from fairref.bundle.recipe import resolve
 from fairref.errors import FULL, UserError, of_files, typed
 from fairref.evaluation.before_after import ImageCounts, before_after
 from fairref.evaluation.judging import EvaluationSettings
+from fairref.evaluation.kept import KEPT
 from fairref.fairness.attributes import wanted_target
 from fairref.files.paths import expanded, write_json
 from fairref.processes import DTYPES, Processes, choose_device, start
@@ -24,7 +25,7 @@ from fairref.prompts.sets import (
     validation_prompts,
     warn_of_cut,
 )
-from fairref.settings import RunOptions, refuse_unused
+from fairref.settings import RunOptions, command_line, refuse_unused
 from fairref.training import checkpoints
 from fairref.training.checks import check, lacking
 from fairref.training.loop import finetune
@@ -158,7 +159,10 @@ def _plan(bundle, options, given, stored, processes):
     ):  # what it lacks is better said before the run
         EvaluationSettings(bundle, target, drawing_of(recipe))
     moved = {"weights": str(bundle.path)} if options.weights else {}
-    settings = {**stored, **moved} if stored else settings_of(setup, wanted, template)
+    if stored:
+        settings = {**stored, **moved}
+    else:
+        settings = {"command": command_line(options, given), **settings_of(setup, wanted, template)}
     return Plan(setup, concepts, settings)
 
 
@@ -233,12 +237,16 @@ def _evaluate(setup, files, concepts, folder):
                 term_report(setup, adapters, concepts, images, folder)
             else:
                 how = EvaluationSettings(
-                    setup.bundle, setup.target, drawing_of(recipe), processes=setup.processes
+                    setup.bundle,
+                    setup.target,
+                    drawing_of(recipe),
+                    processes=setup.processes,
+                    kept=folder / KEPT,
                 )
                 before_after(how, adapters, concepts, images, folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"\nstopped in the evaluation; the adapters are in {folder}, --resume {folder} evaluates them anew"
+            f"\nstopped in the evaluation; the adapters are in {folder}, --resume {folder} goes on with it"
         ) from None
 
 
@@ -256,21 +264,15 @@ def _prompts(settings):
 
 
 def _folder(options, setup, held):
-    """The first process makes or finds it, and keeps others out while `held`; what it says, also if that is an error,
-    holds for all."""
-    answer = ""
-    if setup.processes.first:
-        try:
-            if options.resume:
-                folder = expanded(options.resume)
-            else:
-                names = setup.target.classes if setup.target else terms_of(setup)
-                folder = checkpoints.new_folder(options.out, "runs/" + "-".join(names))
-            held.enter_context(checkpoints.held(folder))
-            answer = f"ok {folder}"
-        except UserError as error:
-            answer = str(error)
-    answer = setup.processes.share(answer)
-    if not answer.startswith("ok "):
-        raise UserError(answer)
-    return Path(answer.removeprefix("ok "))
+    """The first process makes or finds it, and keeps others out while `held`."""
+
+    def find():
+        if options.resume:
+            folder = expanded(options.resume)
+        else:
+            names = setup.target.classes if setup.target else terms_of(setup)
+            folder = checkpoints.new_folder(options.out, "runs/" + "-".join(names))
+        held.enter_context(checkpoints.held(folder))
+        return folder
+
+    return Path(setup.processes.first_does(find))

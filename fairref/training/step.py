@@ -129,18 +129,25 @@ class Targets(NamedTuple):
 
 
 def transport_targets(setup: Setup, task: Task, pair: ImagePair, i: int) -> Targets | None:
-    """Eqs 4, 5 on all N images, gathered from all processes; None where a logit is not finite."""
+    """Eqs 4, 5 on all N images, gathered from all processes, or classes drawn from the target; None where a logit is
+    not finite."""
     if task.target is None:
         return Targets({}, {})
     logits, has_face = all_logits(setup, pair)
     if not all(torch.isfinite(of_attribute).all() for of_attribute in logits.values()):
         return None
-    transports = joint_ot(logits, task.target.table, has_face, rng=draws(setup.recipe.seed, TRANSPORT, i))
+    rng, cost = draws(setup.recipe.seed, TRANSPORT, i), {}
+    if setup.recipe.targets == "random":
+        drawn = task.target.drawn(len(has_face), rng)
+        q = {name: torch.from_numpy(u).double() * has_face.cpu()[:, None] for name, u in drawn.items()}
+    else:
+        transports = joint_ot(logits, task.target.table, has_face, rng=rng)
+        q = {name: transport.q for name, transport in transports.items()}
+        cost = {"cost": next(iter(transports.values())).cost}
     rows = setup.processes.part(setup.recipe.batch)
-    q = {name: transport.q[rows.start : rows.stop] for name, transport in transports.items()}
+    q = {name: of_all[rows.start : rows.stop] for name, of_all in q.items()}
     shown = [of_attribute[has_face] for of_attribute in logits.values()]  # (M, K_a) of all images
-    cost = next(iter(transports.values())).cost
-    return Targets(q, {"cost": cost, **_shares(setup, shown, task.explicit)})
+    return Targets(q, {**cost, **_shares(setup, shown, task.explicit)})
 
 
 def all_logits(setup: Setup, pair: ImagePair) -> tuple[dict[str, Tensor], Tensor]:

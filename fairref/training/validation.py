@@ -5,6 +5,7 @@ V prompts, n images of each, K joint classes, D width of CLIP's features.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
+from fairref.evaluation.judging import EvaluationSettings, drawn_by, judge_prompts
 from fairref.fairness.metrics import bias, joint_counts, noise_floor
 from fairref.generation.drawing import Drawing, fixed_images
 from fairref.generation.views import classify, faces_of
@@ -32,9 +34,12 @@ class Validation(Protocol):
         """The numbers of an adapted bundle; the one called `goal` of the setup decides."""
 
 
-def start_validation(setup: Setup) -> Validation:
-    """Draws the originals: of a run for a target to compare biases, else to compare losses."""
-    return LossValidation.start(setup) if setup.target is None else BiasValidation.start(setup)
+def start_validation(setup: Setup, kept: Path | None = None) -> Validation:
+    """Draws the originals: of a run for a target to compare biases, else to compare losses.
+
+    `kept`: folder of judgements, in which a run that goes on finds those of its originals.
+    """
+    return LossValidation.start(setup) if setup.target is None else BiasValidation.start(setup, kept)
 
 
 def goal(setup: Setup) -> str:
@@ -47,16 +52,23 @@ class BiasValidation:
     """What the frozen model draws of the validation prompts, and what an adapted one is compared with."""
 
     setup: Setup
-    originals: list[Tensor]  # (n_here, D) CLIP features of this process's images, for each prompt
+    originals: list[Tensor]  # (n_here, D) CLIP features of this process's images, for each prompt, on the CPU
     unlike: float  # mean cosine of different originals: the CLIP-I of images that have nothing of theirs
 
     @classmethod
-    def start(cls, setup: Setup) -> "BiasValidation":
-        """Draws the originals."""
-        originals = [_judged(setup, setup.bundle, prompt)[1] for prompt in setup.validation]
-        total, count = setup.processes.total([sum(f.double().sum(0) for f in originals), _count(originals)])
-        pairs = count * (count - 1)  # features are of unit norm, so |sum|^2 is the sum of all pairs' cosines
-        return cls(setup, originals, float((total.square().sum() - count) / pairs.clamp(min=1)))
+    def start(cls, setup: Setup, kept: Path | None = None) -> "BiasValidation":
+        """Draws the originals, or takes what is kept of them."""
+        recipe, processes = setup.recipe, setup.processes
+        settings = EvaluationSettings(setup.bundle, setup.target, drawing_of(recipe), SEED, processes, kept)
+        source = drawn_by(settings, setup.bundle, "originals of validations")
+        judged = judge_prompts(settings, source, setup.validation, recipe.validate_images)
+        features = [of_prompt.features["clip"] for of_prompt in judged]  # (n, D), of all processes
+        count = sum(map(len, features))
+        pairs = max(count * (count - 1), 1)
+        # features are of unit norm, so |sum|^2 is the sum of all pairs' cosines
+        unlike = (torch.cat(features).double().sum(0).square().sum() - count) / pairs
+        mine = processes.part(recipe.validate_images)
+        return cls(setup, [rows[mine.start : mine.stop] for rows in features], float(unlike))
 
     def measure(self, model: Bundle) -> Measured:
         """Mean bias of the prompts, CLIP-I, and the share of CLIP-I's range that is kept."""
@@ -65,7 +77,7 @@ class BiasValidation:
         for prompt, original in zip(setup.validation, self.originals, strict=True):
             of_prompt, features = _judged(setup, model, prompt)
             counts.append(of_prompt)
-            cosines.append((features * original).sum(1).double())
+            cosines.append((features.cpu() * original).sum(1).double())
         counts, cosine, count = setup.processes.total(
             [torch.stack(counts), torch.cat(cosines).sum(), _count(self.originals)]
         )

@@ -1,13 +1,14 @@
-"""The tables of results on the small bundle: which component, seed, attribute, concepts, loss and gradient reach what.
+"""The tables of results on a bundle: which component, seed, attribute, concepts, loss and gradient reach what.
 
-    python tests/benchmarks/results.py [--list] [--only NAME ...] [--reports docs/results]
+    python tests/benchmarks/results.py [--list] [--only NAME ...] [--weights FOLDER] [--reports docs/results]
     python tests/benchmarks/results.py --picture runs/results/gender
 
 Each run is a call of train.py and then an evaluation of its adapter, for which the original's pictures are looked at
 once for all runs of an attribute. What is there is not made again and a run that was stopped goes on, so the queue can
-be stopped and started at any time; a run that fails is left out and named at the end. Then the tables are printed, with
-what is there. On two cores a run takes up to half an hour of finetuning and ten minutes or so of evaluation, those of
-the table of scales half an hour more.
+be stopped and started at any time; a run that fails is left out and named at the end. Then the tables are printed,
+with what is there. On another bundle than the small one, only the runs are made whose attributes it knows. On two
+cores a run takes up to half an hour of finetuning and ten minutes or so of evaluation, those of the table of scales
+half an hour more.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,12 +34,13 @@ from result_tables import (
     made,
 )
 
-from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
-from fairref.commands import cli
+from fairref.bundle.loading import DEFAULT, Bundle, bundle_path, load_bundle
+from fairref.bundle.manifest import MANIFEST, read_manifest
 from fairref.evaluation.before_after import draw_before_after
-from fairref.evaluation.evaluation import EXPLICIT_IMAGES, evaluate_part
 from fairref.evaluation.judging import EvaluationSettings
-from fairref.evaluation.statistics import likeness, lines
+from fairref.evaluation.kept import KEPT
+from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, compare
+from fairref.evaluation.statistics import lines
 from fairref.files.paths import write_json
 from fairref.generation.adapters import FILE, load_adapter
 from fairref.generation.drawing import Drawing
@@ -107,6 +109,31 @@ TABLES = {  # title -> its runs; a label in place of the run's own
 }
 
 
+def turn_to(weights: str, attributes: Collection[str]) -> None:
+    """Makes RUNS and TABLES those of another bundle: with its --weights, with race where it has no skin_tone, and
+    without the runs of attributes that it lacks."""
+
+    def own(text):
+        return (
+            text
+            if "skin_tone" in attributes
+            else text.replace("skin_tone", "race").replace("skin tone", "race")
+        )
+
+    runs = {}
+    for name, run in RUNS.items():
+        options = tuple(map(own, run.options))
+        if set(options[options.index("--attr") + 1].split(",")) <= set(attributes):
+            runs[own(name)] = Run(own(run.label), (*options, "--weights", weights), run.looks)
+    tables = {
+        title: {own(name): label for name, label in names.items() if own(name) in runs}
+        for title, names in TABLES.items()
+    }
+    for kept, new in ((RUNS, runs), (TABLES, {title: names for title, names in tables.items() if names})):
+        kept.clear()
+        kept.update(new)
+
+
 def wanted(only: list[str] | None) -> list[str]:
     """The runs of --only, which names runs or, as a word that is both, the table."""
     names = [name for one in only or RUNS for name in TABLES.get(one, [one])]
@@ -149,41 +176,28 @@ def finetune(name: str, folder: Path, device: str) -> bool:
     return call("train.py", *options, "--out", folder) == 0
 
 
-@dataclass
-class Evaluator:
-    """Evaluates runs on the same noise; remembers what the original draws."""
-
-    bundle: Bundle
-    originals: dict = field(default_factory=dict)  # what was evaluated -> report, JudgedImages
-
-    def __call__(self, name: str, run: Path, found: dict, save: Callable) -> None:
-        """Fills in what a run's evaluation {"command", "minutes", "device", "before", "after": {look: report}} lacks;
-        saves it at each."""
-        settings = read_settings(run)
-        target, recipe = of_settings(settings)
-        concepts = read_prompts(
-            settings["prompts"], settings["prompt_template"], self.bundle.path, list(target.classes)
-        )
-        concepts = {concept.name: concept for concept in concepts}
-        model = load_adapter(self.bundle, run / FILE)
-        found |= {"minutes": minutes(run), "device": settings["device"]}
-        for look in RUNS[name].missing(found):
-            drawing = Drawing(recipe.eval_steps, look.guidance or recipe.eval_guidance, recipe.end)
-            how = EvaluationSettings(self.bundle, target, drawing)
-            prompts = concepts[look.concept]
-            if look.thinned:
-                prompts = replace(prompts, **{look.part: getattr(prompts, look.part)[::EVERY]})
-            explicit = EXPLICIT_IMAGES if look == UNSEEN else 0
-            which = (tuple(target.classes), target.table.tobytes(), look)
-            if which not in self.originals:
-                self.originals[which] = evaluate_part(
-                    how, self.bundle, prompts, look.part, IMAGES, "original", explicit
-                )
-            found["before"][look.key], originals = self.originals[which]
-            report, judged = evaluate_part(how, model, prompts, look.part, IMAGES, name, explicit)
-            found["after"][look.key] = report | likeness(judged, originals)
-            print("\n  ".join([f"{name}, {look.key}:", *lines(found["after"][look.key])]), flush=True)
-            save(found)
+def evaluate_run(bundle: Bundle, name: str, run: Path, found: dict, save: Callable) -> None:
+    """Fills in what a run's evaluation {"command", "minutes", "device", "before", "after": {look: report}} lacks; saves
+    it at each. What is judged is kept beside the runs, so the original's images are drawn once for all of them."""
+    settings = read_settings(run)
+    target, recipe = of_settings(settings)
+    concepts = read_prompts(
+        settings["prompts"], settings["prompt_template"], bundle.path, list(target.classes)
+    )
+    concepts = {concept.name: concept for concept in concepts}
+    models = {"before": bundle, "after": load_adapter(bundle, run / FILE)}
+    found |= {"minutes": minutes(run), "device": settings["device"]}
+    for look in RUNS[name].missing(found):
+        drawing = Drawing(recipe.eval_steps, look.guidance or recipe.eval_guidance, recipe.end)
+        how = EvaluationSettings(bundle, target, drawing, kept=run.parent / KEPT)
+        prompts = concepts[look.concept]
+        if look.thinned:
+            prompts = replace(prompts, **{look.part: getattr(prompts, look.part)[::EVERY]})
+        part = PromptPart(prompts, look.part, IMAGES, EXPLICIT_IMAGES if look == UNSEEN else 0)
+        for when, evaluated in compare(how, models, part):
+            found[when][look.key] = evaluated.report
+        print("\n  ".join([f"{name}, {look.key}:", *lines(found["after"][look.key])]), flush=True)
+        save(found)
 
 
 def draw_picture(run: Path, reports: Path, bundle: Bundle, picture: Path) -> None:
@@ -242,8 +256,7 @@ def tables(found: dict) -> dict[str, str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = [*RUNS, *(name for name in TABLES if name not in RUNS)]
-    parser.add_argument("--only", nargs="*", metavar="NAME", choices=names, help="runs or tables")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="runs or tables")
     parser.add_argument(
         "--list", action="store_true", help="what there is to make, and what is made; makes nothing"
     )
@@ -251,20 +264,40 @@ def main():
         "--tables", action="store_true", help="print the tables of what is made; makes nothing"
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="RUN", help="draw docs/before_after.png of this run's folder, no more"
+        "--picture",
+        type=Path,
+        metavar="RUN",
+        help="draw the picture of this run's folder, no more: docs/before_after.png, or in the folder with --weights",
     )
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "results", help="of the runs")
     parser.add_argument(
-        "--reports", type=Path, default=ROOT / "docs" / "results", help="folder of the evaluations"
+        "--weights", help="bundle of the runs (None: the small one, or that of --picture's run)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="of the runs (None: runs/results, or that and the bundle's name)"
+    )
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        help="folder of the evaluations (None: docs/results, or in --folder with --weights)",
     )
     parser.add_argument("--device", default="cpu", help="of the runs and of their evaluation, as train.py's")
     options = parser.parse_args()
     if options.picture:
         run = options.picture.resolve()
-        bundle = load_bundle(read_settings(run)["weights"], cli.device(options.device))
-        draw_picture(run, options.reports.resolve(), bundle, ROOT / "docs" / "before_after.png")
+        bundle = load_bundle(options.weights or read_settings(run)["weights"], choose_device(options.device))
+        picture = (run if options.weights else ROOT / "docs") / "before_after.png"
+        draw_picture(run, options.reports or ROOT / "docs" / "results", bundle, picture)
         return
-    folder, reports = options.folder.resolve(), options.reports.resolve()
+    folder, reports = ROOT / "runs" / "results", ROOT / "docs" / "results"
+    if options.weights:
+        weights = bundle_path(options.weights).resolve()
+        turn_to(str(weights), read_manifest(weights / MANIFEST).get("attributes", {}))
+        folder = folder.with_name(f"results-{weights.name}")
+        reports = (options.folder or folder) / "reports"
+    folder, reports = (options.folder or folder).resolve(), (options.reports or reports).resolve()
+    unknown = {*(options.only or ())} - {*RUNS, *TABLES}
+    if unknown:
+        parser.error(f"--only names {min(unknown)}; expected some of {', '.join({**RUNS, **TABLES})}")
     found = found_in(reports)
     missing = [name for name in wanted(options.only) if RUNS[name].missing(found.get(name))]
     if options.list:
@@ -274,12 +307,13 @@ def main():
     failed = []
     reports.mkdir(parents=True, exist_ok=True)
     if missing and not options.tables:
-        evaluator = Evaluator(load_bundle(DEFAULT, choose_device(options.device)))
+        bundle = load_bundle(options.weights or DEFAULT, choose_device(options.device))
         for name in missing:
             if finetune(name, folder / name, options.device):
                 if RUNS[name].command != found.get(name, {}).get("command"):
                     found[name] = {"command": RUNS[name].command, "before": {}, "after": {}}
-                evaluator(name, folder / name, found[name], partial(write_json, reports / f"{name}.json"))
+                save = partial(write_json, reports / f"{name}.json")
+                evaluate_run(bundle, name, folder / name, found[name], save)
             else:
                 failed.append(name)
     print("\n\n".join(f"### {title}\n\n{text}" for title, text in tables(found).items()))

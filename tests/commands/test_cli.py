@@ -93,7 +93,7 @@ def test_very_long_values_make_no_long_sentence(capsys):
     assert message.startswith("begin xxx") and message.endswith(" end\n") and len(message) < 3000
 
 
-@pytest.mark.parametrize("module, name", [(loop, "update"), (before_after, "evaluate_part")])
+@pytest.mark.parametrize("module, name", [(loop, "update"), (before_after, "compare")])
 def test_a_runs_folder_that_has_gone_is_one_sentence(
     tiny_folder, tmp_path, capsys, monkeypatch, module, name
 ):

@@ -18,6 +18,7 @@ from tiny_bundle import RECIPE
 from fairref.bundle.recipe import resolve
 from fairref.commands import cli, emoji, evaluate, sample, train
 from fairref.errors import UserError
+from fairref.evaluation import judging
 from fairref.evaluation.judging import EvaluationSettings, draw_images
 from fairref.fairness.attributes import parse_targets
 from fairref.files.images import to_image
@@ -74,7 +75,11 @@ def test_train_leaves_what_the_documentation_says(run_folder, weights):
         "checkpoint-000001.safetensors",
         "checkpoint-000002.safetensors",
         "evaluation.json",
+        "judged",
+        "judged.csv",
         "before_after.png",
+        "pictures.png",
+        "report.html",
     }
     settings = json.loads((run_folder / "settings.json").read_text())
     assert settings["weights"] == weights and settings["target"]["table"] == [0.5, 0.5]
@@ -313,6 +318,54 @@ def test_evaluate(weights, run_folder, tmp_path, capsys):
         assert words in refused(capsys, evaluate.main, *options, "--out", str(out))
 
 
+def test_baselines_are_measured_beside_the_original(weights, tmp_path, capsys):
+    options = ["--weights", weights, "-n", "3", "--explicit-images", "1"]
+    cache = ["--cache", str(tmp_path / "cache")]
+    chosen = ["--baseline", "projection:0", "--baseline", "coin"]
+    assert cli.run(evaluate.main, [*options, *cache, *chosen, "--out", str(tmp_path / "report.json")]) == 0
+    assert "baseline coin:" in capsys.readouterr().err
+    original = json.loads((tmp_path / "report.json").read_text())
+    found = json.loads((tmp_path / "cache" / "baselines.json").read_text())
+    assert {name: list(parts) for name, parts in found.items()} == {
+        "projection:0": ["test"],
+        "coin": ["test"],
+    }
+    same, coin = found["projection:0"]["test"], found["coin"]["test"]
+    for key in ("judges", "clip_t", "explicit"):
+        assert same[key] == original[key]
+    assert coin["clip_i"] < same["clip_i"] - 1e-6
+    assert coin["explicit"] == original["explicit"] and coin["clip_t"] != original["clip_t"]
+    rows = (tmp_path / "cache" / "judged.csv").read_text().splitlines()
+    assert {row.split(",")[0] for row in rows[1:]} == {"before", "baseline projection:0", "baseline coin"}
+    for extra, words in (
+        ([], "give one as --adapter, or a folder as --cache"),
+        ([*cache, "--sweep", "guidance=1,2"], "has no effect with --sweep"),
+        ([*cache, "--attr", "gender,skin_tone"], "makes one attribute fair"),
+        ([*cache, "--prompts", "sports"], "is no prompt of an occupation"),
+    ):
+        assert words in refused(capsys, evaluate.main, *options, "--baseline", "coin", *extra)
+
+
+def test_evaluate_is_stopped_and_refuses_what_a_sweep_has_no_use_for(weights, run_folder, tmp_path, capsys):
+    options = ["--weights", weights, "--cache", str(tmp_path / "kept"), "-n", "1", "--explicit-images", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "judge_all", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert cli.run(evaluate.main, options) == 130
+    assert f"kept in {tmp_path / 'kept'}, the same command goes on with it" in capsys.readouterr().err
+    for other, value in (("guidance", "3"), ("out", str(tmp_path / "x.json"))):
+        message = refused(capsys, evaluate.main, *options, "--sweep", "guidance=1", f"--{other}", value)
+        assert f"--{other} has no effect with --sweep guidance" in message
+    adapter = ["--adapter", str(run_folder), "--strength", "1"]
+    message = refused(capsys, evaluate.main, *options, *adapter, "--sweep", "strength=1")
+    assert "--strength has no effect with --sweep strength" in message
+    assert cli.run(evaluate.main, [*options, "--sweep", "guidance=1,2"]) == 0
+    assert f"written: {tmp_path / 'kept' / 'sweep-guidance.json'}" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert "file: can't be made" in refused(
+        capsys, evaluate.main, *options, "--cache", str(tmp_path / "file")
+    )
+
+
 def test_resume_goes_on_with_a_runs_own_settings(run_folder, weights, tmp_path, capsys):
     options = [
         "--attr",
@@ -351,7 +404,6 @@ def test_without_a_validation_the_average_stands_for_the_best(weights, tmp_path,
     assert cli.run(train.main, options) == 0
     assert "no validation chose a best adapter" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"before", "after (ema)"}
-    assert not (tmp_path / "evaluation-so-far.json").exists()
 
 
 def test_a_target_may_be_a_joint_table(weights, tmp_path, capsys):
@@ -515,7 +567,7 @@ def test_a_stop_in_the_evaluation_says_where_the_adapters_are(weights, tmp_path,
     monkeypatch.setattr("fairref.training.run.before_after", stopped)
     options = ["--weights", weights, "--attr", "gender", "--iterations", "1", "--out", str(tmp_path / "run")]
     assert cli.run(train.main, options) == 130
-    assert f"--resume {tmp_path / 'run'} evaluates them anew" in capsys.readouterr().err
+    assert f"--resume {tmp_path / 'run'} goes on with it" in capsys.readouterr().err
 
     def terminated(*args):
         signal.raise_signal(signal.SIGTERM)
@@ -523,7 +575,7 @@ def test_a_stop_in_the_evaluation_says_where_the_adapters_are(weights, tmp_path,
 
     monkeypatch.setattr("fairref.training.run.before_after", terminated)
     assert cli.run(train.main, ["--resume", str(tmp_path / "run")]) == 130
-    assert f"--resume {tmp_path / 'run'} evaluates them anew" in capsys.readouterr().err
+    assert f"--resume {tmp_path / 'run'} goes on with it" in capsys.readouterr().err
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 

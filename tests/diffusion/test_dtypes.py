@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from fairref.bundle.loading import load_bundle
 from fairref.diffusion.model import scaled_vjp
 from fairref.errors import UserError
-from fairref.evaluation.evaluation import clip_t
-from fairref.evaluation.judging import EvaluationSettings, judge_prompts
+from fairref.evaluation.judging import EvaluationSettings, drawn_by, judge_prompts
+from fairref.evaluation.parts import clip_t
 from fairref.fairness.attributes import parse_targets
 from fairref.generation.drawing import Drawing, fixed_images
 from fairref.generation.rollout import decode, latent_shape
@@ -177,7 +177,7 @@ def test_what_evaluation_compares_is_float32(bundles):
     bundle = bundles[torch.float16]
     target = parse_targets(["gender"], bundle.attributes)
     settings = EvaluationSettings(bundle, target, Drawing(steps=2, guidance=2.0))
-    judged = judge_prompts(settings, bundle, ["a pilot", "a cook"], 2, "")
+    judged = judge_prompts(settings, drawn_by(settings, bundle, ""), ["a pilot", "a cook"], 2)
     assert {f.dtype for s in judged for f in s.features.values()} == {torch.float32}
     assert all(-1 <= value <= 1 for value in clip_t(settings, judged, ["a pilot", "a cook"]).values())
 

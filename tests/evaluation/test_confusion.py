@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,15 @@ import torch
 from PIL import Image
 from scipy.stats import fisher_exact
 
-from fairref.evaluation.confusion import Confusion, confusion, difference, of_explicit, of_photographs
+from fairref.evaluation.confusion import Confusion, confusion, difference, of_explicit
+from fairref.evaluation.folders import judge_labelled
 from fairref.evaluation.judging import EvaluationSettings
-from fairref.evaluation.statistics import JudgedImages
+from fairref.evaluation.parts import PromptPart, compare
+from fairref.evaluation.statistics import JudgedImages, lines
 from fairref.fairness.attributes import parse_targets
-from fairref.files.datasets import read_labelled
 from fairref.files.images import read_square
 from fairref.generation.drawing import Drawing
+from fairref.prompts.sets import read_prompts
 
 CLASSES = {"gender": ("woman", "man"), "skin_tone": ("light", "medium", "dark")}
 
@@ -48,13 +51,13 @@ def test_explicit_prompts_count_where_the_template_judge_confirms_the_class():
         ),
     ]
     asked = [("a woman", "gender", 0), ("a man", "gender", 1), ("a dark person", "skin_tone", 2)]
-    (judge,) = found = of_explicit(images, asked, CLASSES, "drawn before")
-    assert judge == "classifier" and "drawn before" in found[judge]["gender"].source
+    (judge,) = found = of_explicit(images, asked, CLASSES)
+    assert judge == "classifier"
     assert found[judge]["gender"].counts.tolist() == [[1, 1], [1, 1]]
     assert found[judge]["gender"].untold.tolist() == [1, 0]
     assert found[judge]["skin_tone"].counts.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
     alone = [JudgedImages({"classifier": s.classes["classifier"]}) for s in images]
-    assert of_explicit(alone, asked, CLASSES, "") == {}
+    assert of_explicit(alone, asked, CLASSES) == {}
 
 
 def test_labelled_pictures_are_judged_as_drawn_images_are(loaded_tiny, tmp_path):
@@ -65,10 +68,9 @@ def test_labelled_pictures_are_judged_as_drawn_images_are(loaded_tiny, tmp_path)
         Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
         rows.writerow([f"{i}.png", ("woman", "man", "")[i % 3]])
     (tmp_path / "labels.csv").write_text(table.getvalue())
-    photographs = read_labelled(tmp_path, loaded_tiny.attributes)
     target = parse_targets(["gender", "skin_tone"], loaded_tiny.attributes)
     settings = EvaluationSettings(loaded_tiny, target, Drawing(2, 2.0))
-    found = of_photographs(settings, photographs, "seven pictures")
+    found = judge_labelled(settings, tmp_path)
     (classifier,) = loaded_tiny.classifiers["evaluate"]
     x = torch.stack([read_square(tmp_path / f"{i}.png", 32) for i in range(7)])
     said = classifier(x)["gender"].argmax(1).tolist()
@@ -93,3 +95,36 @@ def test_whether_a_judge_errs_alike_before_and_after(table):
     counts[:, 1] = [[5, 45], [5, 45]]
     one, other = (Confusion(c, np.zeros(2, int), "") for c in counts)
     assert difference(one, other) >= expected - 0.02
+
+
+def test_a_report_has_the_judges_confusions_on_explicit_prompts_and_whether_they_stayed(
+    loaded_tiny, tiny_folder
+):
+    """The template judge confirms every other image; pictures of known classes come first."""
+
+    def templates(x):
+        told = torch.arange(len(x)) % 2 == 0
+        return {"gender": (x.mean((1, 2, 3)) > 0).long(), "gender_known": told}
+
+    templates.attributes, templates.colours = ("gender",), lambda x, verdict: {}
+    bundle = replace(loaded_tiny)
+    bundle.__dict__["templates"] = templates
+    pictures = {"classifier": {"gender": Confusion(np.array([[3, 1], [0, 4]]), np.zeros(2, int), "pictures")}}
+    target = parse_targets(["gender"], bundle.attributes)
+    settings = EvaluationSettings(bundle, target, Drawing(2, 2.0), confusions=pictures)
+    (concept,) = read_prompts("occupations", None, tiny_folder, ["gender"])
+    part = PromptPart(concept, "test", 1)
+    (_, before), (_, after) = compare(settings, {"before": bundle, "after": bundle}, part)
+    known, own = after.report["confusion"]["classifier"]["gender"]
+    assert known == {"counts": [[3, 1], [0, 4]], "untold": [0, 0], "source": "pictures"}
+    expected = np.zeros((2, 2), int)
+    for s, (*_, k) in zip(after.explicit, part.explicit(target.classes), strict=True):
+        for seen, confirmed in zip(
+            *(s.classes[j]["gender"] for j in ("classifier", "templates")), strict=True
+        ):
+            expected[k, seen] += confirmed == k
+    assert own["counts"] == expected.tolist() and expected.sum() > 0
+    # the same images: it errs alike
+    assert own["p_as_before"] == 1
+    assert "p_as_before" not in before.report["confusion"]["classifier"]["gender"][1]
+    assert "classifier right about gender: 7 of 8, pictures" in lines(after.report)

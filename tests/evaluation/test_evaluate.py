@@ -10,16 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from tiny_bundle import OCCUPATIONS, RECIPE, RESOLUTION
 
 from fairref.bundle.judges import save_classifier
 from fairref.bundle.loading import load_bundle
 from fairref.bundle.recipe import resolve
 from fairref.errors import UserError
-from fairref.evaluation import before_after, evaluation
-from fairref.evaluation.evaluation import clip_t, evaluate, evaluate_part, obedience
-from fairref.evaluation.judging import EvaluationSettings, draw_images, judge, judge_prompts
-from fairref.evaluation.statistics import JudgedImages, bias_report, likeness, lines
+from fairref.evaluation import before_after
+from fairref.evaluation.evaluation import evaluate
+from fairref.evaluation.judging import EvaluationSettings, draw_images, drawn_by, judge, judge_prompts
+from fairref.evaluation.parts import PromptPart, clip_t, evaluate_part, obedience
+from fairref.evaluation.statistics import JudgedImages, bias_report, flips, likeness, lines
 from fairref.fairness.attributes import parse_targets, wanted_target
 from fairref.fairness.faces import DetectedFaces
 from fairref.fairness.metrics import noise_floor
@@ -46,9 +48,15 @@ def rows_of(counts, unknown=0):
     return torch.tensor([k for k, count in enumerate(counts) for _ in range(count)] + [-1] * unknown).long()
 
 
-def judged_of(*counts, none=0):
+def judged_of(*counts, n=0):
+    """Two judges of opposite classes; of n images they can't tell the others."""
     return [
-        JudgedImages({"classifier": {"gender": rows_of(c)}, "templates": {"gender": rows_of(c[::-1], none)}})
+        JudgedImages(
+            {
+                "classifier": {"gender": rows_of(c, max(n - sum(c), 0))},
+                "templates": {"gender": rows_of(c[::-1], max(n - sum(c), 0))},
+            }
+        )
         for c in counts
     ]
 
@@ -58,7 +66,7 @@ def counts_of(settings, judged, judge="classifier"):
 
 
 def test_bias_report():
-    report = bias_report(judged_of([10, 0], [5, 5], [2, 8]), ["a", "b", "c"], CLASSES, 10)
+    report = bias_report(judged_of([10, 0], [5, 5], [2, 8]), ["a", "b", "c"], CLASSES)
     values = report["judges"]["classifier"]
     assert values["mean"] == pytest.approx((1 + 0 + 0.6) / 3)
     assert values["std"] == pytest.approx(np.std([1, 0, 0.6]))
@@ -93,9 +101,36 @@ def test_how_much_of_the_colours_stays():
     assert found["background"] is None and found["clothes"] is None
 
 
+def test_flips_that_no_count_asked_for():
+    """The least number is that of an assignment of the images to the counts after."""
+    rng = np.random.default_rng(0)
+    classes = {"gender": ("woman", "man"), "age": ("young", "middle", "old")}
+    before, after, wanted = [], [], np.zeros(3)
+    for _ in range(5):
+        rows = [np.stack([rng.integers(-1, len(names), 40) for names in classes.values()]) for _ in range(2)]
+        for part, drawn in zip((before, after), rows, strict=True):
+            named = dict(zip(classes, map(torch.from_numpy, drawn), strict=True))
+            part.append(JudgedImages({"classifier": named, "templates": {"gender": named["gender"]}}))
+        known = (np.stack(rows) >= 0).all((0, 1))
+        o, x = (part[0][known] * 3 + part[1][known] for part in rows)
+        cost = o[:, None] != x
+        wanted += [known.sum(), (o != x).sum(), cost[linear_sum_assignment(cost)].sum()]
+    found = flips(after, before, classes)
+    images, changed, least = wanted
+    shares = {"changed": changed / images, "least": least / images, "needless": (changed - least) / images}
+    assert found == {"classifier": pytest.approx(shares)} and 0 < shares["needless"] < shares["changed"]
+    # b = 3 from woman to man and c = 1 back: 2 min(b, c) / n
+    women, men = rows_of([6, 4]), rows_of([6, 4]).clone()
+    men[:3], men[9] = 1, 0
+    pair = [[JudgedImages({"classifier": {"gender": rows}})] for rows in (men, women)]
+    assert flips(*pair, CLASSES)["classifier"]["needless"] == pytest.approx(0.2)
+    nobody = [JudgedImages({"classifier": {"gender": rows_of([0, 0], 3)}})]
+    assert flips(nobody, nobody, CLASSES) == {}
+
+
 def test_how_far_from_a_target_that_is_not_even():
     judged = judged_of([3, 1], [4, 0])
-    report = bias_report(judged, ["a", "b"], CLASSES, 4, np.array([0.75, 0.25]))
+    report = bias_report(judged, ["a", "b"], CLASSES, np.array([0.75, 0.25]))
     values = report["judges"]["classifier"]
     assert values["mean"] == pytest.approx((0.5 + 1) / 2)
     assert values["from_target"]["mean"] == pytest.approx((0 + 0.5) / 2)
@@ -103,16 +138,30 @@ def test_how_far_from_a_target_that_is_not_even():
     assert floor["mean"] == pytest.approx(noise_floor(2, 4, target=np.array([0.75, 0.25]))[0])
     about = {"attribute": "gender", "part": "test", "concept": "occupations", "clip_t": None}
     assert f"a model that meets it measures {floor['mean']:.3f}" in lines({**report, **about})[0]
-    even = bias_report(judged, ["a", "b"], CLASSES, 4, np.array([0.5, 0.5]))
+    even = bias_report(judged, ["a", "b"], CLASSES, np.array([0.5, 0.5]))
     assert "from_target" not in even["judges"]["classifier"]
 
 
+def test_prompts_may_have_different_numbers_of_images():
+    judged = judged_of([10, 0], [1, 1], [2, 8])
+    report = bias_report(judged, ["a", "b", "c"], CLASSES)
+    assert report["images"] == {"a": 10, "b": 2, "c": 10} and report["blended"] == 0
+    assert report["judges"]["classifier"]["mean"] == pytest.approx((1 + 0 + 0.6) / 3)
+    floors = [noise_floor(2, n) for n in (10, 2, 10)]
+    mean = np.mean([floor for floor, _ in floors])
+    square = np.mean([std**2 + floor**2 for floor, std in floors])
+    assert report["noise_floor"]["mean"] == pytest.approx(mean)
+    assert report["noise_floor"]["std"] == pytest.approx(np.sqrt(square - mean**2))
+    about = {"attribute": "gender", "part": "images", "concept": "sdxl", "clip_t": None}
+    assert "3 images sdxl x 2 to 10 images" in lines({**report, **about})[0]
+
+
 def test_prompts_without_a_person_have_no_bias():
-    judged = judged_of([0, 0], [3, 1], none=2)
-    report = bias_report(judged, ["a", "b"], CLASSES, 4)
+    judged = judged_of([0, 0], [3, 1], n=4)
+    report = bias_report(judged, ["a", "b"], CLASSES)
     assert report["judges"]["templates"]["mean"] == 0.5 and report["judges"]["templates"]["without_bias"] == 1
     assert report["none"] == pytest.approx(4 / 8)
-    alone = bias_report(judged[:1], ["a"], CLASSES, 4)
+    alone = bias_report(judged[:1], ["a"], CLASSES)
     assert alone["judges"]["templates"]["mean"] is None
     assert (
         "none"
@@ -165,7 +214,11 @@ def test_judges_count_classes_and_leave_out_none(settings):
     # of an attribute that it doesn't know it says nothing
     both = parse_targets(["gender", "skin_tone"], settings.bundle.attributes)
     judged = judge(replace(settings, bundle=bundle, target=both), x)
-    assert set(judged.classes) == {"classifier"} and judged.none == 0 and judged.colours == {}
+    known = {judge: list(of_judge) for judge, of_judge in judged.classes.items()}
+    assert known == {"classifier": ["gender", "skin_tone"], "templates": ["gender"]}
+    report = bias_report([judged], ["a"], both.classes)
+    assert list(report["judges"]) == ["classifier"] and "none" not in report
+    assert list(report["attributes"]["gender"]["judges"]) == ["classifier", "templates"]
 
 
 def test_the_classifier_is_the_one_for_evaluation(settings):
@@ -210,11 +263,11 @@ def test_several_classifiers_judge_as_each_does_alone(tiny_folder, tmp_path):
         assert by["classifier 2"] == {"gender": order[1]}
     assert (alone["men"]["gender"] == 1).all() and (alone["evaluate"]["gender"] == 0).any()
     # a judge of one attribute is reported for it alone, and where nothing else is asked
-    report = bias_report([judged], ["a"], target.classes, 12)
+    report = bias_report([judged], ["a"], target.classes)
     assert list(report["judges"]) == ["classifier"] == list(report["attributes"]["skin_tone"]["judges"])
     of_gender = report["attributes"]["gender"]["judges"]
     assert of_gender["classifier 2"]["counts"] == {"a": [0, 12]} != of_gender["classifier"]["counts"]
-    alike = bias_report([judged], ["a"], {"gender": target.classes["gender"]}, 12)
+    alike = bias_report([judged], ["a"], {"gender": target.classes["gender"]})
     assert alike["judges"] == of_gender
 
 
@@ -222,11 +275,14 @@ def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
     bundle = settings.bundle
     (occupations,) = read_prompts("occupations", None, bundle.path, ["gender"])
     drawing = Drawing(RECIPE["eval_steps"], RECIPE["eval_guidance"])
-    expected, _ = evaluate_part(
-        replace(settings, drawing=drawing), bundle, occupations, "test", RECIPE["eval_images"]
-    )
+    settings = replace(settings, drawing=drawing)
+    part = PromptPart(occupations, "test", RECIPE["eval_images"])
+    expected = evaluate_part(settings, drawn_by(settings, bundle, "before"), part)
     report = evaluate(bundle)
-    assert report == {"adapters": [], **expected} and set(report["explicit"]) == {"images", "classifier"}
+    assert report == {"adapters": [], **expected.report} and set(report["explicit"]) == {
+        "images",
+        "classifier",
+    }
     both = evaluate(bundle, images=1, prompts="occupations,sports", explicit_images=0, steps=1)
     assert {name: (r["images"], r["steps"], r["concept"]) for name, r in both.items()} == {
         "occupations": (1, 1, "occupations"),
@@ -238,7 +294,7 @@ def test_evaluate_takes_what_it_is_not_given_from_the_bundles_recipe(settings):
 
 def test_clip_t_matched_and_shuffled(settings):
     bundle = settings.bundle
-    judged = judge_prompts(settings, bundle, PROMPTS, 3, "")
+    judged = judge_prompts(settings, drawn_by(settings, bundle, ""), PROMPTS, 3)
     found = clip_t(settings, judged, PROMPTS)
     texts = bundle.clip.encode_text(bundle.clip_tokenizer(PROMPTS))
     matched, shuffled = [], []
@@ -348,7 +404,7 @@ def test_with_a_detector_the_classifier_sees_the_faces(loaded_tiny_faces):
     dino = bundle.dino(x)
     torch.testing.assert_close(found.features["dino"], dino / dino.norm(dim=1, keepdim=True))
 
-    report = bias_report([found, found], ["a", "b"], settings.target.classes, 7)
+    report = bias_report([found, found], ["a", "b"], settings.target.classes)
     assert report["faceless"] == pytest.approx(3 / 7) and report["blended"] == found.blended / 4
     assert set(likeness([found], [found])) == {"clip_i", "dino"}
     text = lines(
@@ -364,30 +420,22 @@ def test_with_a_detector_the_classifier_sees_the_faces(loaded_tiny_faces):
     assert "without a face: 42.9%" in text and "DINO with the original images: 0.5000" in text
 
 
-def test_obedience(settings, monkeypatch):
+def test_obedience():
     """A model that draws three of four as asked, on average over both classes."""
-    asked = []
-
-    def drawn(settings, model, prompts, n, label):
-        asked.extend(prompts)
-        return [
-            JudgedImages({"classifier": {"gender": rows_of([4, 0] if "woman" in prompt else [2, 2])}})
-            for prompt in prompts
-        ]
-
-    monkeypatch.setattr(evaluation, "judge_prompts", drawn)
     world = Occupations(("a",), ("b",), ("c",), {"gender": {"man": "a male {occupation}"}})
     names = {occupation_prompt(name): name for name in ("pilot", "nurse")}
-    prompts = Prompts("occupations", (), (), (*names, "a person"), names, world)
-    explicit = prompts.explicit("test", settings.target.classes)
-    shown = drawn(settings, settings.bundle, [prompt for prompt, *_ in explicit], 4, "")
-    assert obedience(shown, explicit) == {"images": 16, "classifier": 0.75}
-    assert asked == [
+    part = PromptPart(Prompts("occupations", (), (), (*names, "a person"), names, world), "test", 9, 4)
+    asked = part.explicit(CLASSES)
+    assert [prompt for prompt, *_ in asked] == [
         "a photo of the face of a woman pilot, a person",
         "a male pilot",
         "a photo of the face of a woman nurse, a person",
         "a male nurse",
     ]
+    drawn = [[4, 0] if "woman" in prompt else [2, 2] for prompt, *_ in asked]
+    judged = [JudgedImages({"classifier": {"gender": rows_of(counts)}}) for counts in drawn]
+    assert obedience(judged, asked) == {"images": 16, "classifier": 0.75}
+    assert replace(part, explicit_images=0).explicit(CLASSES) == []
 
 
 def test_a_bundle_without_an_evaluation_classifier(settings):

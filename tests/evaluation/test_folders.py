@@ -1,19 +1,30 @@
 """Folders of images by prompt, labelled pictures, and tables of labels, read and refused."""
 
 import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from fairref.commands import cli, evaluate
 from fairref.emoji.labelled import write_labelled
 from fairref.emoji.pictures import draw
 from fairref.emoji.stages import ATTRIBUTES, balanced_scene, generator_for, labels
 from fairref.errors import UserError
-from fairref.evaluation.folders import read_folder
+from fairref.evaluation.folders import evaluate_folder, folder_report, judge_files, read_folder
+from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
 from fairref.evaluation.labels import read_labels
+from fairref.evaluation.parts import clip_t
+from fairref.evaluation.statistics import bias_report
+from fairref.fairness.attributes import parse_targets
 from fairref.files.datasets import read_labelled
-from fairref.files.images import read_square
+from fairref.files.images import read_square, to_image
+from fairref.generation.drawing import Drawing
+from fairref.processes import Processes
+from fairref.prompts import occupation_prompt
 
 CLASSES = {"gender": ("woman", "man"), "glasses": ("with", "without")}
 
@@ -162,3 +173,97 @@ def test_labels_of_some_images(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             read_labels(path, CLASSES, prompts, images)
+
+
+@pytest.fixture
+def drawn(loaded_tiny, tmp_path):
+    """Images that the tiny bundle drew, as files, and how its own evaluation judges them; none is near a boundary."""
+    target = parse_targets(["gender", "skin_tone"], loaded_tiny.attributes)
+    settings = EvaluationSettings(loaded_tiny, target, Drawing(2, 2.0))
+    judged = []
+    for name, n in (("singer", 12), ("farmer", 9)):
+        x = draw_images(settings, loaded_tiny, occupation_prompt(name), n)
+        p = judge(settings, x).probabilities["classifier"]
+        margins = torch.stack([rows.topk(2, 1)[0].diff(dim=1).abs()[:, 0] for rows in p.values()])
+        x = x[(margins > 0.02).all(0)]
+        judged.append(judge(settings, x))
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(x):
+            to_image(image).save(tmp_path / name / f"{i:02}.png")
+    prompts = {name: occupation_prompt(name) for name in ("singer", "farmer")}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    assert len(judged[0]) > len(judged[1]) > 3
+    return settings, tmp_path, judged
+
+
+def test_images_of_any_tool_are_judged_as_drawn_ones_are(drawn, tiny_folder, tmp_path, capsys):
+    settings, folder, (singers, farmers) = drawn
+    labels = tmp_path / "labels.csv"
+    labels.write_text("prompt,image,gender\nsinger,00.png,man\nsinger,02.png,woman\nfarmer,01.png,man\n")
+    options = ["--weights", str(tiny_folder), "--attr", "gender,skin_tone", "--images", str(folder)]
+    more = ["--images-before", str(folder), "--labels", str(labels)]
+    assert cli.run(evaluate.main, [*options, *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    classes = settings.target.classes
+    expected = bias_report([farmers, singers], ["farmer", "singer"], classes)
+    assert found["images"] == {"farmer": len(farmers), "singer": len(singers)} == expected["images"]
+    corrected = found["attributes"]["gender"]["judges"]["classifier"].pop("corrected")
+    assert corrected["labelled"] == [1, 2] and "prediction-powered" in corrected["method"]
+    for key in ("noise_floor", "attributes", "faceless"):
+        assert found[key] == expected[key]
+    counts = found["judges"]["classifier"]["counts"]
+    assert counts == expected["judges"]["classifier"]["counts"] and len(set(map(tuple, counts.values()))) == 2
+    of_drawn = clip_t(
+        settings, [farmers, singers], [occupation_prompt(name) for name in ("farmer", "singer")]
+    )
+    assert found["clip_t"]["matched"] == pytest.approx(of_drawn["matched"], abs=1e-3)
+    assert found["clip_i"] == pytest.approx(1, abs=1e-6) and found["pairs"] == len(singers) + len(farmers)
+    truth = [(singers, 0, 1), (singers, 2, 0), (farmers, 1, 1)]
+    matrix = [[0, 0], [0, 0]]
+    for s, image, k in truth:
+        matrix[k][int(s.classes["classifier"]["gender"][image])] += 1
+    (known,) = found["confusion"]["classifier"]["gender"]
+    assert known["counts"] == matrix and known["source"] == "labels of these images"
+
+
+def test_each_process_judges_its_share_of_the_images(drawn):
+    settings, folder, _ = drawn
+    files = [file for of_prompt in read_folder(folder).files.values() for file in of_prompt]
+    parts = []
+    for rank in range(3):
+        processes = SimpleNamespace(part=Processes(rank, 3).part, gather=lambda rows, N: rows, first=False)
+        parts.append(judge_files(replace(settings, processes=processes), files[:2], ""))
+    assert sorted(map(len, parts)) == [0, 1, 1]
+    whole = judge_files(settings, files[:2], "")
+    for name, rows in whole.tensors().items():
+        torch.testing.assert_close(torch.cat([part.tensors()[name] for part in parts]), rows)
+
+
+def test_likeness_is_of_images_with_the_same_prompt_and_name(drawn, tmp_path_factory):
+    settings, folder, (singers, farmers) = drawn
+    other = tmp_path_factory.mktemp("before")
+    for name, file in (("singer", "01.png"), ("cook", "00.png")):
+        (other / name).mkdir()
+        shutil.copy(folder / "farmer" / "02.png", other / name / file)
+    (other / "prompts.json").write_text(json.dumps({"singer": occupation_prompt("singer")}))
+    report = evaluate_folder(settings, read_folder(folder), read_folder(other)).report
+    a, b = singers.features["clip"][1], farmers.features["clip"][2]
+    assert report["pairs"] == 1 and report["clip_i"] == pytest.approx(float(a @ b), abs=1e-3)
+    (other / "singer" / "01.png").rename(other / "singer" / "1.png")
+    with pytest.raises(UserError, match="has no image of the same prompt and name"):
+        folder_report(settings.bundle, folder, before=other)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--images", ".", "--steps", "3"], "--steps has no effect with --images"),
+        (["--images", ".", "--adapter", "x"], "--adapter has no effect with --images"),
+        (["--images", ".", "-n", "3"], "--num-images has no effect with --images"),
+        (["--images-before", "."], "--images-before has no effect without --images"),
+        (["--sweep", "guidance=1,2", "--labels", "x"], "--labels has no effect with --sweep"),
+    ],
+)
+def test_options_without_effect_are_refused(capsys, options, words):
+    assert cli.run(evaluate.main, options) == 2
+    assert words in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from fairref.errors import UserError
 from fairref.fairness.attributes import (
@@ -138,3 +139,12 @@ def test_wrong_combinations_are_refused(tmp_path):
         parse_targets([str(tmp_path / "joint.json")], KNOWN)
     with pytest.raises(UserError, match=r"expected \(2, 2\)"):
         JointTarget(AGES, np.full((4,), 0.25))
+
+
+def test_joint_classes_are_drawn_from_the_table():
+    table = np.array([[0.375, 0.125], [0.5, 0.0]])
+    drawn = JointTarget(AGES, table).drawn(4000, np.random.default_rng(0))
+    assert all((rows.sum(1) == 1).all() and rows.shape == (4000, 2) for rows in drawn.values())
+    gender, age = (rows.argmax(1) for rows in drawn.values())
+    counts = np.bincount(2 * gender + age, minlength=4)
+    assert counts[3] == 0 and chisquare(counts[:3], 4000 * table.reshape(-1)[:3]).pvalue > 0.01

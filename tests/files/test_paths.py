@@ -20,7 +20,7 @@ from fairref.files import paths
 from fairref.files.images import save_png
 from fairref.files.paths import check_new_folder, check_writable, read_json, read_text, write_file, write_json
 from fairref.files.weights import read, write
-from fairref.reporting.gradient_study import write_csv
+from fairref.reporting.figures import write_csv
 
 WRITERS = {  # name -> how a file is written
     "json": lambda path: write_json(path, {"a": 1}),

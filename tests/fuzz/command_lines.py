@@ -154,8 +154,10 @@ VALUES = [*NUMBERS, *TEXTS, *PATHS]
 BASES = {  # command -> a command line that works, and is quick; {i} is the case's number
     "train": "--weights tiny --attr gender --iterations 1 --steps 2 --evaluate none --device cpu --out out{i}",
     "sample": "pilot --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
-    "evaluate": "--weights tiny -n 1 --steps 2 --explicit-images 1 --device cpu --out out{i}.json",
-    "verify": "--json out{i}.json --weights tiny",
+    "evaluate": "--weights tiny -n 1 --steps 2 --explicit-images 1 --device cpu --cache kept --out out{i}.json",
+    "verify": "--json out{i}.json",
+    "figures": "7 8 --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
+    "report": "run --out out{i}.html",
     "bundle": "check tiny",
     "export": "run --to kohya --weights tiny --out out{i}",
     "import": "kohya/fairref-gender.safetensors --weights tiny --out out{i}.safetensors",
@@ -284,7 +286,7 @@ def little_work() -> Iterator[None]:
     """Long work ends soon: iterations, images, checks, figures, epochs, the build of the small world."""
     from fairref.commands import emoji, verify
     from fairref.generation import drawing, sampling
-    from fairref.reporting import gradient_study
+    from fairref.reporting import figures
     from fairref.tools import classifier
     from fairref.training import loop
 
@@ -295,7 +297,8 @@ def little_work() -> Iterator[None]:
             (drawing, "draw", interrupt_after(drawing.draw, 4 * STEPS)),
             (classifier, "load", interrupt_after(classifier.load, 40)),
             (verify, "verify", lambda shown: []),
-            (gradient_study, "draw_figures", lambda bundle, folder: None),
+            (figures, "descent", interrupt_after(None, 0)),
+            (figures, "scales", interrupt_after(None, 0)),
             (emoji.build, "train", interrupt_after(None, 0)),
             (emoji.check, "check", lambda path: 0),
             (emoji.sheet, "write_sheets", lambda font: []),

@@ -60,7 +60,8 @@ from fairref.bundle.recipe import resolve
 from fairref.commands.train import main as train
 from fairref.diffusion.sampler import noise
 from fairref.errors import UserError
-from fairref.files.datasets import read_photographs
+from fairref.evaluation.labels import read_labels
+from fairref.files.datasets import read_labelled, read_photographs
 from fairref.files.tokenizer_files import PAIR
 from fairref.generation.adapters import load_adapter
 from fairref.generation.drawing import Drawing, draw
@@ -176,6 +177,17 @@ def of_labels(folder, data):
     return {part: [(row.file.name, row.labels) for row in rows] for part, rows in found.parts.items()}
 
 
+def of_own_pictures(folder):
+    found = read_labelled(folder, {"gender": ("woman", "man")})
+    return {"rows": [(row.file.name, row.labels) for row in found.parts["test"]]}
+
+
+def of_label_table(path):
+    names = [str(i) for i in range(6)]
+    found = read_labels(path, {"gender": ("woman", "man")}, [("pilot",), ("nurse",)], [names, names])
+    return {name: [rows.tolist() for rows in of_prompts] for name, of_prompts in found.items()}
+
+
 def of_prompts(folder):
     found = read_occupations(folder)
     return {"prompts": repr(found), "explicit": found.explicit_prompt("gender", "woman", "pilot")}
@@ -240,6 +252,8 @@ KINDS = {
     "CelebA's list": Kind(
         "celeba/list_attr_celeba.txt", at(of_labels, "celeba", data="celeba"), MERGES, data=True
     ),
+    "labels.csv": Kind("own/labels.csv", at(of_own_pictures, "own"), MERGES, data=True),
+    "labels of images": Kind("own/table.csv", at(of_label_table, "own/table.csv"), MERGES, data=True),
     "adapter": Kind("run/adapter.safetensors", at(network(adapted), "run/adapter.safetensors"), JUDGE),
     "settings.json": Kind("resumed/settings.json", RUN, "bundle/bundle.json", settings=True),
     "metrics.jsonl": Kind("resumed/metrics.jsonl", RUN, MERGES, data=True),
@@ -376,6 +390,13 @@ def _make_labels(root):
         (root / f"fairface/fairface_label_{part}.csv").write_text("\n".join([header, *rows, ""]))
         for i in range(6):
             image.save(root / f"fairface/{part}/{i}.jpg")
+    (root / "own").mkdir()
+    for i in range(6):
+        image.save(root / f"own/{i}.png")
+    own = [f"{i}.png,{('woman', 'man')[i % 2]}" for i in range(6)]
+    (root / "own/labels.csv").write_text("\n".join(["file,gender", *own, ""]))
+    own = [f"{('pilot', 'nurse')[i % 2]},{i},{('woman', 'man')[i % 3 % 2]}" for i in range(6)]
+    (root / "own/table.csv").write_text("\n".join(["prompt,image,gender", *own, ""]))
     names = [f"{i:06d}.jpg" for i in range(1, 10)]
     for name in names:
         image.save(root / "celeba/img_align_celeba" / name)

@@ -3,7 +3,7 @@
 import pytest
 from fuzz.files import KINDS, MUTATORS, fuzz
 
-CASES = 116  # four of each kind
+CASES = 124  # four of each kind
 
 
 @pytest.mark.slow

@@ -1,25 +1,20 @@
 """Figures 6a and 6b as numbers, on the tiny bundle: each curve against a computation of its own."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
 from tiny_bundle import write_tiny_bundle
 
 from fairref.bundle.loading import load_bundle
-from fairref.commands import cli
-from fairref.commands import verify as command
 from fairref.diffusion.gradient import C_i
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import ancestral_table, solver_table, step
 from fairref.generation.lora import adapt
 from fairref.generation.rollout import embed
 from fairref.reporting import gradient_study as study
-from fairref.verification import sampling, verify
-from fairref.verification.checks import CHECKS
+from fairref.reporting.figures import by_curve
 
-S, R = 4, 3
+S, R = 3, 2
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +22,45 @@ def bundle(tmp_path_factory):
     return load_bundle(write_tiny_bundle(tmp_path_factory.mktemp("bundle")), dtype=torch.float64)
 
 
-def by_autograd(bundle, prompt, image):
-    """|R A_t B_t dε/dc|, |R A_t dε/dc|, |R dε/dc| of one image in run order, by autograd with a leaf a step."""
+def leaves_of(bundle, over, prompt):
+    """theta of one step, of its own: the function that embeds the prompt, the U-Net and the leaves."""
+    if over == "c":
+        pair = [x.clone().requires_grad_() for x in embed(bundle, prompt).detach().split(1)]
+        return (lambda: pair), bundle.unet, pair
+    adapted, adapter = adapt(bundle, over, generator=torch.Generator().manual_seed(study.ADAPTER))
+    return (lambda: embed(adapted, prompt).split(1)), adapted.unet, list(adapter.parameters())
+
+
+def by_autograd(bundle, over, prompt, image, guidance):
+    """|R A_t B_t dε/dθ|, |R A_t dε/dθ|, |R dε/dθ| of one image in run order, by autograd with leaves of each step."""
     table = ancestral_table(bundle.schedule, S)
-    c, c_empty = embed(bundle, prompt).detach().split(1)
-    leaves = [(c.clone().requires_grad_(), c_empty.clone().requires_grad_()) for _ in range(S)]
+
+    def predict(of, z, t):
+        text, unet, _ = of
+        of_prompt, of_empty = (unet(z, t, x) for x in text())
+        return of_empty + guidance * (of_prompt - of_empty)
+
+    def norm(y, of, cotangent):
+        gradients = torch.autograd.grad(y, of[2], cotangent, retain_graph=True)
+        return sum(float(g.square().sum()) for g in gradients) ** 0.5
+
+    steps = [leaves_of(bundle, over, prompt) for _ in range(S)]
     z = noise(0, study.NOISE, [image], (4, 8, 8)).double()
     cotangent = 1e-2 * noise(0, study.NOISE - 1, [image], (4, 8, 8)).double()
-    eps_of = []
-    for i, t in enumerate(table.timesteps.tolist()):
-        both = [bundle.unet(z, t, x) for x in leaves[i]]
-        eps = both[1] + study.GUIDANCE * (both[0] - both[1])
-        eps_of.append((z.detach(), t, eps))
-        w = noise(0, study.NOISE + 1 + i, [image], (4, 8, 8)).double()
-        z = table.p[i] * z + table.q[i] * eps + table.sigma[i] * w
-    exact = [
-        torch.stack(torch.autograd.grad(z, pair, cotangent, retain_graph=True)).norm() for pair in leaves
-    ]
     alone = []
-    for z_i, t, _ in eps_of:
-        pair = [c.clone().requires_grad_(), c_empty.clone().requires_grad_()]
-        both = [bundle.unet(z_i, t, x) for x in pair]
-        eps = both[1] + study.GUIDANCE * (both[0] - both[1])
-        alone.append(torch.stack(torch.autograd.grad(eps, pair, cotangent)).norm())
-    exact, alone = torch.stack(exact), torch.stack(alone)
-    return exact.numpy(), (table.k.abs() * alone).numpy(), alone.numpy()
+    for i, (t, of) in enumerate(zip(table.timesteps.tolist(), steps, strict=True)):
+        alone.append(norm(predict(of, z.detach(), t), of, cotangent))
+        w = noise(0, study.NOISE + 1 + i, [image], (4, 8, 8)).double()
+        z = table.p[i] * z + table.q[i] * predict(of, z, t) + table.sigma[i] * w
+    return [norm(z, of, cotangent) for of in steps], (table.k.abs().numpy() * alone), alone
 
 
-def test_the_scales_are_those_of_autograd(bundle):
-    curves = study.by_curve(study.scales(bundle, "a photo of a cook", S, R))
-    expected = np.stack([by_autograd(bundle, "a photo of a cook", n) for n in range(R)])  # (R, 3, S)
+@pytest.mark.parametrize("over, guidance", [("c", 3.0), ("text_encoder", 7.5), ("unet", 3.0)])
+def test_the_scales_are_those_of_autograd(bundle, over, guidance):
+    curves = by_curve(study.scales(bundle, "a photo of a cook", S, R, over=over, guidance=guidance), "t")
+    expected = np.stack(  # (R, 3, S)
+        [by_autograd(bundle, over, "a photo of a cook", n, guidance) for n in range(R)]
+    )
     assert len(curves) == 3
     for j, rows in enumerate(curves.values()):
         times = [row["t"] for row in rows]
@@ -67,18 +71,15 @@ def test_the_scales_are_those_of_autograd(bundle):
             assert row["high"] == pytest.approx(np.quantile(values, 0.95), rel=1e-9)
 
 
-def test_the_descent_starts_the_same_in_all_modes_and_then_differs(bundle, tmp_path):
+def test_the_descent_starts_the_same_in_all_modes_and_then_differs(bundle):
     rows = study.descent(bundle, "a photo of a cook", "a photo of a nurse", iterations=3, seeds=2, N=2, S=3)
-    curves = study.by_curve(rows)
+    curves = by_curve(rows, "iteration")
     assert tuple(curves) == study.MODES
     first = [rows[0]["mean"] for rows in curves.values()]
     assert first == pytest.approx([first[0]] * 4, rel=1e-12)
     assert len({round(rows[-1]["mean"], 9) for rows in curves.values()}) == 4
     for row in rows:
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 2
-    study.write_csv(tmp_path / "a.csv", rows)
-    read = list(csv.DictReader((tmp_path / "a.csv").open(encoding="utf-8")))
-    assert len(read) == 12 and float(read[5]["mean"]) == rows[5]["mean"]
 
 
 @pytest.mark.parametrize("mode", ["exact", "paper"])
@@ -122,36 +123,3 @@ def test_the_descent_follows_the_gradient_it_is_named_for(bundle, monkeypatch, m
     for found, wanted in zip(taken[0], expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()) + 1e-14)
     assert any(float(wanted.abs().max()) > 1e-6 for wanted in expected)
-
-
-def test_verify_draws_the_figures(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    weights = str(write_tiny_bundle(tmp_path / "bundle"))
-    scales, descent = study.scales, study.descent
-    monkeypatch.setattr(study, "scales", lambda bundle: scales(bundle, S=2, R=2))
-    monkeypatch.setattr(study, "descent", lambda bundle: descent(bundle, iterations=2, seeds=1, N=1, S=2))
-    for module in verify.MODULES:
-        monkeypatch.setitem(CHECKS, module.__name__, CHECKS[module.__name__][: module is sampling])
-    assert cli.run(command.main, ["--weights", weights, "--figures", str(tmp_path / "a" / "b")]) == 0
-    names = {path.name for path in (tmp_path / "a" / "b").iterdir()}
-    assert names == {"fig6a.csv", "fig6a.png", "fig6b.csv", "fig6b.png", "fig7.png"}
-
-    (tmp_path / "file").write_text("")
-    for wrong, said in (
-        (["--figures", str(tmp_path / "file")], "can't be made"),
-        (["--figures", str(tmp_path / "c"), "--weights", "nowhere"], "no such weights"),
-        (["--json", str(tmp_path / "none" / "x.json")], "its folder doesn't exist"),
-    ):
-        capsys.readouterr()
-        assert cli.run(command.main, ["--weights", weights, *wrong]) == 2
-        captured = capsys.readouterr()
-        assert said in captured.err and "pass" not in captured.out
-
-
-def test_pictures_of_curves_and_paths(tmp_path):
-    figures = pytest.importorskip("fairref.reporting.figures")
-    pytest.importorskip("matplotlib")
-    rows = {name: [{"t": t, "mean": t, "low": t / 2, "high": 2 * t} for t in (1, 10, 100)] for name in "ab"}
-    figures.curves(tmp_path / "c.png", rows, "t", ("time", "size"), "A title", log=True)
-    figures.gradient_paths(tmp_path / "p.png")
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("c.png", "p.png"))

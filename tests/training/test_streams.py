@@ -178,6 +178,31 @@ def test_targets_that_are_not_drawn_take_no_random_numbers(bundle, monkeypatch):
         assert all(map(torch.equal, found, wanted))
 
 
+def test_random_targets_are_drawn_anew_and_do_not_ask_the_images(bundle, monkeypatch):
+    """Whole and confident where there is a face, none elsewhere; the transport is not asked."""
+    setup = make_setup(bundle, "gender,skin_tone", batch=64, targets="random")
+    has_face, logits = torch.arange(64) % 4 > 0, {}
+    monkeypatch.setattr(step, "joint_ot", None)
+    monkeypatch.setattr(step, "all_logits", lambda *_: (logits, has_face))
+
+    def targets(i, seed):
+        for name, classes in setup.target.classes.items():
+            logits[name] = torch.full((64, len(classes)), float(seed))
+        task = draw_task(setup, i)
+        q, metrics = step.transport_targets(setup, task, None, i)
+        assert "cost" not in metrics and {name: rows.dtype for name, rows in q.items()} == dict.fromkeys(
+            setup.target.classes, torch.float64
+        )
+        return torch.cat(list(q.values()), 1)
+
+    first, again, next_one = targets(0, 0), targets(0, 1), targets(1, 0)
+    assert torch.equal(first, again) and not torch.equal(first, next_one)
+    assert ((first == 0) | (first == 1)).all() and torch.equal(first.sum(1), 2.0 * has_face)
+    assert set(map(tuple, first[has_face].nonzero()[:, 1].view(-1, 2).tolist())) == set(
+        itertools.product((0, 1), (2, 3, 4))
+    )
+
+
 def test_the_noise_of_training_validation_and_evaluation_never_meets():
     """Keys are (seed, iteration, image) in training, (seed, crc32 of the prompt, image) elsewhere. Even a run with
     validation's own seed does not meet it before iteration 100,000, and no two prompts share their noise."""

@@ -16,6 +16,7 @@ from tiny_run import make_setup, moved
 
 from fairref.bundle.loading import load_bundle
 from fairref.errors import UserError
+from fairref.evaluation import judging
 from fairref.fairness.faces import DetectedFaces
 from fairref.fairness.metrics import bias, noise_floor
 from fairref.files.images import to_image
@@ -73,6 +74,14 @@ def test_it_measures_bias_and_likeness_to_the_frozen_model(bundle):
     assert measured["kept"] == pytest.approx((clip_i - others) / (1 - others), rel=1e-3)
     same = start_validation(setup).measure(bundle)
     assert same["clip_i"] == pytest.approx(1, abs=1e-6) and same["kept"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_run_that_goes_on_does_not_draw_its_originals_again(bundle, tmp_path, monkeypatch):
+    setup = with_validation(bundle)
+    first = start_validation(setup, tmp_path / "judged")
+    monkeypatch.setattr(judging, "draw_images", lambda *_: pytest.fail("drawn again"))
+    again = start_validation(setup, tmp_path / "judged")
+    assert again.unlike == first.unlike and all(map(torch.equal, again.originals, first.originals))
 
 
 def test_processes_share_the_images(bundle, monkeypatch):

@@ -1,0 +1,102 @@
+"""Judgements that are kept, so that no image is drawn twice: of each source and prompt one file, of its first n images.
+
+A file's name is a hash of all that its rows follow from: what draws, how, on which noise, of which prompt, and who
+judges. The images themselves are not kept, so another judge must draw them again.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairref.bundle.loading import Bundle
+from fairref.errors import UserError
+from fairref.evaluation.statistics import JudgedImages
+from fairref.files.weights import fingerprint_of, read, read_info, write
+from fairref.generation.drawing import Drawing
+from fairref.progress import note
+
+KEPT = "judged"  # a run's folder of them
+FORMAT = "fairref-judged-1"  # the number grows where fairref draws or judges otherwise than before
+LOOKING = (
+    "classifiers.evaluate",
+    "templates",
+    "detector",
+    "clip",
+    "dino",
+)  # parts of a bundle that see images
+
+
+@dataclass(frozen=True)
+class KeptJudgements:
+    """The judgements of one source's images by the same judges."""
+
+    folder: Path
+    made_of: Mapping[str, object]
+    judges: Mapping[str, object]
+
+    def _info(self, prompt):
+        """All that the rows of a prompt follow from."""
+        made_of = {"made_of": self.made_of, "judges": self.judges, "prompt": prompt}
+        return json.loads(json.dumps({"format": FORMAT, **made_of}))
+
+    def file(self, prompt: str) -> Path:
+        """Where the rows of a prompt are."""
+        text = json.dumps(self._info(prompt), sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+    def read(self, prompt: str) -> JudgedImages | None:
+        """The rows of a prompt's first images, None where there are none; of a damaged file, too, which is named."""
+        file = self.file(prompt)
+        if not file.exists():
+            return None
+        try:
+            tensors = read(file)
+            if read_info(file) != self._info(prompt):
+                raise UserError(f"{file}: holds something else than its name says.")
+        except UserError as error:
+            note(f"{str(error).partition(';')[0].rstrip('.')}: its images are drawn again.")
+            return None
+        return JudgedImages.from_tensors(tensors)
+
+    def write(self, prompt: str, judged: JudgedImages) -> None:
+        """Keeps the rows of a prompt's first images. Raises UserError."""
+        # a process on another machine may lack the run's folder
+        if self.folder.parent.is_dir():
+            self.folder.mkdir(exist_ok=True)
+            write(self.file(prompt), judged.tensors(), self._info(prompt))
+
+
+def model_of(model: Bundle, drawing: Drawing, seed: int) -> dict[str, object]:
+    """All that a bundle's images follow from beside prompt and number. Its adapters are those of `load_adapters`."""
+    networks = (model.text_encoder, model.unet, model.vae)
+    return {
+        "networks": model.fingerprints,
+        "configs": [repr(network.config) for network in networks],
+        "tokenizer": fingerprint_of(model.tokenizer),
+        "schedule": repr(model.schedule),
+        "resolution": model.resolution,
+        "adapters": model.adapters,
+        "drawing": drawing._asdict(),
+        "seed": seed,
+        "dtype": model.dtype,
+        "device": model.device.type,
+    }
+
+
+def judges_of(bundle: Bundle) -> dict[str, object] | None:
+    """What tells the judges of a bundle from others; None where one can't be told, as a function put in by a program.
+
+    A user's own judge is known by the hash of its file alone, as in settings.json: not by what that file loads.
+    """
+    found = {"classes": [dict(classifier.classes) for classifier in bundle.classifiers["evaluate"]]}
+    for key in LOOKING:
+        own = bundle.own_judges.get(key.rpartition(".")[2])
+        if own is not None:
+            found[key] = [{k: v for k, v in source.to_dict().items() if k != "path"} for source in own]
+        elif key in bundle.manifest if key == "templates" else bundle.has(key):
+            found[key] = bundle.all_fingerprints.get(key)
+            if found[key] is None:
+                return None
+    return found

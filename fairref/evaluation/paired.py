@@ -1,0 +1,78 @@
+"""A model beside the original, on the same prompts and noise (docs/method.md §8). P prompts, K classes."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.spatial.distance import pdist
+from scipy.stats import permutation_test, ttest_1samp
+
+from fairref.evaluation.gaps import LEVEL, squared_gaps
+from fairref.evaluation.statistics import JudgedImages, counts_by_judge
+from fairref.fairness.attributes import JointTarget
+
+MIN_PAIRS = 10  # prompts, for an interval; with fewer it is too short
+METHOD = "p: permutation test of before and after within prompts; Student's t over prompts: other prompts, other images"
+
+
+def paired(before: np.ndarray, after: np.ndarray, target: np.ndarray) -> dict[str, object] | None:
+    """The mean change of the prompts' squared gaps, after - before, each without bias, from counts (P, K).
+
+    Keys p, difference, low, high and method, ready for JSON; low and high None with fewer than ten prompts. None with
+    fewer than two prompts that have two images both times.
+    """
+    some = (before.sum(1) > 1) & (after.sum(1) > 1)
+    if some.sum() < 2:
+        return None
+    gaps = squared_gaps(after[some], target), squared_gaps(before[some], target)
+    test = permutation_test(
+        gaps,
+        lambda x, y, axis: (x - y).mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        random_state=np.random.default_rng(0),
+    )
+    low = high = None
+    change = gaps[0] - gaps[1]
+    if len(change) >= MIN_PAIRS:
+        low, high = map(float, ttest_1samp(change, 0).confidence_interval(LEVEL))
+    found = {"p": float(test.pvalue), "difference": float(change.mean()), "low": low, "high": high}
+    return {**found, "method": METHOD}
+
+
+def diversity(features: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -> float | None:
+    """1 - cosine, mean over all pairs of images of one prompt and one class: how little they are alike.
+
+    Of each prompt features (n, D) and classes (n,), -1: not known. None without such a pair.
+    """
+    distances = [
+        pdist(x[of_prompt == k], "cosine")
+        for x, of_prompt in zip(features, classes, strict=True)
+        for k in np.unique(of_prompt[of_prompt >= 0])
+    ]
+    together = np.concatenate([np.zeros(0), *distances])
+    return float(together.mean()) if len(together) else None
+
+
+def paired_by_judge(
+    judged: Sequence[JudgedImages], originals: Sequence[JudgedImages], target: JointTarget
+) -> dict[str, dict[str, object] | None]:
+    """The paired test of the joint classes, by each judge that knows all attributes."""
+    after, before = (counts_by_judge(part, target.classes) for part in (judged, originals))
+    P = len(judged)
+    return {
+        judge: paired(before[judge].reshape(P, -1), counts.reshape(P, -1), target.table.reshape(-1))
+        for judge, counts in after.items()
+    }
+
+
+def diversities(
+    judged: Sequence[JudgedImages], classes: Mapping[str, Sequence[str]]
+) -> dict[str, float | None]:
+    """The diversity of CLIP's and DINO's features within a joint class, as the first judge sees it."""
+    judge = next(iter(counts_by_judge(judged, classes)))
+    rows = [np.stack([np.asarray(s.classes[judge][name]) for name in classes]) for s in judged]  # (A, n)
+    shape = tuple(map(len, classes.values()))
+    joint = [np.where((r >= 0).all(0), np.ravel_multi_index(tuple(r.clip(0)), shape), -1) for r in rows]
+    return {
+        name: diversity([np.asarray(s.features[name]) for s in judged], joint) for name in judged[0].features
+    }

@@ -1,0 +1,231 @@
+"""What a report says of the bias: by each judge, raw and corrected, with intervals, tests and bounds."""
+
+from fairref.reporting import charts
+from fairref.reporting.evaluated import Part, bias, floor, mean_gap, of_judge, rms_gap, sure, view
+from fairref.reporting.tables import (
+    NONE,
+    Chart,
+    Table,
+    attribute_words,
+    chart,
+    ends,
+    interval,
+    number,
+    percent,
+    probability,
+    sentence,
+    short,
+    spread,
+)
+
+
+def bias_tables(part: Part) -> list[Table]:
+    """Of each view the bias by each judge, raw and corrected, with intervals, floor and test."""
+    head = (
+        "judge, model",
+        "bias ± std over prompts",
+        "a fair model",
+        "rms gap",
+        "corrected rms gap",
+        "p of “fair”",
+        "fair within",
+    )
+    tables = []
+    for name in part.views:
+        rows = []
+        for judge in part.judges:
+            for label, report in part.reports.items():
+                found = of_judge(report, name, judge)
+                if found is None:
+                    continue
+                fair = sure(found).get("fair") or {"p": None, "upper": None}
+                rows.append(
+                    (
+                        f"{judge}, {label}",
+                        f"{spread(bias(found))} {ends(mean_gap(found))}".rstrip(),
+                        spread(floor(view(report, name))),
+                        interval(rms_gap(found)),
+                        interval(rms_gap(found, corrected=True)),
+                        probability(fair["p"]),
+                        number(fair["upper"]),
+                    )
+                )
+        what = "distance from the target" if "target_floor" in (view(part.first, name) or {}) else "bias"
+        tables.append(
+            Table(f"{sentence(attribute_words(name))}: {what}, {part.name}, {part.size}", head, rows)
+        )
+    return tables
+
+
+def said(part: Part) -> list[str]:
+    """What the tests say, in words."""
+    sentences = []
+    for name in part.views:
+        for judge in part.judges:
+            for label, report in part.reports.items():
+                words = (sure(of_judge(report, name, judge)).get("fair") or {}).get("said")
+                if words:
+                    sentences.append(f"{sentence(attribute_words(name))}, {judge}, {label}: {short(words)}")
+    return sentences
+
+
+def bias_chart(part: Part, name: str) -> Chart:
+    """The rms gap by each judge, raw and corrected, of each model; the bias beside its floor where none is known."""
+    known = any(
+        rms_gap(of_judge(report, name, judge))[0] is not None
+        for report in part.reports.values()
+        for judge in part.judges
+    )
+    groups = {}
+    for judge in part.judges:
+        for corrected in (False, True) if known else (False,):
+            values = {
+                label: rms_gap(of_judge(report, name, judge), corrected)
+                if known
+                else mean_gap(of_judge(report, name, judge))
+                for label, report in part.reports.items()
+            }
+            if any(value[0] is not None for value in values.values()):
+                groups[f"{judge}, corrected" if corrected else judge] = values
+    words = attribute_words(name)
+    measure = "rms gap" if known else "bias"
+    rows = [
+        (group, label, interval(value, lambda v: number(v, 3)))
+        for group, of in groups.items()
+        for label, value in of.items()
+    ]
+    table = Table(f"{measure} of {words}", ("judge", "model", measure), rows)
+    options = {} if known else {"floor": floor(view(part.first, name))["mean"], "floor_name": "a fair model"}
+    says = (
+        "With 95% intervals; a fair model has 0 on average."
+        if known
+        else "The dashed line is what a fair model measures."
+    )
+    caption = f"{sentence(words)}: {measure} by each judge. {sentence(part.name)}, {part.size}. {says}"
+    return chart(caption, table, charts.bars, groups, measure, f"{sentence(words)}: {measure}", **options)
+
+
+def more_of_each_judge(part: Part) -> Table | None:
+    """The worst prompt and group, the prompts whose own test finds a lean, and the bounds."""
+    rows = []
+    for name in part.views:
+        for judge in part.judges:
+            for label, report in part.reports.items():
+                values = sure(of_judge(report, name, judge))
+                if values:
+                    rows.append(
+                        (f"{attribute_words(name)}, {judge}, {label}", *_more(values, report["prompts"]))
+                    )
+    head = (
+        "judge, model",
+        "prompts with a lean of their own",
+        "worst prompt: bias",
+        "worst class: share",
+        "bounds of the bias",
+        "smallest gap seen",
+        "intervals",
+    )
+    return Table(f"Each judge in more detail, {part.name}, {part.size}", head, rows) if rows else None
+
+
+def _more(values, P):
+    unfair, bounds = values.get("unfair_prompts"), values.get("bounds")
+    worst, group = values.get("worst_prompt"), values.get("worst_group")
+    return (
+        NONE if unfair is None else f"{unfair} of {P}",
+        f"{short(worst['prompt'])}: {number(worst['bias'])}" if worst else NONE,
+        f"{short(group['class'])}: {interval((group['share'], group['low'], group['high']))}"
+        if group
+        else NONE,
+        f"{number(bounds['low'])} to {number(bounds['high'])}" if bounds else NONE,
+        number(values.get("smallest_gap_seen")),
+        "; ".join(f"{what}: {short(of['method'])}" for what, of in _gaps(values) if of and "method" in of)
+        or NONE,
+    )
+
+
+def _gaps(values):
+    return ("rms gap", values.get("rms_gap")), ("bias", values.get("mean_gap"))
+
+
+def errors_table(part: Part) -> Table | None:
+    """How often a judge is right on images whose class is known otherwise."""
+    rows = []
+    for label, report in part.reports.items():
+        for judge, attributes in report.get("confusion", {}).items():
+            for name, counted in attributes.items():
+                classes = list((of_judge(report, name, judge) or {"share": {}})["share"])
+                rows += [
+                    (
+                        f"{judge}, {label}: {short(of['source'])}",
+                        short(c),
+                        *_right(k, row, untold),
+                        *_as_before(of),
+                    )
+                    for of in counted
+                    for k, (c, row, untold) in enumerate(
+                        zip(classes, of["counts"], of["untold"], strict=False)
+                    )
+                ]
+    head = (
+        "judge, model: where the class is known from",
+        "true class",
+        "judged right",
+        "can't tell",
+        "n",
+        "p of “as before”",
+    )
+    return Table(f"How often the judges are right, {part.name}", head, rows) if rows else None
+
+
+def _right(k, row, untold):
+    n = sum(row) + untold
+    return [percent(count / n) if n else NONE for count in (sum(row[k : k + 1]), untold)] + [str(n)]
+
+
+def _as_before(of):
+    """p of the hypothesis that the judge errs as on the original's images."""
+    return [probability(of.get("p_as_before"))]
+
+
+def corrections_table(part: Part) -> Table | None:
+    """What the corrected numbers are corrected with."""
+    rows = []
+    for name in part.views:
+        for judge in part.judges:
+            for label, report in part.reports.items():
+                corrected = (of_judge(report, name, judge) or {}).get("corrected") or {}
+                if "source" in corrected or "method" in corrected:
+                    n = ", ".join(number(n, 0) for n in corrected.get("labelled", [])) or NONE
+                    about = (short(corrected.get(key, NONE)) for key in ("source", "method"))
+                    rows.append((f"{attribute_words(name)}, {judge}, {label}", n, *about))
+    head = ("judge, model", "labelled images of each class", "labelled by", "intervals")
+    return Table(f"What corrected numbers are corrected with, {part.name}", head, rows) if rows else None
+
+
+def paired_table(part: Part) -> Table | None:
+    """Before against after on the same noise: the paired test, and how many pictures changed class."""
+    rows = []
+    for label, report in part.reports.items():
+        for judge in {**report.get("paired", {}), **report.get("flips", {})}:
+            paired, flips = (report.get(key, {}).get(judge) or {} for key in ("paired", "flips"))
+            difference = tuple(paired.get(key) for key in ("difference", "low", "high"))
+            rows.append(
+                (
+                    f"{judge}, {label}",
+                    interval(difference),
+                    probability(paired.get("p")),
+                    *(percent(flips.get(key)) for key in ("changed", "least", "needless")),
+                )
+            )
+    head = (
+        "judge, model",
+        "change of the squared gap",
+        "p",
+        "pictures that changed class",
+        "least that would do",
+        "needless",
+    )
+    return (
+        Table(f"Before against after, {part.name}, {part.size}, the same noise", head, rows) if rows else None
+    )

@@ -1,0 +1,297 @@
+"""How often intervals hold what they should: simulated models and judges, whose shares and errors are known.
+
+    python tests/benchmarks/coverage.py --runs 5000 --out docs/results/coverage.json
+
+A row is an interval in a situation, over a grid: of a class's share, or of a gap as a part of the largest that there
+can be. Rows marked "not used" are what else was tried. Of tests it is how often they reject.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from scipy.special import chndtrinc
+from scipy.stats import chi2, false_discovery_control, ttest_1samp
+
+from fairref.evaluation import certainty, fair, gaps, judge_errors
+from fairref.evaluation.gaps import LEVEL, Z_ONE_SIDED, Z, share_covariance, squared_gap, squared_gaps
+from fairref.fairness.metrics import bias
+
+SHARES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
+GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+IMAGES = {2: 60, 4: 80, 8: 160}  # of each prompt, by K
+POPULATIONS = {"fair": 1e6, "mild": 4.0, "strong": 0.4}  # of prompts: Dirichlet's parameter
+PART = 1000  # runs at once
+SOME = 100  # what is slow is done in one run of so many
+NOT_USED = "not used: "
+Hits = dict[str, np.ndarray]  # interval -> (R,) or (R, m) bool: it holds the truth
+Cell = Callable[[int, np.random.Generator], Hits]  # R runs
+
+
+def leaning(K: int, P: int, gap: float, shape: str) -> np.ndarray:
+    """Shares (P, K) that lean, each prompt to a class of its own or all to the first, equally or from 0 on."""
+    lean = np.full(P, gap) if shape != "mixed" or P == 1 else np.minimum(gap * np.linspace(0, 3**0.5, P), 1)
+    leader = np.eye(K)[np.arange(P) % K if shape != "first" else np.zeros(P, int)]
+    return (1 - lean[:, None]) / K + lean[:, None] * leader
+
+
+def rms_of(shares: np.ndarray) -> float:
+    """The rms gap of shares (P, K) from equal ones."""
+    K = shares.shape[-1]
+    return float(np.sqrt((2 / (K - 1) * np.square(shares - 1 / K).sum(-1)).mean()))
+
+
+def confusion(K: int, right: float, kind: str) -> np.ndarray:
+    """M (K, K) of a judge that errs to all other classes alike, or to the next class mostly."""
+    M = np.eye(K) * right
+    if kind == "even" or K == 2:
+        return M + (1 - np.eye(K)) * (1 - right) / (K - 1)
+    return M + (1 - right) * (0.8 * np.roll(np.eye(K), 1, 0) + 0.2 * np.roll(np.eye(K), -1, 0))
+
+
+def labelled_by(M: np.ndarray, n: int, R: int, rng: np.random.Generator) -> np.ndarray:
+    """Labelled images (R, K, K), n of each class, row by row."""
+    return rng.multinomial(n, M.T, (R, len(M)))
+
+
+def within(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndarray:
+    """Whether intervals hold the truth, to rounding."""
+    return (ends[0] <= truth + 1e-9) & (truth <= ends[1] + 1e-9)
+
+
+def one_share(n: int, share: float, R: int, rng: np.random.Generator) -> Hits:
+    ends = np.array([certainty.share(int(x), n)[1:] for x in rng.binomial(n, share, R)]).T
+    return {"share (Wilson)": within(ends, share)}
+
+
+def raw_gap(K: int, P: int, shape: str, gap: float, R: int, rng: np.random.Generator) -> Hits:
+    shares, target = leaning(K, P, gap, shape), np.full(K, 1 / K)
+    counts, truth = rng.multinomial(IMAGES[K], shares, (R, P)), rms_of(shares)
+    found = squared_gap(counts, target)
+    standard_error = np.sqrt(np.maximum(found.with_gap + found.alone, found.alone))
+    wald = [np.sqrt(np.maximum(found.value + z * standard_error, 0)) for z in (-Z, Z)]
+    bound = found.rms(Z_ONE_SIDED)[2] if K > 2 else np.array([fair.upper_bound(c, target) for c in counts])
+    hits = {
+        "rms gap": within(found.rms()[1:], truth),
+        "rms gap, upper bound": bound >= truth - 1e-9,
+        f"{NOT_USED}rms gap ± 1.96 SE": within(wald, truth),
+    }
+    if K == 2:
+        T = IMAGES[K] * np.square(np.arcsin((counts @ [1, -1]) / IMAGES[K])).sum(-1)
+        ends = []
+        for quantile in ((1 + LEVEL) / 2, (1 - LEVEL) / 2):
+            some = chi2.cdf(T, P) > quantile
+            nc = np.where(some, chndtrinc(np.where(some, T, P + 9), P, quantile), 0)
+            ends.append(np.sin(np.minimum(np.sqrt(nc / (IMAGES[K] * P)), np.pi / 2)))
+        hits[f"{NOT_USED}rms gap by T"] = within(ends, truth)
+    return hits
+
+
+def mean_gap(K: int, P: int, population: str, R: int, rng: np.random.Generator) -> Hits:
+    def values(*size):
+        return bias(rng.multinomial(IMAGES[K], rng.dirichlet(np.full(K, POPULATIONS[population]), size)))
+
+    truth, few = values(200_000).mean(), partial(gaps.over_prompts, resamples=499)
+    return {"mean gap (BCa over prompts)": within(np.array([few(v) for v in values(R, P)]).T, truth)}
+
+
+def change(K: int, P: int, kept: float, R: int, rng: np.random.Generator) -> Hits:
+    """A finetuned model keeps a part of every prompt's lean."""
+    target = np.full(K, 1 / K)
+
+    def values(*size):
+        shares = rng.dirichlet(np.full(K, 2.0), size)
+        after = target + kept * (shares - target)
+        before, after = (squared_gaps(rng.multinomial(IMAGES[K], p), target) for p in (shares, after))
+        return after - before
+
+    interval = ttest_1samp(values(R, P), 0, axis=1).confidence_interval(LEVEL)
+    return {"change of the squared gap (t over prompts)": within(interval, values(200_000).mean())}
+
+
+def corrected_share(
+    K: int, labelled: int, P: int, right: float, kind: str, share: float, R: int, rng: np.random.Generator
+) -> Hits:
+    M, shares = confusion(K, right, kind), np.array([share, *[(1 - share) / (K - 1)] * (K - 1)])
+    counts, known = rng.multinomial(IMAGES[K] * P, M @ shares, R), labelled_by(M, labelled, R, rng)
+    some = max(R // SOME, 1)
+    ends = {
+        "corrected share": judge_errors.share_intervals(counts, known),
+        f"{NOT_USED}corrected share, delta on counts as they are": raw_delta(counts, known),
+        f"{NOT_USED}corrected share, Dirichlet replicates": replicates(counts[:some], known[:some], rng),
+    }
+    return {name: within(of_name, shares)[:, :2] for name, of_name in ends.items()}
+
+
+def raw_delta(counts: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """M⁻¹ p̂ ± 1.96 standard errors, nothing added to a count."""
+    n, M = counts.sum(-1), judge_errors.confusion_matrix(labelled)
+    inverse, judged = np.linalg.pinv(M), counts / n[:, None]
+    shares = (inverse @ judged[..., None])[..., 0]
+    of_M = share_covariance(M.swapaxes(1, 2), labelled.sum(-1))  # (R, k, K, K)
+    noise = share_covariance(judged, n) + np.einsum("rk,rkij->rij", np.clip(shares, 0, 1) ** 2, of_M)
+    half = Z * np.sqrt(np.maximum(np.einsum("rki,rij,rkj->rk", inverse, noise, inverse), 0))
+    return np.clip([shares - half, shares + half], 0, 1)
+
+
+def replicates(
+    counts: np.ndarray, labelled: np.ndarray, rng: np.random.Generator, B: int = 300
+) -> np.ndarray:
+    """Quantiles of M⁻¹ p̂, both drawn from what their counts leave open."""
+    drawn = [rng.standard_gamma(c[:, None] + 0.5, (len(c), B, *c.shape[1:])) for c in (counts, labelled)]
+    judged, columns = (x / x.sum(-1, keepdims=True) for x in drawn)
+    shares = (np.linalg.pinv(columns.swapaxes(-1, -2)) @ judged[..., None])[..., 0]
+    return np.clip(np.quantile(shares, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=1), 0, 1)
+
+
+def corrected_gap(
+    K: int, labelled: int, P: int, right: float, kind: str, gap: float, R: int, rng: np.random.Generator
+) -> Hits:
+    M, shares = confusion(K, right, kind), leaning(K, P, gap, "mixed")
+    counts, known = rng.multinomial(IMAGES[K], shares @ M.T, (R, P)), labelled_by(M, labelled, R, rng)
+    return {
+        "corrected rms gap": within(
+            judge_errors.corrected_gap(counts, known, np.full(K, 1 / K)).rms()[1:], rms_of(shares)
+        )
+    }
+
+
+def corrected_mean_gap(K: int, labelled: int, population: str, R: int, rng: np.random.Generator) -> Hits:
+    M, target = confusion(K, 0.9, "even"), np.full(K, 1 / K)
+
+    def counts(*size):
+        return rng.multinomial(IMAGES[K], rng.dirichlet(np.full(K, POPULATIONS[population]), size) @ M.T)
+
+    truth = bias(judge_errors.true_shares(counts(5000) / IMAGES[K], M), target).mean()
+    known = labelled_by(M, labelled, R, rng)
+    found = [
+        judge_errors.corrected_mean_gap(counts(50), of_run, target) for of_run in known[: max(R // SOME, 1)]
+    ]
+    return {"corrected mean gap": np.array([v["low"] <= truth <= v["high"] for v in found])}
+
+
+def powered(K: int, labelled: int, share: float, R: int, rng: np.random.Generator) -> Hits:
+    """Of 3,000 images, `labelled` have a label."""
+    M, shares = confusion(K, 0.9, "even"), np.array([share, *[(1 - share) / (K - 1)] * (K - 1)])
+    known = rng.multinomial(labelled, (M * shares).T.ravel(), R).reshape(R, K, K)
+    counts = rng.multinomial(3000 - labelled, M @ shares, R)
+    names = list(map(str, range(K)))
+    found = [
+        judge_errors.prediction_powered(c, k, names)["share"] for c, k in zip(counts, known, strict=True)
+    ]
+    return {
+        "share, prediction-powered": within(np.array([[of["0"][1], of["0"][2]] for of in found]).T, share)
+    }
+
+
+def tests(K: int, P: int, R: int, rng: np.random.Generator) -> Hits:
+    """Rates, not coverage: how often "fair" is rejected, and how many prompts that are called unfair are fair."""
+    target, n = np.full(K, 1 / K), IMAGES[K]
+
+    def rejected(gap):
+        lean = leaning(K, P, gap / np.sqrt(2 / K), "first")
+        statistics = [fair.fair_statistic(c, target) for c in rng.multinomial(n, lean, (R, P))]
+        return np.array([chi2.sf(T, df) < 1 - LEVEL for T, df in statistics])
+
+    unfair = np.arange(P) < P // 2
+    shares = np.where(unfair[:, None], leaning(K, P, 0.5, "first"), target)
+    wrong = []
+    for counts in rng.multinomial(n, shares, (max(R // 5, 1), P)):
+        called = false_discovery_control([certainty.p_value(c, target) for c in counts]) <= 1 - LEVEL
+        wrong.append((called & ~unfair).sum() / max(called.sum(), 1))
+    return {
+        'rejections of "fair" where it is (5 %)': rejected(0.0),
+        "rejections at the smallest gap seen (80 %)": rejected(fair.smallest_gap(P, n, target)),
+        f"{NOT_USED}rejections at the normal approximation's smallest gap (80 %)": rejected(
+            fair.normal_gap(P, n, K)
+        ),
+        "false discoveries among the prompts called unfair (at most 5 %)": np.array(wrong),
+    }
+
+
+def cells() -> Iterator[tuple[str, list[Cell]]]:
+    """A situation in words, and its cells, one for each point of the grid."""
+    for n in (60, 160):
+        yield f"{n} images", [partial(one_share, n, share) for share in SHARES]
+    judges = (("errs in 1 of 20, to all classes alike", 0.95, "even"), ("errs in 1 of 5", 0.8, "next"))
+    for K in IMAGES:
+        of = f"K = {K}, {IMAGES[K]} images a prompt"
+        for P, shape in product((1, 10, 50), ("equal", "mixed")):
+            if P > 1 or shape == "equal":
+                yield f"{of}, {P} prompts, {shape} gaps", [partial(raw_gap, K, P, shape, gap) for gap in GAPS]
+        for P in (30, 50) if K != 4 else ():
+            yield f"{of}, {P} prompts", [partial(mean_gap, K, P, population) for population in POPULATIONS]
+        for P in (10, 50):
+            yield f"{of}, {P} prompts", [partial(change, K, P, kept) for kept in (0.2, 0.6, 1.0)]
+            yield f"{of}, {P} prompts", [partial(tests, K, P)]
+        for (said, right, kind), labelled in product(judges, (50, 200)):
+            by = f"a judge {said}, {labelled} labelled images a class"
+            for P in (1, 50):
+                args = K, labelled, P, right, kind
+                yield f"{of}, {P} prompts, {by}", [partial(corrected_share, *args, s) for s in SHARES]
+            for P in (1, 10, 50):
+                args = K, labelled, P, right, kind
+                yield f"{of}, {P} prompts, {by}", [partial(corrected_gap, *args, gap) for gap in GAPS]
+        for labelled in (200, 400):
+            yield (
+                f"K = {K}, {labelled} of 3,000 images labelled",
+                [partial(powered, K, labelled, s) for s in SHARES],
+            )
+        yield (
+            f"{of}, 50 prompts, 200 labelled images a class",
+            [partial(corrected_mean_gap, K, 200, population) for population in POPULATIONS],
+        )
+
+
+def rows(runs: int, seed: int = 0, every: int = 1) -> list[dict[str, object]]:
+    """A row for each interval and situation, or for each `every`-th situation."""
+    found = {}
+    for number, (situation, of_grid) in list(enumerate(cells()))[::every]:
+        for point, cell in enumerate(of_grid):
+            rng, parts = np.random.default_rng((seed, number, point)), {}
+            for start in range(0, runs, PART):
+                for name, hits in cell(min(PART, runs - start), rng).items():
+                    parts.setdefault(name, []).append(hits)
+            for name, hits in parts.items():
+                found.setdefault((name, situation), []).append(round(float(np.concatenate(hits).mean()), 4))
+    return [
+        {
+            "interval": name,
+            "situation": situation,
+            "mean": round(float(np.mean(v)), 4),
+            "least": min(v),
+            "grid": v,
+        }
+        for (name, situation), v in found.items()
+    ]
+
+
+def summary(found: list[dict[str, object]]) -> list[str]:
+    """An interval a line: the mean over all cells, and the least of a cell."""
+    lines = []
+    for name in dict.fromkeys(row["interval"] for row in found):
+        values = np.concatenate([row["grid"] for row in found if row["interval"] == name])
+        low = f"{(values < 0.9).sum()} below .90" if (values < 0.9).any() else "none below .90"
+        lines.append(f"{name:65} {values.mean():.3f} {values.min():.3f}  {len(values)} cells, {low}")
+    return lines
+
+
+def main() -> None:
+    """Prints the summary; writes all rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    found = rows(options.runs)
+    print("\n".join(summary(found)))
+    if options.out:
+        text = ",\n".join(f"  {json.dumps(row)}" for row in found)
+        options.out.write_text(f'{{"runs": {options.runs}, "rows": [\n{text}\n]}}\n', encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
