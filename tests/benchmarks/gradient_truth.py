@@ -103,6 +103,11 @@ class Moments:
         n = self.count
         return (sum(self.squares) - n * float(self.mean @ self.mean)) / (n - 1)
 
+    def length(self) -> float | None:
+        """|E g|; None below the standard error of the mean, where nothing can be said of its direction."""
+        square = self.square_of_mean()
+        return float(np.sqrt(square)) if square > self.variance() / self.count else None
+
     def agreement(self) -> float:
         """The mean cosine between two batches' gradients."""
         n = self.count
@@ -290,11 +295,6 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def root(x: float) -> float | None:
-    """The root of a square that was estimated without bias: None where noise has made it negative."""
-    return float(np.sqrt(x)) if x > 0 else None
-
-
 def error_of_mean(values: np.ndarray) -> float:
     """The standard error of a mean over batches. Neighbours, whose prompts lean opposite ways, count as one."""
     pairs = values[: len(values) // 2 * 2].reshape(-1, 2).mean(1)
@@ -306,7 +306,7 @@ def of_truth(truth: Moments) -> dict:
     squares = np.sort(truth.squares)[::-1]
     return {
         "batches": truth.count,
-        "length": root(truth.square_of_mean()),
+        "length": truth.length(),
         "standard_error": float(np.sqrt(truth.variance() / truth.count)),
         "cosine_of_halves": cosine(*truth.halves),
         "median_length": float(np.sqrt(np.median(squares))),
@@ -318,7 +318,7 @@ def of_truth(truth: Moments) -> dict:
 
 def of_gradients(moments: Moments, truth: Moments, slopes: np.ndarray) -> dict:
     """A mode's row. A cosine with a mean that drowns in noise is None."""
-    length, own, n = root(truth.square_of_mean()), root(moments.square_of_mean()), moments.count
+    length, own, n = truth.length(), moments.length(), moments.count
     minutes = float(np.median(moments.seconds)) / 60
     share = (
         float(moments.units.norm()) / n
@@ -345,10 +345,11 @@ def of_gradients(moments: Moments, truth: Moments, slopes: np.ndarray) -> dict:
 def shown(name: str, report: dict) -> str:
     """A point's numbers as text and a table."""
     t = report["truth"]
+    length = f"the length {t['length']:.3g}" if t["length"] else "a length below its noise"
     lines = [
-        f"{name}: the mean of {t['batches']} exact gradients has the length {t['length'] or 0:.3g} and the standard"
+        f"{name}: the mean of {t['batches']} exact gradients has {length} and the standard"
         f" error {t['standard_error']:.3g}; the cosine of its halves is {t['cosine_of_halves']:.3f}. The median batch"
-        f" has the length {t['median_length']:.3g}, and a tenth of them {t['largest_tenth']:.0%} of all squares."
+        f" has the length {t['median_length']:.3g}, and a tenth of them hold {t['largest_tenth']:.0%} of all squares."
     ]
     for row in report["confirm"]:
         lines.append(f"  along {row['direction']}: {row[EXACT]:.6g}, by differences {row['difference']:.6g}")
