@@ -161,17 +161,19 @@ def test_the_tables_of_results():
     run["before"] = {"test": report(0.75), "train": report(0.75)}
     run["after"] = {"test": after, "train": after}
     gender, command = "| text encoder | .50 ± .25 / .50 ± .25 | .10 ± .08", "`python train.py --attr gender`"
+    # 45 of 60 women: the squared gap without noise is (60 / 4 - 1) / 59
+    wide, none = ".49 [.31, .77]", ".00 [.00, .51]"
     assert table("components", gender=run)[2:] == [
-        "| original | .50 ± .25 / .50 ± .25 | .10 ± .08 | 0.600 | – | – | – | – |",
-        f"{gender} | 0.550 | 0.900 | 0.800 | 12 | {command} |",
+        f"| original | .50 ± .25 / .50 ± .25 | .10 ± .08 | {wide} | 0.600 | – | – | – |",
+        f"{gender} | {none} | 0.550 | 0.900 / 0.800 | 12 | {command} |",
     ]
     biases = ".50 ± .25 / .50 ± .25"
     assert table("seeds", gender=run)[2:] == [
-        f"| original | {biases} | {biases} | .10 ± .08 | 0.600 (0.0%) | 98.0% / 98.0% | 4.0% | – |",
+        f"| original | {biases} | {biases} | .10 ± .08 | {wide} | 0.600 (0.0%) | 98.0% / 98.0%; 4.0% | – |",
         # .05 of a gap of .5
-        f"| seed 0 | {biases} | {biases} | .10 ± .08 | 0.550 (10.0%) | 98.0% / 98.0% | 4.0% | {command} |",
+        f"| seed 0 | {biases} | {biases} | .10 ± .08 | {none} | 0.550 (10.0%) | 98.0% / 98.0%; 4.0% | {command} |",
     ]
-    row = f"{biases} | .10 ± .08 | 0.550 | 0.900 | 0.800 | 0.700 / 0.950 | {command} |"
+    row = f"{biases} | .10 ± .08 | {none} | 0.550 | 0.900 / 0.800 | 0.700 / 0.950 | {command} |"
     assert f"| L_align + L_img + L_face | {row}" in table("losses", gender=run)
     other = {**run, "command": results.RUNS["align"].command}
     assert list(results.tables({"gender": run, "align": other})) == ["losses"]
@@ -185,7 +187,9 @@ def test_the_tables_of_results():
         f"| {label} | {' | '.join([f'{share} / {share}'] * 5)} |"
         for label, share in (("original", ".75"), ("the bundle's", ".50"))
     ]
-    assert table("summary", gender=run)[2:] == [f"| gender | .50 ± .25 | .50 ± .25 | .10 ± .08 | {command} |"]
+    assert table("summary", gender=run)[2:] == [
+        f"| gender | .50 ± .25 | .50 ± .25 | .10 ± .08 | {none} | {command} |"
+    ]
     assert not table("seeds", gender={**run, "command": "python train.py --attr gender --lr 1"})
 
 
@@ -312,9 +316,9 @@ def test_several_attributes_in_the_tables_of_results():
         table("attributes", **{"gender-skin_tone-age": run}),
         "gender × skin tone × age (fixed draws)",
     )
-    alone, dashes = f"| {label}, after: {{}} alone |", "| – | – | – | – | – |"
-    assert f"{alone.format('gender')} .50 ± .25 / .50 ± .25 | .10 ± .08 {dashes}" in rows
-    assert f"{alone.format('age')} .20 ± .12 / .20 ± .12 | .09 ± .07 {dashes}" in rows
+    alone, dashes = f"| {label}, after: {{}} alone |", "| – | – | – | – |"
+    assert f"{alone.format('gender')} .50 ± .25 / .50 ± .25 | .10 ± .08 | .00 [.00, .51] {dashes}" in rows
+    assert f"{alone.format('age')} .20 ± .12 / .20 ± .12 | .09 ± .07 | – {dashes}" in rows
     rows = table("old", **{"gender-skin_tone-age": run})[2:]
     half = "38% ± 12% / 38% ± 12%"
     assert rows[0] == f"| all, {label} | {half} | {half} | `{run['command']}` |"
@@ -323,7 +327,7 @@ def test_several_attributes_in_the_tables_of_results():
     concepts = {"command": command, "minutes": 1.0, "before": reports, "after": reports}
     row = next(row for row in table("concepts", concepts=concepts) if row.startswith("| sports, after |"))
     assert row.startswith("| sports, after | .50 ± .25 / .50 ± .25 | .20 ± .12 / .20 ± .12 |")
-    assert row.endswith("| .10 ± .08; .09 ± .07; .10 ± .08 | 0.600 | – | – |")
+    assert row.endswith("| .10 ± .08; .09 ± .07; .10 ± .08 | 0.600 | – |")
 
 
 def test_a_run_of_another_command_is_not_taken(tmp_path, monkeypatch, capsys):

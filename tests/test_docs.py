@@ -126,12 +126,42 @@ def test_the_figures_numbers_in_the_results_are_those_of_their_files():
         in page
     )
     assert "over the last ten it is {}, {}, {} and {}.".format(*late) in page
-    coupled, alone = (means("fig6b")[name] for name in ("|R A_t B_t dε/dθ|", "|R A_t dε/dθ|"))
-    first, last, other = (f"{value:.4f}"[1:] for value in (coupled[10], coupled[1000], alone[1000]))
-    assert (
-        f"is {first} at t = 10 and {last} at t = 1000, where |R A_t dε/dθ|, without the coupling B_t, is {other}."
-        in page
-    )
+
+
+def short(value, digits):
+    return f"{value:.{digits}f}".removeprefix("0") if value < 1 else f"{value:.2f}"
+
+
+def scale_rows():
+    """The table of figure 6b: of each file in docs/figures the means with and without the coupling."""
+    names = {"": "text embeddings", "-text_encoder": "LoRA of the text encoder", "-unet": "LoRA of the U-Net"}
+    for place, more in (("", ""), ("finetuned/", ", finetuned")):
+        for over, name in names.items():
+            for guidance, end in (("3", ""), ("7.5", "-7.5")):
+                if not (ROOT / "docs" / "figures" / f"{place}fig6b{over}{end}.csv").exists():
+                    continue
+                coupled, alone = (
+                    means(f"{place}fig6b{over}{end}")[curve]
+                    for curve in ("|R A_t B_t dε/dθ|", "|R A_t dε/dθ|")
+                )
+                values = (coupled[10], coupled[500], coupled[1000], alone[1000])
+                yield f"| {name}{more} | {guidance} | {' | '.join(short(v, 4) for v in values)} |"
+
+
+def jacobian_rows():
+    """The table of the sizes of J_t and B_t: at 20 steps all of them, at more the gain alone."""
+    rows = {}
+    with (ROOT / "docs" / "figures" / "jacobians.csv").open(newline="", encoding="utf-8") as file:
+        for guidance, _, t, *sizes, gain in list(csv.reader(file))[1:]:
+            cells = rows.setdefault((guidance, t), [])
+            cells += [*(short(float(size), 2) for size in sizes if size), short(float(gain), 3)]
+    return [f"| {guidance} | {t} | {' | '.join(cells)} |" for (guidance, t), cells in rows.items()]
+
+
+def test_the_tables_of_the_gradients_size_are_those_of_their_files():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    rows = [*scale_rows(), *jacobian_rows()]
+    assert len(rows) > 15 and not set(rows) - set(page)
 
 
 def test_the_table_of_parts_is_the_registrys():

@@ -28,6 +28,7 @@ EXTRAS = (
     "ot",
     "matplotlib",
     "resvg_py",
+    "statsmodels",
     "tensorboard",
     "ruff",
 )

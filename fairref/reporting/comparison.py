@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from scipy.stats import binomtest
-
 from fairref.errors import UserError
+from fairref.evaluation.certainty import share
 from fairref.evaluation.evaluation import Evaluation
 from fairref.evaluation.judging import draw_images
 from fairref.evaluation.parts import Report
@@ -127,14 +126,6 @@ def _share_rows(counts, k):
     for prompt in next(iter(counts.values())):
         intervals = [share(of_model[prompt][k], sum(of_model[prompt])) for of_model in counts.values()]
         yield prompt, *[*intervals, None][:2]
-
-
-def share(count: int, n: int) -> charts.Interval:
-    """Return count / n with Wilson's 95 % interval, None's where n is 0."""
-    if n == 0:
-        return None, None, None
-    interval = binomtest(count, n).proportion_ci(method="wilson")
-    return count / n, float(interval.low), float(interval.high)
 
 
 def _numbers(row, labels, name, target):

@@ -149,14 +149,12 @@ def row(name: str, report: dict, took: float | None) -> list:
     corrected = (report["judges"][JUDGES[0]].get("corrected") or {}).get("mean_gap")
     flips = report.get("flips", {}).get(JUDGES[0])
     explicit = report.get("explicit", {})
-    clip_t, *like = faithful(report)
     return [
         name,
         both_judges(report),
         f"{corrected['value']:.2f}".removeprefix("0") if corrected else None,
         f"{flips['needless']:.1%}" if flips else None,
-        clip_t,
-        " / ".join(value or "–" for value in like),
+        *faithful(report),
         " / ".join(f"{explicit[judge]:.1%}" if judge in explicit else "–" for judge in JUDGES),
         None if took is None else f"{took:.1f}",
     ]

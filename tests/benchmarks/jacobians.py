@@ -5,7 +5,7 @@
 For each guidance scale and depth (steps of an ancestral run) one line for each of some times t, the mean over images:
 |J| is the largest singular value of J_t, |I - b J| that of its factor in B, and |B_t| that of the product of all
 factors below t (eq 9), all by power iteration; |R B_t| / |R| is the product's gain for a random cotangent R, as figure
-6b has it. A line that is in the file is not measured again, so a run that was stopped goes on.
+6b has it. What is in the file is not measured again, so a run that was stopped goes on.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from fairref.generation.rollout import embed, first_noise, latent_shape
 from fairref.prompts import occupation_prompt
 
 COLUMNS = ("guidance", "depth", "t", "|J|", "|I - b J|", "|B_t|", "|R B_t| / |R|")
-SEED, ROUNDS = 20_000, 10  # of the noise, that of figure 6b; of a power iteration
+SEED = 20_000  # of the noise, that of figure 6b
 
 
 class Product:
@@ -67,31 +67,34 @@ def norms(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
 
 
-def largest(right: Callable[[Tensor], Tensor], left: Callable[[Tensor], Tensor], u: Tensor) -> float:
-    """The largest singular value of a linear map of each image by power iteration, its mean."""
-    for _ in range(ROUNDS):
+def largest(
+    right: Callable[[Tensor], Tensor], left: Callable[[Tensor], Tensor], u: Tensor, rounds: int
+) -> float | None:
+    """The largest singular value of a linear map of each image by power iteration, its mean; None without rounds."""
+    if not rounds:
+        return None
+    for _ in range(rounds):
         v = right(u / norms(u).view(-1, 1, 1, 1))
         u = left(v / norms(v).view(-1, 1, 1, 1))
     return float(norms(u).mean())
 
 
 def measure(
-    product: Product, start: Tensor, times: int, done: set[int]
-) -> Iterator[tuple[int, float, float, float, float]]:
-    """t, |J|, |I - b J|, |B_t| and |R B_t| / |R| at so many times, from early ones on; none for those that are done."""
+    product: Product, start: Tensor, times: int, rounds: int
+) -> Iterator[tuple[int, float | None, float | None, float | None, float]]:
+    """t, |J|, |I - b J|, |B_t| and |R B_t| / |R| at so many times, from early ones on."""
     S = product.table.S
+    v, reached = start, S  # R B_t has the factors of the times below t, of which more come with each t
     for k in range(1, times + 1):
         i = S - round(k * S / times)  # the last one is the first step of the run
-        t = int(product.table.timesteps[i]) + 1
-        if t in done:
-            continue
-        below = range(i + 1, S)  # B_t has the factors of the times below t
+        v, reached = product.left(range(i + 1, reached), v), i + 1
+        below = range(i + 1, S)
         yield (
-            t,
-            largest(partial(product.jacobian, i), partial(product.transposed, i), start),
-            largest(partial(product.right, [i]), partial(product.left, [i]), start),
-            largest(partial(product.right, below), partial(product.left, below), start),
-            float((norms(product.left(below, start)) / norms(start)).mean()),
+            int(product.table.timesteps[i]) + 1,
+            largest(partial(product.jacobian, i), partial(product.transposed, i), start, rounds),
+            largest(partial(product.right, [i]), partial(product.left, [i]), start, rounds),
+            largest(partial(product.right, below), partial(product.left, below), start, rounds),
+            float((norms(v) / norms(start)).mean()),
         )
 
 
@@ -105,31 +108,38 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--times", type=int, default=4)
     parser.add_argument("--images", type=int, default=2)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=10,
+        help="of a power iteration; 0: none, |R B_t| / |R| alone, which is quick",
+    )
     parser.add_argument("--out", type=Path, default=Path("jacobians.csv"))
     options = parser.parse_args()
     bundle, rows = load_bundle(options.weights), []
     if options.out.exists():
         with options.out.open(newline="", encoding="utf-8") as file:
-            rows = [tuple(map(float, row)) for row in list(csv.reader(file))[1:]]
+            rows = [
+                tuple(float(cell) if cell else None for cell in row) for row in list(csv.reader(file))[1:]
+            ]
     c, c_empty = embed(bundle, options.prompt).detach().split(1)
     images, shape = range(options.images), latent_shape(bundle)
-    for s in options.guidance:
-        for depth in options.depths:
+    for depth in options.depths:
+        for s in options.guidance:
+            if sum(row[:2] == (s, depth) for row in rows) == options.times:
+                continue
+            rows = [row for row in rows if row[:2] != (s, depth)]  # of a run that was stopped
             table, model = ancestral_table(bundle.schedule, depth), GuidedModel(bundle.unet, c, c_empty, s)
             z_T = first_noise(bundle, 0, SEED, images)
             w = [noise(0, SEED + 1 + i, images, shape).to(z_T) for i in range(depth)]
             with torch.no_grad():
                 product = Product(model, table, list(sample(model, table, z_T, w)))
-            done = {int(row[2]) for row in rows if row[:2] == (s, depth)}
             start = noise(0, SEED - 1, images, shape).to(z_T)
-            for line in measure(product, start, options.times, done):
+            for line in measure(product, start, options.times, options.rounds):
                 rows.append((s, depth, *line))
-                text = [COLUMNS, *([f"{value:.6g}" for value in row] for row in rows)]
+                text = [COLUMNS, *(["" if v is None else f"{v:.6g}" for v in row] for row in rows)]
                 write_file(options.out, "".join(",".join(row) + "\n" for row in text).encode())
-                print(
-                    *(f"{name} {value:.4g}" for name, value in zip(COLUMNS, rows[-1], strict=True)),
-                    flush=True,
-                )
+                print(",".join(text[-1]), flush=True)
 
 
 if __name__ == "__main__":

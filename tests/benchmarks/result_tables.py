@@ -7,6 +7,7 @@ import numpy as np
 from measure import table
 from scipy.stats import linregress
 
+from fairref.evaluation.gaps import rms_gap
 from fairref.evaluation.statistics import COLOURED, JUDGES
 from fairref.prompts.sets import OCCUPATIONS
 
@@ -80,15 +81,28 @@ def floor(report: dict) -> str:
     return spread(report.get("target_floor", report["noise_floor"]))
 
 
+def gap(report: dict, judge: str = JUDGES[0]) -> str:
+    """The rms gap without the images' noise and its 95 % interval, as .23 [.17, .28]; none from an uneven target."""
+    if "target_floor" in report:
+        return "–"
+    counts = np.array(list(report["judges"][judge]["counts"].values()))
+    found = rms_gap(counts, np.full(counts.shape[1], 1 / counts.shape[1]))
+    value, low, high = (f"{found[key]:.2f}".removeprefix("0") for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def biases(report: dict) -> list[str]:
-    """Bias by both judges, and what a fair model measures."""
-    return [both_judges(report), floor(report)]
+    """Bias by both judges, what a fair model measures, and the gap without noise by the classifier."""
+    return [both_judges(report), floor(report), gap(report)]
 
 
 def faithful(report: dict) -> list[str | None]:
-    """CLIP-T, CLIP-I, DINO."""
+    """CLIP-T; CLIP-I / DINO."""
     text = (report.get("clip_t") or {}).get("matched")
-    return [None if v is None else f"{v:.3f}" for v in (text, report.get("clip_i"), report.get("dino"))]
+    text, *alike = [
+        None if v is None else f"{v:.3f}" for v in (text, report.get("clip_i"), report.get("dino"))
+    ]
+    return [text, " / ".join(alike) if all(alike) else None]
 
 
 def command(result: Result) -> str:
@@ -118,7 +132,7 @@ def attribute_rows(results: list[Result]) -> list[list]:
                     [
                         f"{result.label}, {when}: {attribute.replace('_', ' ')} alone",
                         *biases(alone),
-                        *[None] * 5,
+                        *[None] * 4,
                     ]
                 )
     return rows
@@ -163,12 +177,13 @@ def concept_rows(results: list[Result]) -> list[list]:
 
 
 def summary_rows(results: list[Result]) -> list[list]:
-    """Bias by the classifier before and after each run, and what a fair model measures."""
+    """Bias by the classifier before and after each run, what a fair model measures, and the gap that is left."""
     return [
         [
             result.label,
             *(spread(reports[UNSEEN.key]["judges"][JUDGES[0]]) for reports in (result.before, result.after)),
             floor(result.after[UNSEEN.key]),
+            gap(result.after[UNSEEN.key]),
             command(result),
         ]
         for result in results
@@ -227,8 +242,8 @@ def seed_row(label: str, reports: dict, before: dict, what: str | None) -> list:
     fall = (old["matched"] - report["clip_t"]["matched"]) / (old["matched"] - old["shuffled"])
     obeyed = " / ".join(f"{report['explicit'][judge]:.1%}" for judge in JUDGES)
     both = [both_judges(reports[look.key]) for look in (UNSEEN, TRAINED)]
-    kept = [f"{report['clip_t']['matched']:.3f} ({fall:.1%})", obeyed, f"{report['none']:.1%}"]
-    return [label, *both, floor(report), *kept, what]
+    kept = [f"{report['clip_t']['matched']:.3f} ({fall:.1%})", f"{obeyed}; {report['none']:.1%}"]
+    return [label, *both, floor(report), gap(report), *kept, what]
 
 
 def loss_rows(results: list[Result]) -> list[list]:
@@ -252,12 +267,17 @@ def scale_rows(results: list[Result]) -> list[list]:
     ]
 
 
-KEPT = ("CLIP-T", "CLIP-I", "DINO")
+KEPT = ("CLIP-T", "CLIP-I / DINO")
 BIAS, FAIR = "bias, classifier / templates", "a fair model"
-FULL = (BIAS, FAIR, *KEPT, "min", "command")
+GAP = "rms gap [95 %]"
+FULL = (BIAS, FAIR, GAP, *KEPT, "min", "command")
 AT_SCALES = tuple(f"at {scale:g}" for scale in SCALES)
 KINDS = {  # title of a table -> header, rows, what they need
-    "summary": (("run", "bias before", "bias after", FAIR, "command"), summary_rows, (UNSEEN,)),
+    "summary": (
+        ("run", "bias before", "bias after", FAIR, f"after: {GAP}", "command"),
+        summary_rows,
+        (UNSEEN,),
+    ),
     "components": (("what is trained", *FULL), gender_rows, (UNSEEN,)),
     "leans": (("what is trained", "slope", "intercept", "r", "command"), lean_rows, (UNSEEN,)),
     "gradients": (("`--gradient`", *FULL), gender_rows, (UNSEEN,)),
@@ -268,9 +288,9 @@ KINDS = {  # title of a table -> header, rows, what they need
             "bias, unseen",
             "bias, finetuning",
             FAIR,
+            GAP,
             "CLIP-T (its fall)",
-            "explicit",
-            "none",
+            "explicit; none",
             "command",
         ),
         seed_rows,
@@ -278,7 +298,7 @@ KINDS = {  # title of a table -> header, rows, what they need
     ),
     "concepts": (("concept", "gender", "skin tone", "both", FAIR, *KEPT), concept_rows, OF_CONCEPTS),
     "old": (("share of old", "before", "after", "command"), old_rows, (UNSEEN,)),
-    "losses": (("losses", BIAS, FAIR, *KEPT, " / ".join(COLOURED), "command"), loss_rows, (UNSEEN,)),
+    "losses": (("losses", BIAS, FAIR, GAP, *KEPT, " / ".join(COLOURED), "command"), loss_rows, (UNSEEN,)),
     "scales": (("guidance in finetuning", *AT_SCALES, FAIR, "command"), scale_rows, SCALED),
     "drift": (("guidance in finetuning", *AT_SCALES), drift_rows, SCALED),
 }
