@@ -162,15 +162,11 @@ def row(name: str, report: dict, took: float | None) -> list:
 
 def validation_rows(found: dict) -> list[list]:
     """One a number."""
-    return [
-        [
-            name,
-            spread(report["judges"][JUDGES[0]]),
-            f"{report.get('none', 0):.1%}",
-            found["minutes"].get(name),
-        ]
-        for name, report in found["validation"].items()
-    ]
+    rows = []
+    for name, report in found["validation"].items():
+        kept = row(name, report, None)[4:6]
+        rows.append([name, spread(report["judges"][JUDGES[0]]), f"{report.get('none', 0):.1%}", *kept])
+    return rows
 
 
 def shown(found: dict) -> str:
