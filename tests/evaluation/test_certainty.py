@@ -3,7 +3,7 @@
 import itertools
 import math
 
-import coverage
+import interval_coverage as coverage
 import numpy as np
 import pytest
 from scipy.stats import binom, chi2, multinomial, ncx2, norm
