@@ -11,6 +11,7 @@ from pathlib import Path
 import baselines
 import collectives
 import flops
+import gradient_truth
 import measure
 import numpy as np
 import pytest
@@ -427,6 +428,50 @@ def test_the_queue_names_every_run_of_a_table():
     assert set().union(*results.TABLES.values()) == set(results.RUNS)
     assert results.wanted(["seeds", "gender"]) == ["gender", "gender-1", "gender-2"]
     assert results.wanted(None) == list(results.RUNS)
+
+
+def test_moments_of_gradients_are_free_of_their_noise():
+    """Against all pairs of different batches, one by one."""
+    g = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    found = gradient_truth.load(Path("nowhere"), ("exact",), 4)["exact"]
+    for gradient in g:
+        found.add(gradient, 1.0)
+    pairs = [(a, b) for a, b in itertools.permutations(range(6), 2)]
+    assert found.square_of_mean() == pytest.approx(np.mean([float(g[a] @ g[b]) for a, b in pairs]))
+    assert found.agreement() == pytest.approx(np.mean([gradient_truth.cosine(g[a], g[b]) for a, b in pairs]))
+    assert found.variance() == pytest.approx(float(g.var(0).sum()))
+    torch.testing.assert_close(found.halves, torch.stack([g[::2].sum(0), g[1::2].sum(0)]))
+    # two pairs, of means 2 and 4
+    assert gradient_truth.error_of_mean(np.array([1.0, 3.0, 4.0, 4.0, 99.0])) == pytest.approx(1.0)
+
+
+def test_the_true_gradient_is_that_of_the_loss_and_the_study_goes_on_where_it_was(
+    folder, tmp_path, monkeypatch
+):
+    modes = ("drtune:1",)
+    counts = {"batches": 2, "compared": 2, "tested": 4, "confirmed": 1, "images": 3, "steps": 3}
+    few = [f"--{name}={count}" for name, count in counts.items()]
+    argv = ["start", "--weights", folder, "--out", str(tmp_path), "--modes", *modes]
+    monkeypatch.setattr(gradient_truth.torch, "set_num_threads", lambda n: None)
+    gradient_truth.main([*argv, *few, "--report", str(tmp_path / "report.json")])
+    found = json.loads((tmp_path / "report.json").read_text())["points"]["start"]
+    assert [row["direction"] for row in found["confirm"]] == [
+        "the truth",
+        *(f"random {n}" for n in range(1, 6)),
+    ]
+    for row in found["confirm"]:
+        assert row["difference"] == pytest.approx(row["exact"], rel=1e-5, abs=1e-9) and row["exact"] != 0
+    assert list(found["modes"]) == ["exact", *modes]
+    assert found["modes"]["exact"]["cosine_with_exact"] == pytest.approx(1)
+    assert all(abs(found["modes"][mode]["cosine_with_exact"]) < 0.9999 for mode in modes)
+
+    monkeypatch.setattr(gradient_truth, "batch_of", None)  # nothing is done twice
+    gradient_truth.main([*argv, *few, "--report", str(tmp_path / "again.json")])
+    again = json.loads((tmp_path / "again.json").read_text())["points"]["start"]
+    assert again["confirm"] == found["confirm"]
+    for mode, row in found["modes"].items():
+        numbers = {key: value for key, value in row.items() if value is not None}
+        assert {key: again["modes"][mode][key] for key in numbers} == pytest.approx(numbers, rel=1e-9)
 
 
 def test_baselines_are_chosen_on_validation_prompts_and_measured_once(folder, tmp_path, monkeypatch):
