@@ -149,7 +149,7 @@ def scale_rows():
 
 
 def jacobian_rows():
-    """The table of the sizes of J_t and B_t, of 20 steps all of them and of 100 the gain alone; and the gains of more."""
+    """The table of the sizes of J_t and B_t, with 20 steps all and with 100 the gain alone; and the gains with more."""
     rows, deepest = {}, []
     with (ROOT / "docs" / "figures" / "jacobians.csv").open(newline="", encoding="utf-8") as file:
         for guidance, depth, t, *sizes, gain in list(csv.reader(file))[1:]:
