@@ -490,6 +490,14 @@ def test_baselines_are_chosen_on_validation_prompts_and_measured_once(folder, tm
     )
     text = baselines.shown(found)
     assert text.count("| coin |") == 1 and "| original | 1.00 ± .00 / – |" in text
+    told = {"mean_gap": {"value": 0.123}}
+    report = found["reports"]["coin"]
+    report["judges"]["classifier"]["corrected"] = told
+    assert baselines.row("coin", report, 1.26)[2:4] == [
+        ".12",
+        f"{report['flips']['classifier']['needless']:.1%}",
+    ]
+    assert baselines.row("coin", report, 1.26)[-1] == "1.3"
     monkeypatch.setattr(baselines.Bench, "measure", None)  # all of it is there
     baselines.run(bench, {})
 

@@ -26,6 +26,8 @@ TRANSPORT = "tests/fairness/test_transport.py"
 STAGES = "tests/judges/test_mtcnn.py"
 KEPT = "tests/evaluation/test_kept.py"
 CONFUSIONS = "tests/evaluation/test_confusion.py"
+SURE = "tests/evaluation/test_certainty.py"
+ERRING = "tests/evaluation/test_judge_errors.py"
 # and what is faulty
 GROUP = "fairref/processes.py"
 STEP = "fairref/training/step.py"
@@ -37,6 +39,9 @@ OWN_LOSS = "fairref/training/own_losses.py"
 VALIDATION = "fairref/training/validation.py"
 MTCNN = "fairref/judges/mtcnn.py"
 SOLVER = "fairref/fairness/transport.py"
+GAPS = "fairref/evaluation/gaps.py"
+FAIR = "fairref/evaluation/fair.py"
+JUDGE_ERRORS = "fairref/evaluation/judge_errors.py"
 CONFUSION = "fairref/evaluation/confusion.py"
 JUDGING = "fairref/evaluation/judging.py"
 ZERO_SHOT = "fairref/bundle/zero_shot.py"
@@ -385,6 +390,49 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "of_judge.setdefault(place, [])",
         "of_judge.setdefault(knowing[0], [])",
         "tests/evaluation/test_evaluate.py::test_several_classifiers_judge_as_each_does_alone",
+    ),
+    # how sure numbers are
+    "a squared gap keeps its bias": (
+        GAPS,
+        "np.square(d).sum(-1) - trace)",
+        "np.square(d).sum(-1))",
+        f"{SURE}::test_the_squared_gap_is_unbiased_and_its_variance_is_known",
+    ),
+    "the variance of shares is over n": (
+        GAPS,
+        "share_covariance(shares, n - 1)",
+        "share_covariance(shares, n)",
+        f"{SURE}::test_the_squared_gap_of_two_classes_as_it_is_printed",
+    ),
+    "an interval is as wide as the measured gap's noise": (
+        GAPS,
+        "(seen, middle - half, middle + half)",
+        "(seen, seen - half, seen + half)",
+        f"{SURE}::test_the_score_interval_ends_where_a_gaps_own_noise_reaches_the_measured_one",
+    ),
+    "fair is a right angle away": (
+        FAIR,
+        "- 1) - np.arcsin(2 * target[0] - 1)",
+        "- 1) + np.arcsin(2 * target[0] - 1)",
+        f"{SURE}::test_the_statistic_of_fair_is_chi_squared_under_it",
+    ),
+    "M is transposed": (
+        JUDGE_ERRORS,
+        "np.swapaxes(labelled, -1, -2) + added",
+        "labelled + added",
+        f"{ERRING}::test_shares_are_the_likeliest_on_the_simplex",
+    ),
+    "M's noise is that of its rows": (
+        JUDGE_ERRORS,
+        "counts = labelled + ADDED_TO_NOISE",
+        "counts = np.swapaxes(labelled, -1, -2) + ADDED_TO_NOISE",
+        f"{ERRING}::test_its_covariance_is_that_of_drawn_judges_and_images",
+    ),
+    "M's error is each prompt's own": (
+        JUDGE_ERRORS,
+        "alone=gap.alone + alone",
+        "alone=gap.alone + alone / P",
+        f"{ERRING}::test_the_corrected_gap_is_unbiased_and_its_variance_holds_Ms_error",
     ),
     # several processes
     "rows are gathered in reverse": (

@@ -17,6 +17,7 @@ from fairref.prompts.sets import evenly
 from fairref.reporting import charts
 from fairref.reporting.figures import Figure
 from fairref.reporting.gallery import Picture, gallery
+from fairref.reporting.tables import attribute_words
 
 PROMPTS, IMAGES = 4, 6  # of figure 8: prompts, images of each
 EVALUATION = "evaluation.json"
@@ -103,7 +104,7 @@ def figures_9(target: JointTarget, reports: Sequence[Mapping[str, Report]]) -> I
             for k in [shares.index(min(shares))] if len(names) == 2 else range(len(names)):
                 rows = sorted(_share_rows(counts, k), key=lambda row: (row[1][0] is None, row[1][0], row[0]))
                 about = f"share of {names[k]}, {first['images']} images a prompt, 95% intervals (Wilson)"
-                title = f"Share of {names[k]} in the images of each prompt"
+                title = f"Share of {names[k]} ({attribute_words(attribute)}) in the images of each prompt"
                 parts = [
                     "fig9",
                     *([first["concept"]] if len(reports) > 1 else []),

@@ -146,31 +146,27 @@ def rows(found: dict) -> list[list]:
 
 def row(name: str, report: dict, took: float | None) -> list:
     """What it reaches, what it costs, and what it loses."""
-    corrected = report["judges"][JUDGES[0]].get("corrected")
+    corrected = (report["judges"][JUDGES[0]].get("corrected") or {}).get("mean_gap")
     flips = report.get("flips", {}).get(JUDGES[0])
     explicit = report.get("explicit", {})
     return [
         name,
         both_judges(report),
-        f"{corrected['mean_gap']['value']:.2f}".removeprefix("0") if corrected else None,
+        f"{corrected['value']:.2f}".removeprefix("0") if corrected else None,
         f"{flips['needless']:.1%}" if flips else None,
         *faithful(report),
         " / ".join(f"{explicit[judge]:.1%}" if judge in explicit else "–" for judge in JUDGES),
-        took,
+        None if took is None else f"{took:.1f}",
     ]
 
 
 def validation_rows(found: dict) -> list[list]:
     """One a number."""
-    return [
-        [
-            name,
-            spread(report["judges"][JUDGES[0]]),
-            f"{report.get('none', 0):.1%}",
-            found["minutes"].get(name),
-        ]
-        for name, report in found["validation"].items()
-    ]
+    rows = []
+    for name, report in found["validation"].items():
+        kept = row(name, report, None)[4:6]
+        rows.append([name, spread(report["judges"][JUDGES[0]]), f"{report.get('none', 0):.1%}", *kept])
+    return rows
 
 
 def shown(found: dict) -> str:
@@ -180,7 +176,11 @@ def shown(found: dict) -> str:
         fair = floor(next(iter(found["reports"].values())))
         texts += [f"A fair model measures {fair}.", table(HEADER, rows(found))]
     if found["validation"]:
-        texts += [table(("validation", "bias, classifier", "none", "min"), validation_rows(found))]
+        texts += [
+            table(
+                ("validation", "bias, classifier", "none", "CLIP-T", "CLIP-I / DINO"), validation_rows(found)
+            )
+        ]
     return "\n\n".join(texts)
 
 

@@ -180,9 +180,11 @@ def test_a_run_for_two_attributes_and_two_networks(weights, tmp_path, capsys):
     measured = ["--weights", weights, "--adapter", out, "--attr", "gender,skin_tone", "-n", "2"]
     assert cli.run(evaluate.main, measured) == 0
     shown = capsys.readouterr()
-    for of_judge in report["judges"].values():
-        assert 0 < of_judge.pop("from_target")["mean"] <= 1  # of the run; the command above names none
-    assert json.loads(shown.out)["judges"] == report["judges"] and "skin_tone bias alone" in shown.err
+    evaluated = json.loads(shown.out)["judges"]
+    for judge, of_judge in report["judges"].items():
+        assert 0 < of_judge.pop("from_target")["mean"] <= 1  # of the run; the command above names no target
+        assert of_judge.pop("sure")["worst_prompt"] != evaluated[judge].pop("sure")["worst_prompt"]
+    assert evaluated == report["judges"] and "skin_tone bias alone" in shown.err
 
 
 def test_sample_writes_pictures_that_say_how_they_were_made(weights, run_folder, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-import coverage
+import interval_coverage as coverage
 import numpy as np
 import pytest
 from scipy.stats import binom, chi2, multinomial, ncx2, norm
@@ -14,6 +14,7 @@ from fairref.evaluation.gaps import squared_gap, squared_gaps
 from fairref.evaluation.paired import diversity, paired
 from fairref.fairness.metrics import bias
 
+Z = norm.ppf(0.975)
 HALF = np.full(2, 0.5)
 TARGETS = (HALF, np.array([0.75, 0.25]), np.full(3, 1 / 3), np.array([0.5, 0.3, 0.2]))
 
@@ -76,10 +77,14 @@ def test_the_score_interval_ends_where_a_gaps_own_noise_reaches_the_measured_one
     slope = (found.with_gap + weight * found.fair_slope) / (found.value + weight)
     assert value == pytest.approx(found.value)
     for end in (low, high):
-        assert abs(end - value) / np.sqrt(found.alone + slope * end) == pytest.approx(norm.ppf(0.975))
+        assert abs(end - value) / np.sqrt(found.alone + slope * end) == pytest.approx(Z)
     assert low < value < high
     below = squared_gap(np.array([[30, 30]]), HALF)
-    assert below.value < 0 and below.rms()[:2] == (0, 0) and below.rms()[2] > 0.2
+    assert below.value < 0 and below.rms()[:2] == (0, 0)
+    # no more is claimed than where 0 is measured
+    slope = max(below.with_gap, 0) / (3 * np.sqrt(below.fair_alone)) + below.fair_slope
+    at_zero = Z**2 * slope / 2 + Z * np.sqrt(below.alone + Z**2 * slope**2 / 4)
+    assert below.rms()[2] == pytest.approx(np.sqrt(at_zero))
     assert (
         squared_gap(np.array([[60, 0]]), HALF).rms()[2]
         == 1

@@ -2,7 +2,7 @@
 
 import itertools
 
-import coverage
+import interval_coverage as coverage
 import numpy as np
 import pytest
 from scipy.optimize import minimize

@@ -1,6 +1,6 @@
 """How often intervals hold what they should: simulated models and judges, whose shares and errors are known.
 
-    python tests/benchmarks/coverage.py --runs 5000 --out docs/results/coverage.json
+    python tests/benchmarks/interval_coverage.py --runs 5000 --out docs/results/coverage.json
 
 A row is an interval in a situation, over a grid: of a class's share, or of a gap as a part of the largest that there
 can be. Rows marked "not used" are what else was tried. Of tests it is how often they reject.
