@@ -54,7 +54,7 @@ from fairref.training.step import (
 from fairref.training.terms import ImagePair, View, image_gradient, loss_of
 
 EXACT = "exact"
-MODES = (EXACT, "couple:0.5", "none", "paper", "solver", "last:2", "random:6", "bernoulli", "drtune:2")
+MODES = (EXACT, "couple:0.5", "none", "paper", "solver", "last:1", "random:6", "bernoulli", "drtune:2")
 SEED = 1000  # of the batches: not that of a run whose adapters are looked at
 DIRECTIONS = 5
 # lengths of central differences. Training moves the adapter by .07 to .8 in an iteration
