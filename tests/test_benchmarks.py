@@ -11,6 +11,7 @@ from pathlib import Path
 import baselines
 import collectives
 import flops
+import gradient_runs
 import gradient_truth
 import measure
 import numpy as np
@@ -509,3 +510,32 @@ def test_the_best_number_keeps_people_in_its_pictures():
     reports = {"a": report(0.5, 0.02), "b": report(0.1, 0.5), "c": report(0.3, 0.06)}
     assert baselines.best(reports, report(0.8, 0.02)) == "c"
     assert baselines.best({"b": reports["b"]}, report(0.8, 0.02)) == "b"
+
+
+def test_bias_by_minutes_is_of_whole_runs(tmp_path, monkeypatch):
+    """Two seeds of `exact`, one of which goes on yet, and one of `last:1`."""
+    monkeypatch.setattr(gradient_runs, "EVERY", 2)
+    monkeypatch.setattr(gradient_runs, "ITERATIONS", 4)
+    for name, biases in {
+        "exact-0": (0.8, 0.4),
+        "exact-1": (0.6, 0.5),
+        "exact-2": (0,),
+        "last:1-0": (0.9, 0.7),
+    }.items():
+        run = gradient_runs.place(tmp_path, name)
+        run.mkdir()
+        lines = [
+            {"iteration": i} | ({"validation": {"bias": b}} if i % 2 else {}) for b in biases for i in (0, 1)
+        ]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        if name != "exact-2":
+            (run / "adapter.safetensors").touch()
+    report = gradient_runs.report_of(tmp_path, {"exact": [20.0, 40.0], "last:1": [6.0]})
+    figure = gradient_runs.figure(report)
+    assert [(row["curve"], row["minutes"], row["mean"], row["low"], row["high"]) for row in figure.rows] == [
+        ("exact (2 seeds)", 1.0, 0.7, 0.6, 0.8),
+        ("exact (2 seeds)", 2.0, 0.45, 0.4, 0.5),
+        ("last:1", 0.2, 0.9, 0.9, 0.9),
+        ("last:1", 0.4, 0.7, 0.7, 0.7),
+    ]
+    assert "| `exact` | 30 | .80 .60 | .80 .60 | .40 .50 | 2 |" in gradient_runs.lines_of(report)
