@@ -1,5 +1,6 @@
 """What of the benchmarks needs no quiet machine: both ways give one gradient, and the counts and tables are right."""
 
+import csv
 import itertools
 import json
 import math
@@ -454,7 +455,7 @@ def test_the_true_gradient_is_that_of_the_loss_and_the_study_goes_on_where_it_wa
     few = [f"--{name}={count}" for name, count in counts.items()]
     argv = ["start", "--weights", folder, "--out", str(tmp_path), "--modes", *modes]
     monkeypatch.setattr(gradient_truth.torch, "set_num_threads", lambda n: None)
-    gradient_truth.main([*argv, *few, "--report", str(tmp_path / "report.json")])
+    gradient_truth.main([*argv, *few, "--report", str(tmp_path / "report.json"), "--figure", str(tmp_path)])
     found = json.loads((tmp_path / "report.json").read_text())["points"]["start"]
     assert [row["direction"] for row in found["confirm"]] == [
         "the truth",
@@ -465,6 +466,10 @@ def test_the_true_gradient_is_that_of_the_loss_and_the_study_goes_on_where_it_wa
     assert list(found["modes"]) == ["exact", *modes]
     assert found["modes"]["exact"]["cosine_with_exact"] == pytest.approx(1)
     assert all(abs(found["modes"][mode]["cosine_with_exact"]) < 0.9999 for mode in modes)
+
+    (exact, other) = csv.DictReader((tmp_path / "gradient_truth.csv").read_text().splitlines())
+    assert (exact["mode"], other["mode"], exact["cosine_with_exact"]) == ("exact", "drtune:1", "1.0")
+    assert "drtune:1 (start)" in (tmp_path / "gradient_truth.svg").read_text()
 
     monkeypatch.setattr(gradient_truth, "batch_of", None)  # nothing is done twice
     gradient_truth.main([*argv, *few, "--report", str(tmp_path / "again.json")])
