@@ -106,7 +106,7 @@ def evaluate_folder(
     and name in another folder."""
     judged = _judged(settings, folder, list(folder.files.values()))
     about = {"concept": folder.path.name, "part": "images"}
-    about |= dict.fromkeys(("steps", "guidance", "padding", "seed"))  # unknown
+    about |= dict.fromkeys(("steps", "guidance", "padding", "seed", "made"))  # unknown
     report = report_on(settings, judged, about, folder.names)
     classes = settings.target.classes
     by_hand = on_labels(labels, judged, classes, BY_HAND) if labels else {}

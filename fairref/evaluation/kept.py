@@ -77,7 +77,7 @@ def model_of(model: Bundle, drawing: Drawing, seed: int) -> dict[str, object]:
         "tokenizer": fingerprint_of(model.tokenizer),
         "schedule": repr(model.schedule),
         "resolution": model.resolution,
-        "adapters": model.adapters,
+        "adapters": [adapter for adapter in model.adapters if adapter[1]],
         "drawing": drawing._asdict(),
         "seed": seed,
         "dtype": model.dtype,

@@ -3,6 +3,8 @@
 P prompts, n images of each.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -129,6 +131,20 @@ def correct(report: Report, target: JointTarget) -> None:
                 of_judge["corrected"] |= prediction_powered(others, labelled, classes)
 
 
+def how_made(settings: EvaluationSettings, source: ImageSource, prompts: str) -> Report:
+    """Whatever two reports must share to be of the same noise and base: how images were drawn, at which strength of the
+    adapter (of several a list, of none None), by which weights, of which prompts: a part's name, or a text file's."""
+    strengths = [strength for _, strength in source.adapters]
+    said = json.dumps(settings.bundle.fingerprints, sort_keys=True)
+    return {
+        "seed": settings.seed,
+        **settings.drawing._asdict(),
+        "strength": strengths[0] if len(strengths) == 1 else strengths or None,
+        "weights": hashlib.sha256(said.encode()).hexdigest(),
+        "prompts": prompts,
+    }
+
+
 def evaluate_part(
     settings: EvaluationSettings, source: ImageSource, part: PromptPart, labels: Labels | None = None
 ) -> Evaluated:
@@ -143,6 +159,7 @@ def evaluate_part(
         "guidance": drawing.guidance,
         "padding": drawing.padding,
         "seed": settings.seed,
+        "made": how_made(settings, source, concept.file or part.part),
     }
     report = report_on(settings, judged, about, {prompt: concept.short(prompt) for prompt in prompts})
     classes = settings.target.classes

@@ -163,9 +163,8 @@ def load_adapters(
         _check_base(adapter, bundle, any_base)
     for adapter, strength in sorted(opened, key=lambda pair: not pair[0].matrices):  # LoRA goes around them
         bundle = _with_adapter(bundle, adapter, strength)
-        if strength:
-            made_of = (fingerprint(adapter.tensors), float(strength))
-            bundle = replace(bundle, adapters=(*bundle.adapters, made_of))
+        made_of = (fingerprint(adapter.tensors), float(strength))
+        bundle = replace(bundle, adapters=(*bundle.adapters, made_of))
     return bundle
 
 

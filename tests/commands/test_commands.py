@@ -285,7 +285,8 @@ def test_prompts_that_are_too_long_are_named_before_a_run_and_an_evaluation(weig
     assert cli.run(evaluate.main, [*options, *measured]) == 0
     captured = capsys.readouterr()
     assert "2 prompts are too long" in captured.err
-    assert "from_target" in json.loads(captured.out)["judges"]["classifier"]
+    report = json.loads(captured.out)
+    assert "from_target" in report["judges"]["classifier"] and report["made"]["prompts"] == "prompts.txt"
 
 
 def test_prompts_that_name_a_class_themselves_are_noticed(weights, tmp_path, capsys):

@@ -12,7 +12,7 @@ from fairref.bundle.loading import load_bundle
 from fairref.errors import UserError
 from fairref.evaluation import judging
 from fairref.evaluation.evaluation import EvaluationOptions, evaluate, prepare
-from fairref.evaluation.judging import EvaluationSettings, drawn_by, judge_prompts
+from fairref.evaluation.judging import SEED, EvaluationSettings, drawn_by, judge_prompts
 from fairref.evaluation.sweeps import Sweep, run_sweep, sweep_file
 from fairref.fairness.attributes import parse_targets
 from fairref.generation.adapters import load_adapters, save_adapter
@@ -222,11 +222,13 @@ def test_sweeps(loaded_tiny, adapter, tmp_path, drawn, capsys):
     before, after = found["reports"]["before"], found["reports"]["after"]
     assert before[0] == before[2] and len(drawn) == 2 * 3  # the original is the adapter at 0
     assert after[0]["judges"] == before[0]["judges"] and after[0]["clip_i"] == pytest.approx(1)
-    assert after[0]["clip_i"] > after[1]["clip_i"] and [r["adapters"][0]["strength"] for r in after] == [
-        0,
-        0.5,
-        1,
-    ]
+    assert after[0]["clip_i"] > after[1]["clip_i"]
+    assert (
+        [r["adapters"][0]["strength"] for r in after] == [r["made"]["strength"] for r in after] == [0, 0.5, 1]
+    )
+    made = {"seed": SEED, "steps": 2, "guidance": 2.0, "end": "zero", "padding": "full", "prompts": "test"}
+    made |= {"strength": None, "weights": before[0]["made"]["weights"]}
+    assert before[2]["made"] == made and after[1]["made"] == {**made, "strength": 0.5}
     drawn.clear()
     sweep = Sweep.parse("guidance=2,7.5")
     reports = run_sweep(evaluation, sweep, sweep_file(evaluation, sweep))
