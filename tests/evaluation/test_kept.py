@@ -1,18 +1,22 @@
 """No image is drawn twice: its judgements are kept, and only what they follow from makes them anew."""
 
+import copy
 import csv
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_bundle import OCCUPATIONS
 
 from fairref.bundle.loading import load_bundle
+from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
 from fairref.evaluation import judging
 from fairref.evaluation.evaluation import EvaluationOptions, evaluate, prepare
 from fairref.evaluation.judging import SEED, EvaluationSettings, drawn_by, judge_prompts
+from fairref.evaluation.kept import judges_of, model_of
 from fairref.evaluation.sweeps import Sweep, run_sweep, sweep_file
 from fairref.fairness.attributes import parse_targets
 from fairref.generation.adapters import load_adapters, save_adapter
@@ -124,6 +128,70 @@ def test_what_is_kept_follows_from_all_that_draws_and_judges(loaded_tiny, adapte
     found["dtype"] = [len(drawn), 0]
     nothing = {"nothing": [0, 0], 0.0: [0, 0]}  # at strength 0 it is the original
     assert found == {name: nothing.get(name, [1, 0]) for name in found}
+
+
+def with_config(part, name="config", **changed):
+    """A copy of a network whose config says something else of the same tensors."""
+    part = copy.copy(part)
+    setattr(part, name, replace(getattr(part, name), **changed))
+    return part
+
+
+def with_tensor(network):
+    """A copy of a network with another tensor."""
+    network = copy.deepcopy(network)
+    vars(network).pop("fingerprint", None)
+    next(network.parameters()).data += 0.5
+    return network
+
+
+def changes(bundle):
+    """What a bundle draws or judges with, each changed by itself."""
+    (judge,) = bundle.classifiers["evaluate"]
+    other, swapped, small = (copy.copy(judge) for _ in range(3))
+    other.logits = {**dict.fromkeys(judge.classes, (0, 1)), "skin_tone": (1, 2, 3)}
+    swapped.classes = dict(reversed(judge.classes.items()))
+    small._modules = {**judge._modules, "network": with_config(judge.network, input_size=24)}
+    strict = copy.copy(bundle.detector.network)
+    strict.thresholds = (0.1, 0.2, 0.3)
+    manifest = bundle.manifest | {"templates": "bundle.json"}
+    resized = bundle.clip.vision_config.image_size // 2
+    return {
+        **{name: {name: with_tensor(getattr(bundle, name))} for name in ("text_encoder", "unet", "vae")},
+        **{f"{n} config": {n: copy.copy(getattr(bundle, n))} for n in ("text_encoder", "unet", "vae")},
+        "device": {"unet": copy.deepcopy(bundle.unet).to("meta")},
+        "dtype": {"unet": copy.deepcopy(bundle.unet).half()},
+        "tokenizer": {"tokenizer": SimpleNamespace(fingerprint="other")},
+        "schedule": {"schedule": Schedule(beta_end=0.01)},
+        "resolution": {"resolution": 16},
+        "templates": {"manifest": manifest},
+        "classes": {"classifiers": {"evaluate": (swapped,)}},
+        "logits": {"classifiers": {"evaluate": (other,)}},
+        "classifier": {"classifiers": {"evaluate": (with_tensor(judge),)}},
+        "input size": {"classifiers": {"evaluate": (small,)}},
+        "thresholds": {"detector": replace(bundle.detector, network=strict)},
+        "clip": {"clip": with_tensor(bundle.clip)},
+        "clip's size": {"clip": with_config(bundle.clip, "vision_config", image_size=resized)},
+        "clip's tokenizer": {"clip_tokenizer": SimpleNamespace(fingerprint="other")},
+        "dino": {"dino": with_tensor(bundle.dino)},
+        "dino's size": {"dino": with_config(bundle.dino, input_size=8)},
+        "none": {"detector": None},
+    }
+
+
+def test_the_key_has_all_that_images_and_judgements_follow_from(loaded_tiny_faces):
+    bundle, drawing = loaded_tiny_faces, Drawing(2, 2.0)
+    table = changes(bundle)
+    for name in ("text_encoder", "unet", "vae"):
+        table[f"{name} config"][name].config = SimpleNamespace(of="others")
+
+    def key(**changed):
+        model = replace(bundle, **changed)
+        return json.dumps([model_of(model, drawing, 0), judges_of(model)], sort_keys=True)
+
+    keys = {name: key(**changed) for name, changed in table.items()}
+    assert len({key(), key(), *keys.values()}) == 1 + len(table)
+    assert judges_of(replace(bundle, detector=lambda x: [])) is None  # nobody can tell it from another
 
 
 def test_ones_own_judge_is_known_by_its_files_hash(tiny_folder, tmp_path, drawn):
