@@ -211,7 +211,7 @@ def _with_baselines(evaluation, baselines):
     """The evaluation with its baselines, fitted; their fits are kept beside what is judged. Raises UserError."""
     if not baselines:
         return evaluation
-    from fairref.baselines.fitting import fit_baseline
+    from fairref.baselines.fitting import fit_baselines
 
     if evaluation.home is None:
         raise UserError(
@@ -221,8 +221,7 @@ def _with_baselines(evaluation, baselines):
     evaluation.settings.processes.first_does(lambda: check_writable(path))
     fits = evaluation.home / "baselines"
     prompts = [prompt for part in evaluation.parts for prompt in part.prompts]
-    sources = tuple(fit_baseline(chosen, evaluation.settings, prompts, fits) for chosen in baselines)
-    return replace(evaluation, others=sources)
+    return replace(evaluation, others=fit_baselines(baselines, evaluation.settings, prompts, fits))
 
 
 def _write_baselines(evaluation, results):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
@@ -24,6 +24,20 @@ FORMAT = "fairref-judged-1"  # the number grows where fairref draws or judges ot
 # parts of a bundle that see images; the tokenizer makes the texts of "clip:..." judges
 LOOKING = ("classifiers.evaluate", "templates", "detector", "clip", "clip_tokenizer", "dino")
 NO_SETTINGS = ("training", "fingerprint", "source")  # of what a judge's object holds
+
+
+def read_kept(file: Path, info: Mapping[str, object], then: str) -> dict[str, Tensor] | None:
+    """The tensors of a file with this `info`; None without one, and of a damaged one, which is named."""
+    if not file.exists():
+        return None
+    try:
+        tensors = read(file)
+        if not info.items() <= read_info(file).items():
+            raise UserError(f"{file}: holds something else than its name says.")
+    except UserError as error:
+        note(f"{str(error).partition(';')[0].rstrip('.')}: {then}.")
+        return None
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,8 @@ class KeptJudgements:
 
     def read(self, prompt: str) -> JudgedImages | None:
         """The rows of a prompt's first images, None where there are none; of a damaged file, too, which is named."""
-        file = self.file(prompt)
-        if not file.exists():
-            return None
-        try:
-            tensors = read(file)
-            if read_info(file) != self._info(prompt):
-                raise UserError(f"{file}: holds something else than its name says.")
-        except UserError as error:
-            note(f"{str(error).partition(';')[0].rstrip('.')}: its images are drawn again.")
-            return None
-        return JudgedImages.from_tensors(tensors)
+        tensors = read_kept(self.file(prompt), self._info(prompt), "its images are drawn again")
+        return tensors and JudgedImages.from_tensors(tensors)
 
     def write(self, prompt: str, judged: JudgedImages) -> None:
         """Keeps the rows of a prompt's first images. Raises UserError."""

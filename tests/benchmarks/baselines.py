@@ -27,7 +27,7 @@ from measure import ROOT, machine, table
 from result_tables import both_judges, faithful, floor, spread
 from results import minutes
 
-from fairref.baselines.fitting import fit_baseline
+from fairref.baselines.fitting import fit_baselines
 from fairref.baselines.registry import BASELINES, parse_baselines
 from fairref.bundle.loading import DEFAULT, load_bundle
 from fairref.evaluation.evaluation import Evaluation, EvaluationOptions, prepare
@@ -78,7 +78,7 @@ class Bench:
             (chosen,) = parse_baselines([name])
             began = time.monotonic()
             try:
-                source = fit_baseline(chosen, evaluation.settings, (), self.folder / "fits")
+                (source,) = fit_baselines([chosen], evaluation.settings, (), self.folder / "fits")
             finally:  # of a fit that was stopped, too
                 taken = self.found["minutes"].get(name, 0) + (time.monotonic() - began) / 60
                 self.found["minutes"][name] = taken
