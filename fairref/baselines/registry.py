@@ -1,6 +1,11 @@
-"""The baselines of --baseline, one row each: "NAME", "NAME:NUMBER", or a user's own as "file.py:name"."""
+"""The baselines of --baseline, one row each: "NAME", "NAME:NUMBER", or a user's own as "file.py:name".
 
-from collections.abc import Callable, Iterable
+A baseline is a function of (case, what was fitted, prompt, images) -> (n, 3, H, W) in [-1, 1]; a user's own has no fit:
+(case, prompt, images). The case holds bundle, attribute, target, noise and how images are drawn; `images` is a range of
+their numbers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,15 +27,15 @@ class Baseline:
     fit: Callable[[Case, float, Fitted], Iterable[Fitted]] = lambda *_: [{}]
     number: float | None = None  # where NAME:NUMBER does not say it; None: it has none
     meaning: str = ""  # of the number
-    check: Callable[[Case, str], object] = lambda *_: None  # refuses a prompt that it can't draw
+    check: Callable[[Case, Sequence[str]], object] = lambda *_: None  # refuses what it can't fit or draw
 
 
 BASELINES = {
-    "coin": Baseline(coin.images_of, check=coin.texts),
+    "coin": Baseline(coin.images_of, check=lambda case, prompts: [coin.texts(case, p) for p in prompts]),
     "projection": Baseline(
         projection.images_of, lambda case, number, _: [projection.fit(case, number)], 500, "lambda"
     ),
-    "uce": Baseline(uce.images_of, uce.fit, 0.5, "lambda"),
+    "uce": Baseline(uce.images_of, uce.fit, 0.5, "lambda", uce.check),
     "fair_pca": Baseline(
         fair_pca.images_of, lambda case, number, _: [fair_pca.fit(case, number)], 0.36, "scale of the noise"
     ),

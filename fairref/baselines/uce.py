@@ -13,11 +13,12 @@ images of a concept and asks CLIP. Here it draws IMAGES, and the classifier for 
 
 Limits: it edits the concepts of its list, here the neutral prompts of CONCEPTS finetuning occupations. Other prompts
 are changed as far as they are like these. Its rounds draw as many images as a short finetuning. c_empty goes through
-the same K and V. The published code edits "doctor" towards "male"; here both stand in the prompt's template, as in the
-first version of that code, because the last word there reaches the prompts that are drawn.
+the same K and V. The published code edits "doctor" towards "male", bare; here both stand in the prompt's template,
+because what a bare name is edited to hardly reaches the prompts that are drawn. That template ends with "a person", so
+the word of all concepts is "person": c_e is what its state knows of the occupation, and a_k what it knows of the class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,14 +43,15 @@ EDITED = ("attn2.to_k", "attn2.to_v")  # ends of the names of K and V
 LAST_WORD = 1  # tokens before EOS
 
 
-def fit(case: Case, strength: float, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Q (d, d), alpha (E, K) and the rounds done, after each round; `state`: what an interrupted fit gave last.
-
-    Raises UserError.
-    """
+def check(case: Case, prompts: Sequence[str]) -> None:
+    """Refuses a bundle without a classifier that a fit could ask. Raises UserError."""
     if "finetune" not in case.bundle.classifiers:
         raise UserError(f"{case.bundle.path}: has no classifier for finetuning, which uce asks; name one.")
     require_attributes(case.bundle, "finetune", case.settings.target)
+
+
+def fit(case: Case, strength: float, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Q (d, d), alpha (E, K) and the rounds done, after each round; `state`: what an interrupted fit gave last."""
     concepts = evenly(case.occupations.train, CONCEPTS)
     c = states(case, concepts, LAST_WORD)  # (E, d)
     a = states(case, [occupation_prompt(word) for word in case.words], LAST_WORD)  # (K, d)

@@ -77,7 +77,7 @@ class Bundle:
     face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
     dino: Features | None = None  # images -> features
     prefix: Tensor | None = None  # soft prompt (P, D) of an adapter
-    # fingerprint and strength of each adapter that changes what it draws
+    # fingerprint and strength of each adapter; at strength 0 it changes nothing
     adapters: tuple[tuple[str, float], ...] = ()
     own_judges: Mapping[str, Sequence[OwnSource]] = field(
         default_factory=dict

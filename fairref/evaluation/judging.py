@@ -71,6 +71,7 @@ class ImageSource:
     draw: Callable[[str, range], Tensor]  # prompt, which of its images -> (n, 3, H, W) in [-1, 1]
     # all that its images follow from beside their prompt and number, for JSON; None: their judgements are not kept
     made_of: Mapping[str, object] | None = None
+    adapters: tuple[tuple[str, float], ...] = ()  # with which a bundle draws
 
 
 def drawn_by(settings: EvaluationSettings, model: Bundle, label: str) -> ImageSource:
@@ -80,7 +81,7 @@ def drawn_by(settings: EvaluationSettings, model: Bundle, label: str) -> ImageSo
         return draw_images(settings, model, prompt, images.stop, images.start)
 
     made_of = model_of(model, settings.drawing, settings.seed) if settings.kept else None
-    return ImageSource(label, draw, made_of)
+    return ImageSource(label, draw, made_of, model.adapters)
 
 
 def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int, first: int = 0) -> Tensor:

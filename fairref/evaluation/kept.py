@@ -6,9 +6,11 @@ judges. The images themselves are not kept, so another judge must draw them agai
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
@@ -19,13 +21,23 @@ from fairref.progress import note
 
 KEPT = "judged"  # a run's folder of them
 FORMAT = "fairref-judged-1"  # the number grows where fairref draws or judges otherwise than before
-LOOKING = (
-    "classifiers.evaluate",
-    "templates",
-    "detector",
-    "clip",
-    "dino",
-)  # parts of a bundle that see images
+# parts of a bundle that see images; the tokenizer makes the texts of "clip:..." judges
+LOOKING = ("classifiers.evaluate", "templates", "detector", "clip", "clip_tokenizer", "dino")
+NO_SETTINGS = ("training", "fingerprint", "source")  # of what a judge's object holds
+
+
+def read_kept(file: Path, info: Mapping[str, object], then: str) -> dict[str, Tensor] | None:
+    """The tensors of a file with this `info`; None without one, and of a damaged one, which is named."""
+    if not file.exists():
+        return None
+    try:
+        tensors = read(file)
+        if not info.items() <= read_info(file).items():
+            raise UserError(f"{file}: holds something else than its name says.")
+    except UserError as error:
+        note(f"{str(error).partition(';')[0].rstrip('.')}: {then}.")
+        return None
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -48,17 +60,8 @@ class KeptJudgements:
 
     def read(self, prompt: str) -> JudgedImages | None:
         """The rows of a prompt's first images, None where there are none; of a damaged file, too, which is named."""
-        file = self.file(prompt)
-        if not file.exists():
-            return None
-        try:
-            tensors = read(file)
-            if read_info(file) != self._info(prompt):
-                raise UserError(f"{file}: holds something else than its name says.")
-        except UserError as error:
-            note(f"{str(error).partition(';')[0].rstrip('.')}: its images are drawn again.")
-            return None
-        return JudgedImages.from_tensors(tensors)
+        tensors = read_kept(self.file(prompt), self._info(prompt), "its images are drawn again")
+        return tensors and JudgedImages.from_tensors(tensors)
 
     def write(self, prompt: str, judged: JudgedImages) -> None:
         """Keeps the rows of a prompt's first images. Raises UserError."""
@@ -77,7 +80,7 @@ def model_of(model: Bundle, drawing: Drawing, seed: int) -> dict[str, object]:
         "tokenizer": fingerprint_of(model.tokenizer),
         "schedule": repr(model.schedule),
         "resolution": model.resolution,
-        "adapters": model.adapters,
+        "adapters": [adapter for adapter in model.adapters if adapter[1]],
         "drawing": drawing._asdict(),
         "seed": seed,
         "dtype": model.dtype,
@@ -85,18 +88,35 @@ def model_of(model: Bundle, drawing: Drawing, seed: int) -> dict[str, object]:
     }
 
 
-def judges_of(bundle: Bundle) -> dict[str, object] | None:
-    """What tells the judges of a bundle from others; None where one can't be told, as a function put in by a program.
+def judges_of(bundle: Bundle, parts: Sequence[str] = LOOKING) -> dict[str, object] | None:
+    """What tells these judges of a bundle from others; None where one can't be told, as a function put in by a program.
 
     A user's own judge is known by the hash of its file alone, as in settings.json: not by what that file loads.
     """
-    found = {"classes": [dict(classifier.classes) for classifier in bundle.classifiers["evaluate"]]}
-    for key in LOOKING:
-        own = bundle.own_judges.get(key.rpartition(".")[2])
-        if own is not None:
-            found[key] = [{k: v for k, v in source.to_dict().items() if k != "path"} for source in own]
-        elif key in bundle.manifest if key == "templates" else bundle.has(key):
-            found[key] = bundle.all_fingerprints.get(key)
-            if found[key] is None:
-                return None
+    found = {}
+    for key in parts:
+        group, _, role = key.rpartition(".")
+        if not (key in bundle.manifest if key == "templates" else bundle.has(key)):
+            continue
+        own, made_of = bundle.own_judges.get(role, ()), bundle.all_fingerprints.get(key)
+        if not own and made_of is None:
+            return None
+        held = bundle.classifiers[role] if group else () if key == "templates" else (getattr(bundle, key),)
+        found[key] = {
+            "made of": [{k: v for k, v in one.to_dict().items() if k != "path"} for one in own] or made_of,
+            "settings": [getattr(judge, "classes", {}) if own else _settings(judge) for judge in held],
+        }
     return found
+
+
+def _settings(judge):
+    """What a judge, and the network that it holds, are beside their tensors."""
+    both = [part for part in (judge, getattr(judge, "network", None)) if hasattr(part, "__dict__")]
+    return [
+        {
+            name: repr(value)
+            for name, value in vars(part).items()
+            if not name.startswith("_") and not isinstance(value, nn.Module) and name not in NO_SETTINGS
+        }
+        for part in both
+    ]

@@ -36,6 +36,7 @@ class Prompts:
     test: tuple[str, ...] = ()
     occupations: dict[str, str] = field(default_factory=dict)  # prompt -> its occupation, if it has one
     world: Occupations | None = None  # has the templates of explicit prompts
+    file: str = ""  # name of the text file that they are from
 
     def explicit(self, part: str, classes: dict[str, tuple[str, ...]]) -> list[tuple[str, str, int]]:
         """Return an explicit prompt for each occupation of the part and class: (prompt, attribute, class index)."""
@@ -80,7 +81,8 @@ def read_prompts(
     if not isinstance(wanted, str):
         return [Prompts("prompts", tuple(wanted), tuple(wanted))]
     if is_file(wanted):
-        return read_prompts(read_lines(expanded(wanted)), template, bundle_path, attributes)
+        file, prompts = expanded(wanted), tuple(read_lines(expanded(wanted)))
+        return [Prompts("prompts", prompts, prompts, file=file.name)]
     names = wanted.split(",")
     if len(set(names)) < len(names):
         raise UserError(f"--prompts is {wanted}, which names a concept twice.")

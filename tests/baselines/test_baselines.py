@@ -1,8 +1,10 @@
 """Each baseline is what its paper says, on the noise of evaluation."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from scipy.stats import chisquare
 from fairref.baselines import case as cases
 from fairref.baselines import coin, fair_pca, projection, uce
 from fairref.baselines.case import Case, class_states, states
-from fairref.baselines.fitting import fit_baseline
+from fairref.baselines.fitting import fit_baselines
 from fairref.baselines.registry import BASELINES, parse_baselines
 from fairref.bundle.loading import bundle_path
 from fairref.errors import UserError
@@ -23,6 +25,7 @@ from fairref.evaluation.judging import EvaluationSettings
 from fairref.fairness.attributes import parse_targets
 from fairref.files.weights import read_info
 from fairref.generation.drawing import Drawing, draw, fixed_images, fixed_noise
+from fairref.processes import Processes
 from fairref.prompts import occupation_prompt
 
 PROMPT = occupation_prompt("singer")  # of the part test
@@ -48,8 +51,8 @@ def original(case, prompt, images):
 
 
 def prepared(text, case, cache=None):
-    (chosen,) = parse_baselines([text])
-    return fit_baseline(chosen, case.settings, (), cache).draw
+    (source,) = fit_baselines(parse_baselines([text]), case.settings, (), cache)
+    return source.draw
 
 
 # ---- coin
@@ -199,6 +202,13 @@ def test_rounds_add_what_shares_lack_until_none_does(case, monkeypatch):
     once = uce.STEP * torch.tensor([[-0.4, 0.4], [0, 0], [0.3, -0.3], [0, 0]], dtype=torch.float64)
     for i, fit in enumerate(fits):
         torch.testing.assert_close(fit["alpha"], i * once)
+    ids = case.bundle.tokenizer(
+        [*case.occupations.train, occupation_prompt("woman"), occupation_prompt("man")]
+    )
+    h, ends = case.bundle.text_encoder(ids), ids.tolist()
+    words = [row.index(case.bundle.tokenizer.eos) - 1 for row in ends]  # the last before the first EOS
+    word = h[range(len(ids)), words].double()
+    torch.testing.assert_close(fits[1]["Q"], uce.solve(word[:-2], word[-2:], once, 0.5))
     *_, again = uce.fit(case, 0.5, fits[1])
     assert all(torch.equal(again[name], fits[-1][name]) for name in again)
 
@@ -278,7 +288,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_fit_is_kept_by_all_that_it_depends_on(name, case, tmp_path, short):
+def test_a_fit_is_kept_and_a_damaged_one_is_named(name, case, tmp_path, short, caplog):
     x = prepared(name, case, tmp_path)(PROMPT, range(2))
     assert x.shape == (2, 3, 32, 32) and x.dtype == torch.float32 and x.abs().max() <= 1
     files = list(tmp_path.iterdir())
@@ -288,12 +298,46 @@ def test_a_fit_is_kept_by_all_that_it_depends_on(name, case, tmp_path, short):
             patch.setitem(BASELINES, name, replace(BASELINES[name], fit=None))
             assert torch.equal(prepared(name, case, tmp_path)(PROMPT, range(2)), x)
         assert read_info(file)["whole"] is True
+        with pytest.MonkeyPatch.context() as patch:  # as if another process lacked the file
+            patch.setattr(Processes, "least", lambda _, numbers: [0] * len(numbers))
+            patch.setitem(BASELINES, name, replace(BASELINES[name], fit=lambda *_: 1 / 0))
+            with pytest.raises(ZeroDivisionError):
+                prepared(name, case, tmp_path)
         file.write_bytes(b"broken")
     assert torch.equal(prepared(name, case, tmp_path)(PROMPT, range(2)), x)
+    assert [(f.name in m, m[-21:]) for f, m in zip(files, caplog.messages, strict=True)] == [
+        (True, ": it is fitted again.")
+    ] * len(files)
     prepared(name, Case(replace(case.settings, seed=1)), tmp_path)
     assert len(list(tmp_path.iterdir())) == 2 * len(files)
     prepared("projection:500.0001", case, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2 * len(files) + 1
+
+
+def test_a_fit_is_kept_by_all_that_it_follows_from(loaded_tiny, tmp_path):
+    def key(text="projection:0.36", target="gender", **changed):
+        settings = settings_of(replace(loaded_tiny, **changed), target)
+        (source,) = fit_baselines(parse_baselines([text]), settings)
+        return json.dumps(source.made_of)
+
+    judges = loaded_tiny.classifiers
+    own = SimpleNamespace(to_dict=lambda: {"path": str(tmp_path), "sha256": "other"})
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "prompts.json").write_text(
+        (loaded_tiny.path / "prompts.json").read_text().replace("pilot", "diver")
+    )
+    keys = [
+        key(),
+        key("projection:0.37"),
+        key("fair_pca"),
+        key(target="gender=.3,.7"),
+        key(target="skin_tone"),
+        key(classifiers={**judges, "finetune": judges["evaluate"]}),
+        key(own_judges={"finetune": [own]}),
+        key(path=bundle),
+    ]
+    assert len({key(), *keys}) == len(keys) and str(tmp_path) not in "".join(keys)
 
 
 def test_ones_own_baseline_is_a_function_of_a_file(case, tmp_path):
@@ -303,13 +347,21 @@ def test_ones_own_baseline_is_a_function_of_a_file(case, tmp_path):
         "def twice(case, prompt, images):\n    return draw_edited(case, prompt, images, lambda c, _: 2 * c)\n"
         "def few(case, prompt, images):\n    return twice(case, prompt, images)[:1]\n"
         "def wrong(case, prompt, images):\n    return case.nothing\n"
+        "def gone(case, prompt, images):\n    raise SystemExit\n"
+        "def bright(case, prompt, images):\n    return 2 + 0 * twice(case, prompt, images)\n"
+        "def broken(case, prompt, images):\n    return float('nan') * twice(case, prompt, images)\n"
     )
     x = prepared(f"{file}:twice", case)(PROMPT, range(2))
     assert x.shape == (2, 3, 32, 32) and not torch.equal(x, original(case, PROMPT, range(2)))
-    with pytest.raises(UserError, match=r"few: gives a tensor \(1, 3, 32, 32\) of float32 for 2 images"):
-        prepared(f"{file}:few", case)(PROMPT, range(2))
-    with pytest.raises(UserError, match=r"wrong: ends with .*nothing.*correct the file"):
-        prepared(f"{file}:wrong", case)(PROMPT, range(2))
+    for name, message in (
+        ("few", r"gives a tensor \(1, 3, 32, 32\) of float32 for 2 images"),
+        ("wrong", r"ends with .*nothing.*correct the file"),
+        ("gone", r"ends with SystemExit.*correct the file"),
+        ("bright", r"gives values from 2 to 2 for .*expected numbers in \[-1, 1\]: correct the file"),
+        ("broken", r"gives values from nan to nan"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            prepared(f"{file}:{name}", case)(PROMPT, range(2))
 
 
 @pytest.mark.parametrize(
@@ -346,5 +398,7 @@ def test_several_attributes_are_refused(loaded_tiny):
 def test_uce_needs_a_classifier_for_finetuning(loaded_tiny):
     (evaluate,) = loaded_tiny.classifiers["evaluate"]
     bundle = replace(loaded_tiny, classifiers={"evaluate": (evaluate,)})
-    with pytest.raises(UserError, match="has no classifier for finetuning"):
-        list(uce.fit(Case(settings_of(bundle)), 0.5, {}))
+    with pytest.MonkeyPatch.context() as patch:  # refused before any is fitted
+        patch.setattr(projection, "fit", None)
+        with pytest.raises(UserError, match="has no classifier for finetuning"):
+            fit_baselines(parse_baselines(["projection", "uce"]), settings_of(bundle))

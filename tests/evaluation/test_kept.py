@@ -1,18 +1,22 @@
 """No image is drawn twice: its judgements are kept, and only what they follow from makes them anew."""
 
+import copy
 import csv
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_bundle import OCCUPATIONS
 
 from fairref.bundle.loading import load_bundle
+from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
 from fairref.evaluation import judging
 from fairref.evaluation.evaluation import EvaluationOptions, evaluate, prepare
-from fairref.evaluation.judging import EvaluationSettings, drawn_by, judge_prompts
+from fairref.evaluation.judging import SEED, EvaluationSettings, drawn_by, judge_prompts
+from fairref.evaluation.kept import judges_of, model_of
 from fairref.evaluation.sweeps import Sweep, run_sweep, sweep_file
 from fairref.fairness.attributes import parse_targets
 from fairref.generation.adapters import load_adapters, save_adapter
@@ -126,6 +130,70 @@ def test_what_is_kept_follows_from_all_that_draws_and_judges(loaded_tiny, adapte
     assert found == {name: nothing.get(name, [1, 0]) for name in found}
 
 
+def with_config(part, name="config", **changed):
+    """A copy of a network whose config says something else of the same tensors."""
+    part = copy.copy(part)
+    setattr(part, name, replace(getattr(part, name), **changed))
+    return part
+
+
+def with_tensor(network):
+    """A copy of a network with another tensor."""
+    network = copy.deepcopy(network)
+    vars(network).pop("fingerprint", None)
+    next(network.parameters()).data += 0.5
+    return network
+
+
+def changes(bundle):
+    """What a bundle draws or judges with, each changed by itself."""
+    (judge,) = bundle.classifiers["evaluate"]
+    other, swapped, small = (copy.copy(judge) for _ in range(3))
+    other.logits = {**dict.fromkeys(judge.classes, (0, 1)), "skin_tone": (1, 2, 3)}
+    swapped.classes = dict(reversed(judge.classes.items()))
+    small._modules = {**judge._modules, "network": with_config(judge.network, input_size=24)}
+    strict = copy.copy(bundle.detector.network)
+    strict.thresholds = (0.1, 0.2, 0.3)
+    manifest = bundle.manifest | {"templates": "bundle.json"}
+    resized = bundle.clip.vision_config.image_size // 2
+    return {
+        **{name: {name: with_tensor(getattr(bundle, name))} for name in ("text_encoder", "unet", "vae")},
+        **{f"{n} config": {n: copy.copy(getattr(bundle, n))} for n in ("text_encoder", "unet", "vae")},
+        "device": {"unet": copy.deepcopy(bundle.unet).to("meta")},
+        "dtype": {"unet": copy.deepcopy(bundle.unet).half()},
+        "tokenizer": {"tokenizer": SimpleNamespace(fingerprint="other")},
+        "schedule": {"schedule": Schedule(beta_end=0.01)},
+        "resolution": {"resolution": 16},
+        "templates": {"manifest": manifest},
+        "classes": {"classifiers": {"evaluate": (swapped,)}},
+        "logits": {"classifiers": {"evaluate": (other,)}},
+        "classifier": {"classifiers": {"evaluate": (with_tensor(judge),)}},
+        "input size": {"classifiers": {"evaluate": (small,)}},
+        "thresholds": {"detector": replace(bundle.detector, network=strict)},
+        "clip": {"clip": with_tensor(bundle.clip)},
+        "clip's size": {"clip": with_config(bundle.clip, "vision_config", image_size=resized)},
+        "clip's tokenizer": {"clip_tokenizer": SimpleNamespace(fingerprint="other")},
+        "dino": {"dino": with_tensor(bundle.dino)},
+        "dino's size": {"dino": with_config(bundle.dino, input_size=8)},
+        "none": {"detector": None},
+    }
+
+
+def test_the_key_has_all_that_images_and_judgements_follow_from(loaded_tiny_faces):
+    bundle, drawing = loaded_tiny_faces, Drawing(2, 2.0)
+    table = changes(bundle)
+    for name in ("text_encoder", "unet", "vae"):
+        table[f"{name} config"][name].config = SimpleNamespace(of="others")
+
+    def key(**changed):
+        model = replace(bundle, **changed)
+        return json.dumps([model_of(model, drawing, 0), judges_of(model)], sort_keys=True)
+
+    keys = {name: key(**changed) for name, changed in table.items()}
+    assert len({key(), key(), *keys.values()}) == 1 + len(table)
+    assert judges_of(replace(bundle, detector=lambda x: [])) is None  # nobody can tell it from another
+
+
 def test_ones_own_judge_is_known_by_its_files_hash(tiny_folder, tmp_path, drawn):
     file = tmp_path / "own.py"
     counts = []
@@ -186,7 +254,7 @@ def test_a_run_is_evaluated_beside_its_original_and_leaves_its_rows(loaded_tiny,
     drawn.clear()
     assert evaluate(loaded_tiny, **options) == report and not drawn
     both = json.loads((adapter.parent / "judged.json").read_text())
-    assert list(both) == ["before", "after"] and both["after"]["occupations"] == report
+    assert list(both) == ["before", "after"] and both["after"]["test"] == report
     with (adapter.parent / "judged.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["before"] * 8 + ["after"] * 8
@@ -202,10 +270,54 @@ def test_a_run_is_evaluated_beside_its_original_and_leaves_its_rows(loaded_tiny,
         assert row["classifier gender"] == ("woman", "man")[p[1] > p[0]] and sum(p) == pytest.approx(
             1, abs=1e-3
         )
+    # its pictures are of the latest evaluation of the adapter as trained, but for those of the run's own end
+    pictures = adapter.parent / "pictures.png"
+    for changed, is_drawn in (({"strength": 0.5}, False), ({"seed": 1}, True), ({"seed": 2}, False)):
+        was = pictures.read_bytes()
+        if changed == {"seed": 2}:
+            (adapter.parent / "evaluation.json").touch()
+        evaluate(loaded_tiny, **{**options, **changed, "images": 1, "explicit_images": 0})
+        assert (pictures.read_bytes() != was) == is_drawn
+    (adapter.parent / "evaluation.json").unlink()
     # a file alone has no folder of its own
     one = adapter.parent.parent / f"{adapter.parent.name}-alone.safetensors"
     one.write_bytes(adapter.read_bytes())
     assert prepare(loaded_tiny, EvaluationOptions(adapter=str(one))).home is None
+
+
+def test_an_evaluation_is_as_the_run_says_that_made_the_adapter(loaded_tiny, tmp_path, capsys):
+    _, lora = adapt(loaded_tiny, "text_encoder", 2)
+    aim = {"classes": {"skin_tone": ["light", "medium", "dark"]}, "target": [0.2, 0.3, 0.5]}
+    run = tmp_path / "run"
+    run.mkdir()
+    save_adapter(
+        run / "adapter.safetensors", dict(lora.named_parameters()), {"base": loaded_tiny.fingerprints, **aim}
+    )
+    recipe = {"eval_steps": 3, "eval_guidance": 4.0, "end": "sigma_min", "eval_images": 9, "lr": 1}
+    (run / "settings.json").write_text(json.dumps({"recipe": recipe}))
+    settings = prepare(loaded_tiny, EvaluationOptions(adapter=run)).settings
+    assert settings.drawing == Drawing(3, 4.0, "sigma_min", "full")
+    assert settings.target.table.tolist() == [0.2, 0.3, 0.5] and list(settings.target.classes) == [
+        "skin_tone"
+    ]
+    asked = EvaluationOptions(adapter=run, attr="gender", steps=2, guidance=0.0, end="zero")
+    settings = prepare(loaded_tiny, asked).settings
+    assert settings.drawing == Drawing(2, 0.0, "zero", "full") and settings.target.table.tolist() == [
+        0.5,
+        0.5,
+    ]
+    alone = prepare(loaded_tiny, EvaluationOptions()).settings
+    assert alone.drawing == Drawing(2, 2.0) and list(alone.target.classes) == ["gender"]
+
+
+def test_nothing_is_made_where_an_evaluation_is_refused(loaded_tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    for wrong in ({"adapter": tmp_path / "run"}, {"labelled": tmp_path}, {"labels": tmp_path / "l.csv"}):
+        with pytest.raises(UserError):
+            prepare(loaded_tiny, EvaluationOptions(**{"cache": tmp_path / "cache", **wrong}))
+    with pytest.raises(UserError):
+        prepare(loaded_tiny, EvaluationOptions(adapter=tmp_path / "run"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]
 
 
 def test_sweeps(loaded_tiny, adapter, tmp_path, drawn, capsys):
@@ -222,11 +334,13 @@ def test_sweeps(loaded_tiny, adapter, tmp_path, drawn, capsys):
     before, after = found["reports"]["before"], found["reports"]["after"]
     assert before[0] == before[2] and len(drawn) == 2 * 3  # the original is the adapter at 0
     assert after[0]["judges"] == before[0]["judges"] and after[0]["clip_i"] == pytest.approx(1)
-    assert after[0]["clip_i"] > after[1]["clip_i"] and [r["adapters"][0]["strength"] for r in after] == [
-        0,
-        0.5,
-        1,
-    ]
+    assert after[0]["clip_i"] > after[1]["clip_i"]
+    assert (
+        [r["adapters"][0]["strength"] for r in after] == [r["made"]["strength"] for r in after] == [0, 0.5, 1]
+    )
+    made = {"seed": SEED, "steps": 2, "guidance": 2.0, "end": "zero", "padding": "full", "prompts": "test"}
+    made |= {"strength": None, "weights": before[0]["made"]["weights"]}
+    assert before[2]["made"] == made and after[1]["made"] == {**made, "strength": 0.5}
     drawn.clear()
     sweep = Sweep.parse("guidance=2,7.5")
     reports = run_sweep(evaluation, sweep, sweep_file(evaluation, sweep))
