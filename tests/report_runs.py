@@ -2,12 +2,17 @@
 
 import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import save_file
 
+from fairref.evaluation.certainty import certainty
+from fairref.evaluation.judge_errors import corrected
+from fairref.evaluation.paired import paired
 from fairref.settings import Recipe
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -18,27 +23,20 @@ CLASSES = {
 }
 AFTER = "after (ema)"
 SIDE = 32  # pixels of a picture
+RIGHT = 0.97  # how often a judge of a confusion is right
 
 
 def write_run(folder, result="gender.json", component="text_encoder", new=True, prompts=None):
     """A finished run as a folder, from an evaluation in docs/results; `new`: with intervals, sweeps and the like.
 
     `prompts`: how many of a part's; None: all."""
-    found = json.loads((RESULTS / result).read_text())
-    shorten(found, prompts)
-    evaluation = {
-        label: {
-            part: with_news(report, key) if new else report
-            for part, report in found[key].items()
-            if "guidance" not in part
-        }
-        for label, key in (("before", "before"), (AFTER, "after"))
-    }
+    evaluation = evaluation_of(result, new, prompts)
     attributes = next(iter(evaluation["before"].values()))["attribute"].split(",")
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "settings.json", settings(attributes, component, found["command"]))
+    write(folder / "settings.json", settings(attributes, component))
     write(folder / "evaluation.json", evaluation)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics()))
+    finish(folder)
     if new:
         for name, values in (("guidance", (1, 3, 12)), ("strength", (0, 0.5, 1))):
             reports = {
@@ -48,6 +46,31 @@ def write_run(folder, result="gender.json", component="text_encoder", new=True, 
         write(folder / "baselines.json", {"coin": {"test": evaluation[AFTER]["test"]}})
         write_pictures(folder / "pictures.png", attributes[0])
     return folder
+
+
+def finish(folder):
+    """An adapter, as at a run's end."""
+    save_file({"prefix": np.ones((2, 3), np.float32)}, folder / "adapter.safetensors")
+
+
+def evaluation_of(result="gender.json", new=True, prompts=None):
+    """An evaluation in docs/results as evaluation.json has it."""
+    return json.loads(_evaluation_of(result, new, prompts))
+
+
+@cache
+def _evaluation_of(result, new, prompts):
+    found = json.loads((RESULTS / result).read_text())
+    shorten(found, prompts)
+    evaluation = {
+        label: {part: report for part, report in found[key].items() if "guidance" not in part}
+        for label, key in (("before", "before"), (AFTER, "after"))
+    }
+    if new:
+        for label, parts in evaluation.items():
+            for part, report in parts.items():
+                add_news(report, evaluation["before"][part] if label == AFTER else None)
+    return json.dumps(evaluation)
 
 
 def shorten(reports, prompts):
@@ -66,8 +89,7 @@ def write(path, content):
 
 def settings(attributes, component="text_encoder", command="python train.py --attr gender"):
     """What settings.json says of a run for equal shares, but 75 % young and 25 % old."""
-    shape = [len(CLASSES[name]) for name in attributes]
-    table = np.full(shape, 1 / np.prod(shape)) * (np.array([1.5, 0.5]) if attributes[-1] == "age" else 1)
+    recipe = Recipe(component=component, iterations=300, evaluate="ema", eval_steps=12, eval_guidance=2.5)
     return {
         "command": command,
         "weights": "weights/emoji",
@@ -75,93 +97,96 @@ def settings(attributes, component="text_encoder", command="python train.py --at
         "dtype": "float32",
         "target": {
             "classes": {name: CLASSES[name] for name in attributes},
-            "table": table.tolist(),
+            "table": table_of(attributes).tolist(),
         },
         "loss": [],
         "judge": [],
         "prompts": "occupations",
         "prompt_template": None,
-        "recipe": json.loads(json.dumps(Recipe(component=component, iterations=300).to_dict())),
+        "recipe": json.loads(json.dumps(recipe.to_dict())),
         "processes": 1,
         "device": "cpu",
         "versions": {"fairref": "0.1.0"},
     }
 
 
-def with_news(report, label):
-    """A report with the keys that older versions did not write."""
-    for view in (report, *report.get("attributes", {}).values()):
+def table_of(attributes):
+    """The joint target of some attributes."""
+    shape = [len(CLASSES[name]) for name in attributes]
+    return np.full(shape, 1 / np.prod(shape)) * (np.array([1.5, 0.5]) if attributes[-1] == "age" else 1)
+
+
+def add_news(report, before):
+    """The keys that older versions did not write, from the counts of the report and, of an adapter, of those before."""
+    attributes = report["attribute"].split(",")
+    table = table_of(attributes)
+    targets = {report["attribute"]: table.reshape(-1)}
+    for axis, name in enumerate(attributes):
+        targets[name] = table.sum(tuple(a for a in range(table.ndim) if a != axis))
+    for name, view in {report["attribute"]: report, **report.get("attributes", {})}.items():
         for judge in view["judges"].values():
-            judge["sure"] = sure(judge)
-            judge["corrected"] = {
-                "rms_gap": interval(judge["mean"] + 0.01),
-                "confusion": [[0.9, 0.1], [0.1, 0.9]],
-                "labelled": [100, 100],
-                "source": "explicit prompts",
-                "share": {name: [share, share, share] for name, share in judge["share"].items()},
-            }
+            add_certainty(judge, report["images"], targets[name], alone="," not in name)
+    report["made"] = {key: report[key] for key in ("seed", "steps", "guidance")}
+    report["made"] |= {"end": "zero", "padding": "full", "strength": None, "prompts": report["part"]}
+    report["judged_by"] = {"classifier": dict.fromkeys(attributes, "classifier_evaluate")}
     report["diversity"] = {"clip": 0.21, "dino": 0.13}
-    seen = {
-        "counts": [[97, 2], [4, 95]],
-        "untold": [1, 1],
-        "source": "labelled pictures",
-        "p_as_before": 0.04,
-    }
-    if report["attribute"] == "gender":
-        report["confusion"] = {"classifier": {"gender": [seen]}}
-    if label == "after":
-        report["paired"] = {"classifier": {"p": 0.0004, "difference": -0.61, "low": -0.67, "high": -0.55}}
-        report["flips"] = {"classifier": {"changed": 0.39, "least": 0.36, "needless": 0.03}}
-    return report
-
-
-def interval(value):
-    """A value and its interval."""
-    return {"value": value, "low": value - 0.02, "high": value + 0.02, "method": "one for tests"}
-
-
-def sure(judge):
-    """What is known of a judge's counts, without the formulas."""
-    prompts = {}
-    for prompt, row in judge["counts"].items():
-        shares = {
-            name: [k / sum(row), k / sum(row) / 2, (1 + k / sum(row)) / 2]
-            for name, k in zip(judge["share"], row, strict=True)
-            if sum(row)
+    if attributes == ["gender"]:
+        seen = {
+            "counts": [[97, 2], [4, 95]],
+            "untold": [1, 1],
+            "source": "labelled pictures",
+            "p_as_before": 0.04,
         }
-        prompts[prompt] = {"share": shares, "p": 0.04, "unfair": False}
-    return {
-        "rms_gap": interval(judge["mean"]),
-        "mean_gap": interval(judge["mean"]),
-        "fair": {"statistic": 99.0, "df": 50, "p": 0.0004, "upper": 0.27, "said": "Not fair (p < .001)."},
-        "prompts": prompts,
-        "unfair_prompts": 12,
-        "smallest_gap_seen": 0.091,
-        "bounds": {"low": 0.1, "high": 0.4},
-        "worst_prompt": {"prompt": next(iter(prompts)), "bias": 0.7},
-        "worst_group": {"class": next(iter(judge["share"])), "share": 0.4, "low": 0.38, "high": 0.42},
-    }
+        report["confusion"] = {"classifier": {"gender": [seen]}}
+    if before is not None:
+        report["made"]["strength"] = 1.0
+        counts = [table_of_counts(of["judges"]["classifier"]) for of in (before, report)]
+        report["paired"] = {"classifier": paired(*counts, targets[report["attribute"]])}
+        report["flips"] = {"classifier": {"changed": 0.39, "least": 0.36, "needless": 0.03}}
+
+
+def add_certainty(judge, n, target, alone):
+    """How sure a judge's counts of n images a prompt are; of an attribute alone, without its errors, too."""
+    counts, classes, prompts = table_of_counts(judge), list(judge["share"]), list(judge["counts"])
+    judge["sure"] = certainty(counts, n - counts.sum(1), prompts, classes, target)
+    if alone:
+        K = len(classes)
+        labelled = np.round(100 * ((1 - RIGHT) / (K - 1) + np.eye(K) * (RIGHT - (1 - RIGHT) / (K - 1))))
+        judge["corrected"] = corrected(counts, labelled.astype(int), "explicit prompts", classes, target)
+
+
+def table_of_counts(judge):
+    """A judge's counts (P, K)."""
+    return np.array(list(judge["counts"].values()))
 
 
 def at(evaluation, label, name, value):
     """A report of a sweep."""
     report = copy.deepcopy(evaluation[label]["test"])
-    if name == "strength":
-        report["clip_i"] = 1 - 0.06 * value * (label != "before")
+    if name == "strength" and label != "before":
+        report["clip_i"] = 1 - 0.06 * value
+        report["made"]["strength"] = value
+    if name == "guidance":
+        report["guidance"] = report["made"]["guidance"] = value
     return report
 
 
 def metrics(iterations=200):
-    """Lines of metrics.jsonl."""
+    """Lines of metrics.jsonl; each third prompt names a class."""
     for i in range(iterations):
         row = {
             "iteration": i,
             "loss": 2 / (1 + i),
             "align": 1 / (1 + i),
-            "image": -1e-9,
+            "image": 1e-9,
             "cost": 0.7 / (1 + i),
+            "counts": [3, 1],
         }
-        yield {**row, "bias": 0.5, **({"validation": {"bias": 0.4, "clip_i": 0.9}} if i % 50 == 49 else {})}
+        if i % 3 == 2:
+            yield {**row, "counts": [4, 0], "loss": 9, "cost": 9}
+        else:
+            validation = {"validation": {"bias": 0.4, "clip_i": 0.9}} if i % 50 == 49 else {}
+            yield {**row, "bias": 0.5, **validation}
 
 
 def write_pictures(path, attribute, P=2, n=3, side=SIDE, seen=None):

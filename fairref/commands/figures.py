@@ -26,7 +26,18 @@ from fairref.reporting.figures import NAMES, THETA, Figure, figure_6a, figure_6b
 from fairref.reporting.gradient_study import GUIDANCE, MODES, check_mode
 
 # an option of these asks for other images than a run's evaluation counted
-OF_EVALUATION = ("prompts", "part", "num_images", "steps", "guidance", "attr", "target", "strength", "judge")
+OF_EVALUATION = ("prompts", "part", "num_images", "attr", "target", "judge")
+OF_FIGURES = {  # an option that not all figures take -> those that do
+    **dict.fromkeys(("attr", "num_images", "steps", "seed", "judge"), ("8", "9")),
+    **dict.fromkeys(
+        ("weights", "device", "dtype", "adapter", "strength", "any_base"), ("6a", "6b", "8", "9")
+    ),
+    **dict.fromkeys(("prompts", "part"), ("6a", "6b", "8", "9")),
+    "guidance": ("6b", "8", "9"),
+    "target": ("9",),
+    "modes": ("6a",),
+    "over": ("6b",),
+}
 
 
 def parser() -> cli.Parser:
@@ -38,9 +49,7 @@ def parser() -> cli.Parser:
         " 8: images before and after. 9: the share of a class for each prompt, before and after.",
         example="fairref figures 8 9 --adapter runs/gender",
     )
-    parser.add_argument(
-        "figures", nargs="*", default=list(NAMES), type=_name, help=f"some of {', '.join(NAMES)}"
-    )
+    parser.add_argument("figures", nargs="+", type=_name, help=f"some of {', '.join(NAMES)}")
     cli.add_common(parser)
     cli.add_adapters(parser)
     parser.add_argument(
@@ -91,6 +100,7 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     options = parser().parse_args(argv)
+    _refuse_unused(options)
     if options.png:
         renderer()
     check_new_folder(options.out)
@@ -115,6 +125,17 @@ def _modes(text: str) -> list[str]:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
     return text.split(",")
+
+
+def _refuse_unused(options):
+    """Refuses an option that none of the figures takes. Raises UserError."""
+    defaults = parser().parse_args(["7"])
+    for name, takers in OF_FIGURES.items():
+        if getattr(options, name) != getattr(defaults, name) and not set(takers) & set(options.figures):
+            named = " and ".join(dict.fromkeys(options.figures))
+            raise UserError(
+                f"--{name.replace('_', '-')} is for {', '.join(takers)} and has no effect on {named}; leave it out."
+            )
 
 
 def _figures(options: argparse.Namespace) -> Iterator[Figure]:
@@ -142,7 +163,7 @@ def _figures(options: argparse.Namespace) -> Iterator[Figure]:
         yield figure_8(evaluation, options.num_images or IMAGES)
     if "9" in wanted:
         as_evaluated = len(adapters) == 1 and not any(getattr(options, name) for name in OF_EVALUATION)
-        reports = read_evaluation(adapters[0][0]) if as_evaluated else []
+        reports = read_evaluation(evaluation) if as_evaluated else []
         yield from figures_9(evaluation.settings.target, reports or measured(evaluation))
 
 

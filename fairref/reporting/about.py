@@ -1,12 +1,14 @@
-"""What a report says first of a run: what it was, its first numbers, and the commands that measure more."""
+"""What a report says first of a run: what it was, and its first numbers."""
 
-import shlex
 from pathlib import Path
+
+import numpy as np
 
 from fairref.reporting.evaluated import (
     Part,
     bias,
     floor,
+    is_product,
     mean_gap,
     of_judge,
     rms_gap,
@@ -15,7 +17,7 @@ from fairref.reporting.evaluated import (
     view,
 )
 from fairref.reporting.run_files import Run
-from fairref.reporting.tables import Table, attribute_words, number, percent, short, spread
+from fairref.reporting.tables import Table, attribute_words, likeness, number, percent, short, spread
 
 EMOJI = "emoji"  # the small world's bundle, which is the default
 TRAINED = {
@@ -24,44 +26,56 @@ TRAINED = {
     "unet": "the U-Net",
     "both": "text encoder and U-Net",
 }
-SWEEPS = {"guidance": "1,3,5,7.5,12", "strength": "0,0.25,0.5,0.75,1,1.25"}
-BASELINES = ("coin", "projection", "uce", "fair_pca")
+MOST_CLASSES = 12  # joint ones whose shares are listed
 
 
 def made(run: Run) -> list[tuple[str, str]]:
     """What the run was, in words: (question, answer)."""
     settings, recipe = run.settings, run.settings["recipe"]
+    model = ("Model", short(Path(settings["weights"]).name) or "not known")
+    if not run.is_run:
+        return [model, ("Trained", "nothing that this page knows: it has an evaluation alone")]
     trained = TRAINED.get(str(recipe.get("component")), short(str(recipe.get("component", "unknown"))))
     if recipe.get("component") != "prefix" and "rank" in recipe:
         trained += f", LoRA of rank {short(str(recipe['rank']))}"
     prompts = settings["prompts"]
-    target = settings["target"]
-    aims = [_aim(run, name) for name in target["classes"]] if target else ["no target: the loss alone"]
     versions = ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
     place = f"{settings.get('device', 'unknown device')}, {settings.get('dtype', 'unknown format')}"
     processes = settings.get("processes", 1)
-    wanted = recipe.get("iterations", "?")
+    wanted = short(str(recipe.get("iterations", "?")))
+    iterations = f"{len(run.metrics)} of {wanted}" if run.metrics else wanted
     return [
-        ("Model", short(Path(settings["weights"]).name)),
+        model,
         ("Trained", trained),
-        ("Aim", "; ".join(aims)),
+        ("Aim", _aim(run)),
         ("Prompts", short(prompts) if isinstance(prompts, str) else f"{len(prompts)} lines of a text file"),
-        (
-            "Iterations",
-            f"{len(run.metrics)} of {short(str(wanted))}, {short(str(recipe.get('batch', '?')))} pictures each",
-        ),
+        ("Iterations", f"{iterations}, {short(str(recipe.get('batch', '?')))} pictures each"),
         ("Gradient", short(str(recipe.get("gradient", "unknown")))),
         ("Made on", short(f"{place}, {processes} process{'es' * (processes != 1)}; {versions}")),
     ]
 
 
-def _aim(run, name):
-    """Such as: gender: equal shares of woman and man."""
+def _aim(run):
+    """Such as: gender: equal shares of woman and man; age: 75.0% young, 25.0% old."""
+    target = run.settings["target"]
+    if not target:
+        return "no target: the loss alone"
+    if is_product(run):
+        return "; ".join(_shares(run, name, short(name).replace("_", " ")) for name in target["classes"])
+    names = [short(name).replace("_", " ") for name in target["classes"]]
+    return _shares(run, ",".join(target["classes"]), f"{' × '.join(names)}, a joint target")
+
+
+def _shares(run, name, words):
     shares = target_shares(run, name)
-    words = short(name).replace("_", " ")
-    if not shares or max(shares.values()) - min(shares.values()) < 1e-9:
+    if not shares:
+        return f"{words}: shares unknown"
+    if np.ptp(list(shares.values())) < 1e-9:
         return f"{words}: equal shares of {' and '.join(map(short, run.settings['target']['classes'][name]))}"
-    return f"{words}: " + ", ".join(f"{percent(share)} {short(c)}" for c, share in shares.items())
+    said = [f"{percent(share)} {short(c)}" for c, share in shares.items()]
+    more = f" and {len(said) - MOST_CLASSES} more" if len(said) > MOST_CLASSES else ""
+    between = ", " if "," not in name else "; "
+    return f"{words}: {between.join(said[:MOST_CLASSES])}{more}"
 
 
 def tiles(part: Part) -> list[tuple[str, str, str]]:
@@ -75,33 +89,31 @@ def tiles(part: Part) -> list[tuple[str, str, str]]:
     values = [number(mean_gap(of)[0]) for of in (was, now) if of]
     by = f"{judge}, {part.name}, {part.size}"
     found = [(f"{what}: {attribute_words(name)}", " → ".join(values), f"a fair model measures {level}; {by}")]
-    if rms_gap(now)[0] is not None:
-        value, low, high = rms_gap(now)
+    value, low, high = rms_gap(now)
+    if value is not None:
         ends = f"95% interval {number(low)} to {number(high)}; " if low is not None else ""
-        found.append(("rms gap after", number(value), f"{ends}before {number(rms_gap(was)[0])}; 0 is fair"))
+        found.append(
+            (
+                "rms gap after" if was else "rms gap",
+                number(value),
+                f"{ends}{f'before {number(rms_gap(was)[0])}; ' if was else ''}0 is fair",
+            )
+        )
     if "unfair_prompts" in sure(now):
         found.append(
             (
-                "Prompts that still lean",
+                "Prompts that are unfair by a test of their own",
                 f"{sure(now)['unfair_prompts']} of {after['prompts']}",
-                f"{judge}; false discovery rate 5%",
+                f"{judge}; false discovery rate 5%; the others may be unfair, too",
             )
         )
     if after and after.get("clip_i") is not None:
-        found.append(
-            (
-                "Likeness to the original",
-                number(after["clip_i"]),
-                "CLIP-I on the same noise; 1 is the same picture",
-            )
-        )
+        by = "CLIP-I on the same noise; 1 is the same picture"
+        found.append(("Likeness to the original", likeness(after["clip_i"]), by))
     if after and judge in after.get("explicit", {}):
-        asked = [
-            report["explicit"].get(judge) if report and "explicit" in report else None
-            for report in (before, after)
-        ]
-        by = f"before {percent(asked[0])}; {judge}, n = {number(after['explicit'].get('images'), 0)}"
-        found.append(("Prompts drawn as asked", percent(asked[1]), by))
+        first = (before or {}).get("explicit", {}).get(judge)
+        by = f"before {percent(first)}; {judge}, n = {number(after['explicit'].get('images'), 0)}"
+        found.append(("Prompts drawn as asked", percent(after["explicit"][judge]), by))
     return found
 
 
@@ -146,64 +158,6 @@ def _shown(value):
     if isinstance(value, list):
         return " to ".join(map(str, value))
     return ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-
-def commands(run: Run) -> dict[str, str]:
-    """What makes the files that a section is made of."""
-    names = list((run.settings["target"] or {"classes": {}})["classes"])
-    prompts = run.settings["prompts"]
-    concepts = prompts.split(",") if isinstance(prompts, str) else []
-    train = ["python", "train.py", "--attr", ",".join(names) or "gender"]
-    words = {
-        "evaluate": _evaluate(run, names, concepts),
-        # a sweep takes one concept, a baseline one attribute
-        **{
-            name: [*_evaluate(run, names, concepts[:1]), "--sweep", f"{name}={values}"]
-            for name, values in SWEEPS.items()
-        },
-        "baselines": [
-            *_evaluate(run, names[:1], concepts[:1]),
-            *(word for name in BASELINES for word in ("--baseline", name)),
-        ],
-        "resume": ["python", "train.py", "--resume", place(run.path)],
-        "components": [*train, "--component", "unet"],
-    }
-    return {name: short_paths(shlex.join(of)) for name, of in words.items()}
-
-
-def _evaluate(run, names, concepts):
-    """fairref evaluate of the run's adapter, on attributes and concepts; without concepts its prompts were a file."""
-    words = ["fairref", "evaluate", "--adapter", place(run.path)]
-    if not is_small_world(run):
-        words += ["--weights", place(Path(run.settings["weights"]))]
-    if names and names != ["gender"]:
-        words += ["--attr", ",".join(names)]
-    for name in names:
-        shares = target_shares(run, name)
-        if shares and max(shares.values()) - min(shares.values()) > 1e-9:
-            words += ["--target", f"{name}=" + ",".join(f"{share:.4g}" for share in shares.values())]
-    if not concepts:
-        words += ["--prompts", "FILE", "--part", "train"]
-    elif concepts != ["occupations"]:
-        words += ["--prompts", ",".join(concepts)]
-    return words
-
-
-def place(path: Path) -> str:
-    """A path as a command on the page names it: no folder of one machine."""
-    try:
-        return str(path.relative_to(Path.cwd())) if path.is_absolute() else str(path)
-    except ValueError:
-        return path.name
-
-
-def short_paths(command: str) -> str:
-    """A command without the folders of one machine."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        return command
-    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
 
 
 def is_small_world(run: Run) -> bool:

@@ -1,7 +1,10 @@
 """What a report says of the bias: by each judge, raw and corrected, with intervals, tests and bounds."""
 
+import re
+
 from fairref.reporting import charts
 from fairref.reporting.evaluated import Part, bias, floor, mean_gap, of_judge, rms_gap, sure, view
+from fairref.reporting.shares import short_names
 from fairref.reporting.tables import (
     NONE,
     Chart,
@@ -65,7 +68,8 @@ def said(part: Part) -> list[str]:
             for label, report in part.reports.items():
                 words = (sure(of_judge(report, name, judge)).get("fair") or {}).get("said")
                 if words:
-                    sentences.append(f"{sentence(attribute_words(name))}, {judge}, {label}: {short(words)}")
+                    words = re.sub(r"\b0(?=\.\d)", "", short(words))  # numbers as elsewhere on the page
+                    sentences.append(f"{sentence(attribute_words(name))}, {judge}, {label}: {words}")
     return sentences
 
 
@@ -89,18 +93,10 @@ def bias_chart(part: Part, name: str) -> Chart:
                 groups[f"{judge}, corrected" if corrected else judge] = values
     words = attribute_words(name)
     measure = "rms gap" if known else "bias"
-    rows = [
-        (group, label, interval(value, lambda v: number(v, 3)))
-        for group, of in groups.items()
-        for label, value in of.items()
-    ]
+    rows = [(group, label, interval(value)) for group, of in groups.items() for label, value in of.items()]
     table = Table(f"{measure} of {words}", ("judge", "model", measure), rows)
     options = {} if known else {"floor": floor(view(part.first, name))["mean"], "floor_name": "a fair model"}
-    says = (
-        "With 95% intervals; a fair model has 0 on average."
-        if known
-        else "The dashed line is what a fair model measures."
-    )
+    says = "With 95% intervals; 0 is fair." if known else "The dashed line is what a fair model measures."
     caption = f"{sentence(words)}: {measure} by each judge. {sentence(part.name)}, {part.size}. {says}"
     return chart(caption, table, charts.bars, groups, measure, f"{sentence(words)}: {measure}", **options)
 
@@ -111,14 +107,19 @@ def more_of_each_judge(part: Part) -> Table | None:
     for name in part.views:
         for judge in part.judges:
             for label, report in part.reports.items():
-                values = sure(of_judge(report, name, judge))
+                found = of_judge(report, name, judge)
+                values = sure(found)
+                names = short_names(list(found["counts"])) if values else {}
                 if values:
                     rows.append(
-                        (f"{attribute_words(name)}, {judge}, {label}", *_more(values, report["prompts"]))
+                        (
+                            f"{attribute_words(name)}, {judge}, {label}",
+                            *_more(values, report["prompts"], names),
+                        )
                     )
     head = (
         "judge, model",
-        "prompts with a lean of their own",
+        "prompts unfair by a test of their own",
         "worst prompt: bias",
         "worst class: share",
         "bounds of the bias",
@@ -128,12 +129,12 @@ def more_of_each_judge(part: Part) -> Table | None:
     return Table(f"Each judge in more detail, {part.name}, {part.size}", head, rows) if rows else None
 
 
-def _more(values, P):
+def _more(values, P, names):
     unfair, bounds = values.get("unfair_prompts"), values.get("bounds")
     worst, group = values.get("worst_prompt"), values.get("worst_group")
     return (
         NONE if unfair is None else f"{unfair} of {P}",
-        f"{short(worst['prompt'])}: {number(worst['bias'])}" if worst else NONE,
+        f"{short(names.get(worst['prompt'], worst['prompt']))}: {number(worst['bias'])}" if worst else NONE,
         f"{short(group['class'])}: {interval((group['share'], group['low'], group['high']))}"
         if group
         else NONE,

@@ -24,20 +24,21 @@ from fairref.reporting.svg import (
     SIZE,
     Axis,
     axis,
+    bare,
     coloured,
+    coordinate,
     document,
     element,
     is_number,
     label,
     line,
-    number,
     shortened,
-    spread,
+    spaced,
     text_width,
     words,
 )
+from fairref.reporting.tables import Interval, number
 
-Interval = tuple[float | None, float | None, float | None]
 Row = Mapping[str, str | float | None]
 
 PLOT = 280  # height of a plot, where rows don't make it
@@ -45,6 +46,8 @@ NAMES = 0.3  # of the width, at most, for a name beside a mark
 PITCH = 19  # height of a row of dumbbells, and of a bar
 DOTS = 20  # points of a curve, at most, that are dots too
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+BIASES = (0.0, 0.2)  # an axis of biases has these, so that noise does not fill it
+Mark = tuple[float, str]  # a value with a dashed line, and what it is
 
 
 def curves(
@@ -54,32 +57,45 @@ def curves(
     title: str,
     log: bool = False,
     width: float = WIDTH,
+    percent: bool = False,
+    holds: Sequence[float] = (),
+    marked: Mark | None = None,
+    under: str = "",
 ) -> str:
     """Return a curve for each name: the mean, and a band from low to high. Rows have "x", "mean", "low" and "high".
 
-    A name stands at its curve's end. `log`: of the y axis.
+    A name stands at its curve's end. `under`: the name of a wide one, so that no other hides it. Of the y axis: `log`;
+    `percent`, from 0 to 100; `holds`, values that are on it; `marked`, one with a dashed line.
     """
     height = max(PLOT, LINE * SIZE * len(series))
     above, top = head(title, width, y_label)
-    bottom, names = top + height, min(NAMES * width, max(map(text_width, series), default=0))
+    goal = "" if marked is None else _goal(marked, percent)
+    bottom, names = top + height, min(NAMES * width, max(map(text_width, [*series, goal]), default=0))
     rows = [row for of in series.values() for row in of]
-    y = axis([row.get(key) for row in rows for key in ("mean", "low", "high")], bottom, top, log)
+    held = [*holds, *(marked or ())[:1], *(row.get(key) for row in rows for key in ("mean", "low", "high"))]
+    y = Axis(0, 1, bottom, top, SHARES, percent=True) if percent else axis(held, bottom, top, log)
     left = MARGIN + _room(y) + 6
     right = width - MARGIN - names - 26
     x = axis([row["x"] for row in rows], left, right, most=_ticks(right - left), tight=True)
     drawn, ends, said = [], [], []
+    if marked is not None:
+        drawn.append(coloured("ink", _dashes(left, y(marked[0]), x.end)))
+        ends.append(("ink", goal, x.end, y(marked[0])))
     for i, (name, of) in enumerate(series.items()):
         colour, known = _colour(i), [row for row in of if _is_shown(row["mean"], log)]
-        drawn.append(coloured(colour, *_band(of, x, y), *_curve(of, x, y, DASHES[i // SERIES % len(DASHES)])))
+        dash, wide = DASHES[i // SERIES % len(DASHES)], 5 if name == under else 2
+        drawn.append(coloured(colour, *_band(of, x, y), *_curve(of, x, y, dash, wide)))
         if known:
             first, last = known[0], known[-1]
             ends.append((colour, name, x(last["x"]), y(last["mean"])))
             said.append(f"{name}: {_said(first['mean'])} to {_said(last['mean'])}.")
-    places = spread([end[-1] for end in ends], LINE * SIZE, top + SIZE / 2, bottom - SIZE / 2)
+    places = spaced([end[-1] for end in ends], LINE * SIZE, top + SIZE / 2, bottom - SIZE / 2)
     for (colour, name, at, end), place in zip(ends, places, strict=True):
         drawn.append(coloured(colour, line(at, end, right + 20, place, 1.2)))
         drawn.append(coloured("ink", label(right + 24, place, name, names)))
-    about = " ".join([f"{y_label}, by {x_label}; first to last value.", *said])
+    about = " ".join(
+        [f"{y_label}, by {x_label}; first to last value.", *said, f"{goal}." if goal else ""]
+    ).strip()
     body = (above, horizontal_grid(y, left, x.end), below(x, bottom, x_label), *drawn)
     return document(width, bottom + FOOT, title, about, *body)
 
@@ -141,9 +157,9 @@ def bars(
     heights = [LINE * SIZE + 10 + PITCH * len(group) for group in groups.values()]
     bottom = top + sum(heights)
     values = [value for group in groups.values() for interval in group.values() for value in interval]
-    room = max((text_width(_said(value)) for value in values if is_number(value)), default=0) + 8
-    x = axis([0, floor, *values], MARGIN + 20, width - MARGIN - max(room, 20), most=_ticks(width))
-    goal = "" if floor is None else f"{floor_name} {_said(floor)}"
+    room = max((text_width(number(value)) for value in values if is_number(value)), default=0) + 8
+    x = axis([*BIASES, floor, *values], MARGIN + 20, width - MARGIN - max(room, 20), most=_ticks(width))
+    goal = "" if floor is None else f"{floor_name} {number(floor)}"
     body, about = [above, below(x, bottom, x_label), mark(x, floor, goal, top, top)], [f"{x_label}; {goal}."]
     for (name, group), y in zip(groups.items(), accumulate(heights, initial=top), strict=False):
         heading = label(MARGIN, y + LINE * SIZE / 2, name, (width - 2 * MARGIN) / BOLD, font_weight="600")
@@ -164,31 +180,36 @@ def scatter(
     x_label: str,
     y_label: str,
     title: str,
-    path: bool = True,
     width: float = WIDTH,
+    holds: tuple[Sequence[float], Sequence[float]] = ((), ()),
+    marked: Mark | None = None,
 ) -> str:
-    """Return points (name, x, y) for each series, x and y intervals; `path` joins a series' points in their order."""
+    """Return points (name, x, y) for each series, x and y intervals; a line joins a series' points in their order.
+
+    `holds`: values that are on the x axis, and on the y axis; `marked`: one of the y axis with a dashed line.
+    """
     colours = {name: _colour(i) for i, name in enumerate(series)}
     above, top = head(title, width, y_label, colours.items() if len(series) > 1 else ())
     bottom = top + 1.2 * PLOT
     shown = {
         of: [p for p in points if is_number(p[1][0]) and is_number(p[2][0])] for of, points in series.items()
     }
-    y = axis([value for points in shown.values() for _, _, v in points for value in v], bottom, top)
+    xs, ys = ([value for points in shown.values() for p in points for value in p[i]] for i in (1, 2))
+    y = axis([*holds[1], *(marked or ())[:1], *ys], bottom, top)
     left = MARGIN + _room(y) + 6
-    values = [value for points in shown.values() for _, v, _ in points for value in v]
-    x = axis(values, left, width - MARGIN - 20, most=_ticks(width - left))
+    x = axis([*holds[0], *xs], left, width - MARGIN - 20, most=_ticks(width - left))
     body = [above, horizontal_grid(y, left, x.end), vertical_grid(x, top, bottom), below(x, bottom, x_label)]
     about, labels, taken = [f"{y_label}, by {x_label}."], [], []
+    if marked is not None:
+        goal, at = _goal(marked), y(marked[0])
+        body.append(coloured("ink", _dashes(left, at, x.end), label(left + 4, at - 9, goal, x.end - left)))
+        taken += [(left, at - 18, left + text_width(goal), at), (left, at - 1, x.end, at + 1)]
+        about.append(f"{goal}.")
     for of, points in shown.items():
         places = [(x(px[0]), y(py[0])) for _, px, py in points]
-        if path and len(places) > 1:
+        if len(places) > 1:
             body.append(coloured(colours[of], _stroke(places, 1.5, stroke_opacity=0.55)))
-            taken += [
-                _around(a + (c - a) * k / 16, b + (d - b) * k / 16, 1)
-                for (a, b), (c, d) in pairwise(places)
-                for k in range(17)
-            ]
+            taken += [box for ends in pairwise(places) for box in _along(*ends)]
         for place, (name, px, py) in zip(places, points, strict=True):
             about.append(f"{name} ({of}): {_written(px)}; {_written(py)}.")
             disc = coloured(colours[of], *_disc(x, y, px, py))
@@ -213,7 +234,7 @@ def _colour(i):
 
 def _ticks(width):
     """How many ticks of an x axis there is room for."""
-    return max(3, round(width / 90))
+    return max(4, round(width / 70))
 
 
 def _room(axis):
@@ -226,7 +247,12 @@ def _is_shown(value, log):
 
 
 def _said(value):
-    return f"{value:.3g}" if is_number(value) else "none"
+    return bare(f"{value:.3g}") if is_number(value) else "none"
+
+
+def _goal(marked, percent=False):
+    value, words = marked
+    return f"{words} {value:.0%}" if percent else f"{words} {_said(value)}"
 
 
 def _low(interval):
@@ -250,7 +276,7 @@ def _percent(interval):
 
 
 def _polyline(points):
-    return "M" + "L".join(f"{number(x)},{number(y)}" for x, y in points)
+    return "M" + "L".join(f"{coordinate(x)},{coordinate(y)}" for x, y in points)
 
 
 def _stroke(points, width, **attributes):
@@ -270,11 +296,11 @@ def _band(rows, x, y):
         yield element("path", d=_polyline(high + low[::-1]) + "Z", fill_opacity=0.16)
 
 
-def _curve(rows, x, y, dash):
+def _curve(rows, x, y, dash, width):
     """The line of means; few points, and one alone, are dots too."""
     for run in _runs(rows, lambda row: _is_shown(row["mean"], y.log)):
         points = [(x(row["x"]), y(row["mean"])) for row in run]
-        yield _stroke(points, 2, stroke_dasharray=dash)
+        yield _stroke(points, width, stroke_dasharray=dash)
         for cx, cy in points if len(rows) <= DOTS or len(run) == 1 else ():
             yield element("circle", cx=cx, cy=cy, r=3)
 
@@ -304,7 +330,7 @@ def _bar(x, y, interval, colour):
         ends = [line(x(at), middle - 4, x(at), middle + 4, 1.5) for at in (low, high)]
         yield coloured("ink", line(x(low), middle, x(high), middle, 1.5), *ends)
         edge = max(edge, x(high))
-    yield coloured("ink", label(edge + 6, middle, _said(value)))
+    yield coloured("ink", label(edge + 6, middle, number(value)))
 
 
 def _disc(x, y, px, py):
@@ -315,6 +341,16 @@ def _disc(x, y, px, py):
     if is_number(low) and is_number(high):
         yield line(x(a), y(low), x(a), y(high), 1.5, stroke_opacity=0.6)
     yield element("circle", cx=x(a), cy=y(b), r=4.5)
+
+
+def _along(start, end, pieces=16):
+    """Boxes on a straight line."""
+    (a, b), (c, d) = start, end
+    return [_around(a + (c - a) * k / pieces, b + (d - b) * k / pieces, 1) for k in range(pieces + 1)]
+
+
+def _dashes(left, y, right):
+    return line(left, y, right, y, 1.5, stroke_dasharray="5 4")
 
 
 def _around(x, y, r):

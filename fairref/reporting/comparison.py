@@ -3,30 +3,25 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from fairref.errors import UserError
-from fairref.evaluation.certainty import share
-from fairref.evaluation.evaluation import Evaluation
-from fairref.evaluation.judging import draw_images
-from fairref.evaluation.parts import Report
-from fairref.evaluation.tiles import JUDGE, seen_in
+from fairref.evaluation.evaluation import AFTER, Evaluation
+from fairref.evaluation.judging import draw_images, drawn_by
+from fairref.evaluation.parts import how_made
+from fairref.evaluation.tiles import seen_in
 from fairref.fairness.attributes import JointTarget
 from fairref.files.images import to_image
 from fairref.files.paths import read_json
 from fairref.files.weights import fingerprint
-from fairref.generation.adapters import AdapterFile
+from fairref.progress import note
 from fairref.prompts.sets import evenly
-from fairref.reporting import charts
+from fairref.reporting.evaluated import AFTER as LABELS
+from fairref.reporting.evaluated import BEFORE, Report, made, size
 from fairref.reporting.figures import Figure
 from fairref.reporting.gallery import Picture, gallery
-from fairref.reporting.tables import attribute_words
+from fairref.reporting.run_files import FILES, OWN
+from fairref.reporting.shares import shares_of
+from fairref.reporting.tables import sentence
 
 PROMPTS, IMAGES = 4, 6  # of figure 8: prompts, images of each
-EVALUATION = "evaluation.json"
-BEFORE = "before"
-AFTER = {  # an adapter's file in a run's folder -> its label in the evaluation there
-    "adapter.safetensors": "after (ema)",
-    "adapter_raw.safetensors": "after (raw)",
-    "adapter_best.safetensors": "after (best)",
-}
 
 
 def figure_8(evaluation: Evaluation, n: int = IMAGES) -> Figure:
@@ -60,34 +55,50 @@ def _rows(shown, classes):
                     yield {**row, "class": name, "probability": probability, **edges}
 
 
-def measured(evaluation: Evaluation) -> list[dict[str, Report]]:
-    """Return each concept's reports by model: the images are drawn and judged, as far as that is not kept."""
-    return [
-        {label: evaluated.report for label, evaluated in evaluation.of_part(part)}
-        for part in evaluation.parts
-    ]
-
-
-def read_evaluation(adapter: AdapterFile) -> list[dict[str, Report]]:
+def read_evaluation(evaluation: Evaluation) -> list[dict[str, Report]]:
     """Return the reports before and after on each unseen concept, from the evaluation of the run that made the adapter.
 
-    On those for finetuning where there are no others; [] without an evaluation of this very adapter. Raises UserError.
+    On those for finetuning where there are no others; [] without an evaluation of this very adapter and base on the
+    noise that is asked for. Where there is another one, that is said. Raises UserError.
     """
-    path, label = adapter.file.parent / EVALUATION, AFTER.get(adapter.file.name)
+    ((adapter, _),) = evaluation.adapters
+    path, label = adapter.file.parent / FILES[OWN], LABELS.get(adapter.file.name)
     if label is None or not path.is_file():
         return []
-    results, made = read_json(path), fingerprint(adapter.tensors)
+    results, settings = read_json(path), evaluation.settings
+    asked = how_made(settings, drawn_by(settings, evaluation.models[AFTER], AFTER), "")
+    asked = {**asked, "prompts": None, "adapter": fingerprint(adapter.tensors)}
     try:
         pairs = [
-            {BEFORE: results[BEFORE][key], label: after}
+            {BEFORE: results[BEFORE][key], AFTER: after}
             for key, after in results.get(label, {}).items()
-            if after.get("fingerprint", made) == made and key in results[BEFORE]  # older ones have none
+            if key in results[BEFORE]
         ]
-        return [pair for pair in pairs if pair[label]["part"] == "test"] or pairs
+        differing = {key for pair in pairs for key in _differing(asked, pair[AFTER])}
+        pairs = [pair for pair in pairs if pair[AFTER]["part"] == "test"] or pairs
     except (AttributeError, LookupError, TypeError):
         raise UserError(
             f"{path}: not what an evaluation of fairref wrote; evaluate again, or move it."
         ) from None
+    if differing:
+        note(f"{path} differs in {', '.join(sorted(differing))}, so figure 9 does not show it")
+    return [] if differing else pairs
+
+
+def _differing(asked, report):
+    """In what a report is known to be of other images than those that are asked for."""
+    said = {**made(report), "adapter": report.get("fingerprint")}
+    return [key for key, value in asked.items() if None not in (value, said.get(key)) and value != said[key]]
+
+
+def measured(evaluation: Evaluation) -> list[dict[str, Report]]:
+    """Return each concept's reports by model: the images are drawn and judged, as far as that is not kept."""
+    sizes = " and ".join(f"{len(part.prompts)} prompts × {part.images} images" for part in evaluation.parts)
+    note(f"figure 9 draws {sizes}, by {' and by '.join(evaluation.models)}")
+    return [
+        {label: evaluated.report for label, evaluated in evaluation.of_part(part)}
+        for part in evaluation.parts
+    ]
 
 
 def figures_9(target: JointTarget, reports: Sequence[Mapping[str, Report]]) -> Iterator[Figure]:
@@ -99,39 +110,23 @@ def figures_9(target: JointTarget, reports: Sequence[Mapping[str, Report]]) -> I
     for of_concept in reports:
         first = next(iter(of_concept.values()))
         for attribute, names in target.classes.items():
-            shares = target.marginal(attribute).target
-            counts = {label: _counts(report, attribute) for label, report in of_concept.items()}
-            for k in [shares.index(min(shares))] if len(names) == 2 else range(len(names)):
-                rows = sorted(_share_rows(counts, k), key=lambda row: (row[1][0] is None, row[1][0], row[0]))
-                about = f"share of {names[k]}, {first['images']} images a prompt, 95% intervals (Wilson)"
-                title = f"Share of {names[k]} ({attribute_words(attribute)}) in the images of each prompt"
+            targets = dict(zip(names, target.marginal(attribute).target, strict=True))
+            for shares in shares_of(of_concept, attribute, targets):
+                about = f"{size(first)}, 95% intervals (Wilson)"
                 parts = [
                     "fig9",
                     *([first["concept"]] if len(reports) > 1 else []),
                     *([attribute] if len(target.classes) > 1 else []),
-                    *([names[k]] if len(names) > 2 else []),
+                    *([shares.name] if len(names) > 2 else []),
                 ]
-                svg = charts.dumbbells(rows, shares[k], about, title, (*counts, "")[:2])
-                numbers = [_numbers(row, counts, names[k], shares[k]) for row in rows]
-                yield Figure("-".join(parts), svg, numbers)
+                title = f"{sentence(shares.words)} in the images of each prompt"
+                svg = shares.draw(shares.rows, title, about)
+                yield Figure("-".join(parts), svg, [_numbers(row, shares) for row in shares.rows])
 
 
-def _counts(report, attribute):
-    """Prompt -> counts of the attribute's classes by the evaluation classifier."""
-    of_attribute = report.get("attributes", {}).get(attribute, report)
-    return of_attribute["judges"][JUDGE]["counts"]
-
-
-def _share_rows(counts, k):
-    """Of each prompt its name and the shares of class k by the first model and the second, None without one."""
-    for prompt in next(iter(counts.values())):
-        intervals = [share(of_model[prompt][k], sum(of_model[prompt])) for of_model in counts.values()]
-        yield prompt, *[*intervals, None][:2]
-
-
-def _numbers(row, labels, name, target):
+def _numbers(row, shares):
     prompt, *intervals = row
-    held = {"prompt": prompt, "class": name, "target": target}
-    for label, interval in zip(labels, intervals, strict=False):
+    held = {"prompt": prompt, "class": shares.name, "judge": shares.judge, "target": shares.target}
+    for label, interval in zip(shares.labels, intervals, strict=False):
         held |= {f"{label}{end}": value for end, value in zip(("", " low", " high"), interval, strict=True)}
     return held

@@ -3,7 +3,17 @@
 from collections.abc import Mapping, Sequence
 
 from fairref.reporting.evaluated import Part, Report, bias, floor, of_judge, prompts_name, size, view
-from fairref.reporting.tables import NONE, SLASH, Table, attribute_words, number, percent, short, spread
+from fairref.reporting.tables import (
+    NONE,
+    SLASH,
+    Table,
+    attribute_words,
+    likeness,
+    number,
+    percent,
+    short,
+    spread,
+)
 
 MEASURES = (  # key of a report, what it is called, what it says
     ("clip_i", "CLIP-I", "likeness to the original's picture of the same noise; 1 is the same picture"),
@@ -26,7 +36,7 @@ def kept_table(part: Part) -> Table:
         ("shuffled", "CLIP-T of others", "fit to other prompts"),
     ):
         rows.append((f"{name}: {what}", *(number((r.get("clip_t") or {}).get(key), 3) for r in reports)))
-    rows += [(f"{name}: {what}", *(number(r.get(key), 3) for r in reports)) for key, name, what in MEASURES]
+    rows += [(f"{name}: {what}", *(likeness(r.get(key)) for r in reports)) for key, name, what in MEASURES]
     for kind in dict.fromkeys(kind for r in reports for kind in r.get("diversity", {})):
         what = f"diversity within a class ({short(kind)}): mean distance of two pictures"
         rows.append((what, *(number(r.get("diversity", {}).get(kind), 3) for r in reports)))
@@ -42,16 +52,21 @@ def kept_table(part: Part) -> Table:
 
 def explicit_table(evaluated: Sequence[Part]) -> Table | None:
     """The share of pictures that show the class that their prompt names."""
-    rows = []
-    for part in evaluated:
-        asked = {label: report["explicit"] for label, report in part.reports.items() if "explicit" in report}
-        for judge in dict.fromkeys(judge for of in asked.values() for judge in of if judge != "images"):
-            n = next(iter(asked.values())).get("images")
-            rows.append(
-                (f"{judge}, {part.name}", number(n, 0), *(percent(of.get(judge)) for of in asked.values()))
-            )
-            labels = list(asked)
-    head = ("judge, prompts", "n images", *labels) if rows else ()
+    asked = [
+        (part, {label: report["explicit"] for label, report in part.reports.items() if "explicit" in report})
+        for part in evaluated
+    ]
+    labels = list(dict.fromkeys(label for _, of in asked for label in of))
+    rows = [
+        (
+            f"{judge}, {part.name}, {part.file}",
+            number(next(iter(of.values())).get("images"), 0),
+            *(percent(of.get(label, {}).get(judge)) for label in labels),
+        )
+        for part, of in asked
+        for judge in dict.fromkeys(judge for shares in of.values() for judge in shares if judge != "images")
+    ]
+    head = ("judge, prompts, file", "n images", *labels)
     return Table("Prompts that name a class: pictures that show it", head, rows) if rows else None
 
 
@@ -88,7 +103,7 @@ def concepts_table(evaluated: Sequence[Part]) -> Table | None:
             floors = "; ".join(spread(floor(view(report, name))) for name in part.views)
             clip = [
                 number((report.get("clip_t") or {}).get("matched"), 3),
-                *(number(report.get(k), 3) for k in ("clip_i", "dino")),
+                *(likeness(report.get(k)) for k in ("clip_i", "dino")),
             ]
             rows.append((f"{part.name}, {label}, {part.size}", *biases, floors, *clip))
     views = [attribute_words(name) for name in unseen[0].views]

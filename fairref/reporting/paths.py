@@ -3,7 +3,7 @@
 from itertools import product
 
 from fairref.reporting.frame import MARGIN, head
-from fairref.reporting.svg import coloured, document, element, label, line, number
+from fairref.reporting.svg import coloured, coordinate, document, element, label, line
 
 CELL = (172.0, 112.0)  # width and height of a diagram
 ABOVE, ON = 46.0, 90.0  # heights of the eps^(s) and of the z_s in it
@@ -25,7 +25,9 @@ def paths(T: int = 3) -> str:
     above, top = head(title, width, kept)
     cells = [
         element(
-            "g", *_way(T, t, way), transform=f"translate({number(left)},{number(top + (t - 1) * CELL[1])})"
+            "g",
+            *_way(T, t, way),
+            transform=f"translate({coordinate(left)},{coordinate(top + (t - 1) * CELL[1])})",
         )
         for t, ways in enumerate(rows, 1)
         for left, way in zip(range(int(MARGIN), int(width), int(CELL[0])), ways, strict=False)
@@ -79,6 +81,6 @@ def _arrow(start, end, width):
     back, side = 6, 3.2
     tip = [(x2, y2), (x2 - back * dx - side * dy, y2 - back * dy + side * dx)]
     tip.append((x2 - back * dx + side * dy, y2 - back * dy - side * dx))
-    points = " ".join(f"{number(x)},{number(y)}" for x, y in tip)
+    points = " ".join(f"{coordinate(x)},{coordinate(y)}" for x, y in tip)
     shaft = line(x1, y1, x2 - back * dx / 2, y2 - back * dy / 2, width)
     return shaft + element("polygon", points=points)

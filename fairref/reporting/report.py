@@ -7,18 +7,35 @@ from pathlib import Path
 from fairref import __version__
 from fairref.errors import UserError
 from fairref.files.paths import write_file
-from fairref.reporting import about, biases, course, kept, pictures, shares
-from fairref.reporting.evaluated import Part, bias, floor, of_judge, parts, view
-from fairref.reporting.run_files import FILES, Run, read_run
+from fairref.reporting import about, baselines, biases, commands, course, kept, pictures, shares, sweeps
+from fairref.reporting.evaluated import (
+    BEFORE,
+    Part,
+    bias,
+    floor,
+    grouped,
+    has_intervals,
+    judges_words,
+    made_words,
+    of_another_adapter,
+    of_judge,
+    parts,
+    same_noise,
+    size,
+    view,
+)
+from fairref.reporting.run_files import FILES, OWN, Run, read_runs
 from fairref.reporting.svg import STYLE
-from fairref.reporting.tables import SLASH, Table, attribute_words, number, sentence, short, spread
+from fairref.reporting.tables import SLASH, Table, attribute_words, likeness, number, sentence, short, spread
 
 TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_report(runs: Sequence[str | Path], out: Path) -> Path:
     """Writes one page on the runs' folders. Raises UserError, which names the file that is not as a run leaves it."""
-    read = [read_run(folder) for folder in runs]
+    read = read_runs(runs)
+    for run in read:
+        _refuse_to_overwrite(run, Path(out))
     facts = {
         "runs": [facts_of(run, i, pictures.BYTES // len(read)) for i, run in enumerate(read, 1)],
         "together": comparisons(read),
@@ -31,6 +48,16 @@ def write_report(runs: Sequence[str | Path], out: Path) -> Path:
         out, page.encode("utf-8", "replace")
     )  # half a surrogate pair is a letter in JSON, not in UTF-8
     return out
+
+
+def _refuse_to_overwrite(run, out):
+    """A page in a run's folder takes the place of another page alone. Raises UserError."""
+    place = out.resolve()
+    is_inside = run.path.resolve() in (place, place.parent)
+    if is_inside and place.exists() and place.suffix.lower() not in (".html", ".htm"):
+        raise UserError(
+            f"{out}: is a file of {run.path}, which a report would overwrite; give another name as --out."
+        )
 
 
 @cache
@@ -54,43 +81,49 @@ def _template():
 
 def facts_of(run: Run, number_of: int, budget: int) -> dict[str, object]:
     """All that the page says of one run."""
-    evaluated = parts(run.evaluation)
+    evaluated = parts(run)
     main = evaluated[0] if evaluated else None
     rows = pictures.prompts_of(run, budget)
+    command = run.settings.get("command")
     return {
         "id": f"run{number_of}",
         "name": short(run.name),
+        "is_run": run.is_run,
+        "is_small_world": about.is_small_world(run),
         "made": about.made(run),
         "lead": about.lead(main) if main else "",
         "tiles": about.tiles(main) if main else [],
-        "commands": about.commands(run),
+        "lacks": commands.lacks(run),
+        "notes": commands.notes(run) if run.is_run else [],
         "settings": about.settings_tables(run),
-        "command": run.settings.get("command") and about.short_paths(run.settings["command"]),
+        "command": command and commands.short_paths(command),
         "pictures": rows,
         "judged": pictures.keys_of(run),
         "sheet": "" if rows else pictures.sheet_of(run, budget),
         "parts": [part_facts(run, part) for part in evaluated],
-        "intervals": any(
-            "sure" in j for part in evaluated for r in part.reports.values() for j in r["judges"].values()
-        ),
-        "evaluated_in": run.evaluated_in,
+        "intervals": any(has_intervals(part) for part in evaluated),
         "explicit": kept.explicit_table(evaluated),
-        "terms": kept.terms_table(run.evaluation),
-        "concepts": kept.concepts_table(evaluated),
+        "terms": kept.terms_table(run.evaluations.get(FILES[OWN])),
+        "concepts": kept.concepts_table([part for part in evaluated if not part.is_second]),
         "curves": course.curves(run),
-        "guidance": course.guidance_charts(run) if run.guidance else [],
-        "pareto": course.pareto_chart(run) if run.strength else None,
-        "baselines": course.baselines_table(run, main),
-        "is_small_world": about.is_small_world(run),
-        "floor": spread(floor(main.first)) if main else None,
-        "n": main.first["images"] if main else None,
+        "guidance": sweeps.guidance_charts(run) if run.guidance else [],
+        "strength": sweeps.pareto_chart(run) if run.strength else None,
+        "baselines": baselines.tables(run, evaluated),
+        "floor": f"With {size(main.first)}, a perfectly fair model measures {spread(floor(main.first))}"
+        if main
+        else "",
     }
 
 
 def part_facts(run: Run, part: Part) -> dict[str, object]:
     """What stands about one part of the prompts."""
+    other = "Another evaluation, by fairref evaluate: " if part.is_second else ""
+    how = made_words(part.reports)
+    changed = of_another_adapter(run, part)
     return {
-        "title": sentence(f"{part.name}, {part.size}"),
+        "title": sentence(f"{other}{part.name}, {part.size}{f'; {how}' if other else ''}"),
+        "how": f"From {part.file}: {how}. Judged by {judges_words(part.first)}.",
+        "changed": changed and short(changed),
         "tables": biases.bias_tables(part),
         "said": biases.said(part),
         "charts": [biases.bias_chart(part, name) for name in part.views],
@@ -106,15 +139,19 @@ def part_facts(run: Run, part: Part) -> dict[str, object]:
 def comparisons(runs: Sequence[Run]) -> dict[str, Table | None]:
     """Several runs side by side; where they differ in what is trained, that is the paper's table 1."""
     rows, trained = [], {}
+    firsts = {run.name: part for run in runs for part in parts(run)[:1]}
+    groups = grouped(firsts.values(), _is_comparable)
     for run in runs:
-        for part in parts(run.evaluation)[:1]:
-            component = about.TRAINED.get(str(run.settings["recipe"].get("component")), "unknown")
-            trained.setdefault((part.views[0], part.key), set()).add(component)
-            what = f"{attribute_words(part.views[0])}, {part.name}, {part.size}"
-            rows.append((short(run.name), component, what, *_row(part)))
-    judges = " / ".join(
-        dict.fromkeys(j for run in runs for part in parts(run.evaluation)[:1] for j in part.judges)
-    )
+        part = firsts.get(run.name)
+        if part is None:
+            continue
+        component = about.TRAINED.get(str(run.settings["recipe"].get("component")), "unknown")
+        what = f"{attribute_words(part.views[0])}, {part.name}, {part.size}"
+        what += f"; {made_words({BEFORE: part.first})}" if len(groups) > 1 else ""
+        group = next(i for i, of in enumerate(groups) if part in of)
+        trained.setdefault(group, set()).add(component)
+        rows.append((short(run.name), component, what, *_row(part)))
+    judges = " / ".join(dict.fromkeys(judge for part in firsts.values() for judge in part.judges))
     is_table_1 = any(len(components) > 1 for components in trained.values())
     caption = "Table 1. What is trained" if is_table_1 else "The runs side by side"
     head = (
@@ -131,6 +168,11 @@ def comparisons(runs: Sequence[Run]) -> dict[str, Table | None]:
     return {"table": table if len(runs) > 1 and rows else None, "is_table_1": is_table_1}
 
 
+def _is_comparable(one, other):
+    """Whether two runs were evaluated on the same prompts, noise and number of images."""
+    return one.views[0] == other.views[0] and one.size == other.size and same_noise(one.first, other.first)
+
+
 def _row(part):
     """Bias before and after, floor, and likeness after."""
     reports, name = part.pair, part.views[0]
@@ -138,6 +180,6 @@ def _row(part):
         SLASH.join(spread(bias(of_judge(report, name, judge))) for judge in part.judges) for report in reports
     )
     last = reports[1] or reports[0]
-    likeness = SLASH.join(number(last.get(key), 3) for key in ("clip_i", "dino"))
+    alike = SLASH.join(likeness(last.get(key)) for key in ("clip_i", "dino"))
     fit = number((last.get("clip_t") or {}).get("matched"), 3)
-    return *biases, spread(floor(view(part.first, name))), fit, likeness
+    return *biases, spread(floor(view(part.first, name))), fit, alike

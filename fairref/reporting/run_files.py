@@ -1,8 +1,8 @@
 """What a report reads of a run's folder. Each file is checked once, so what follows may trust its shape."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fairref.errors import UserError
@@ -20,6 +20,7 @@ FILES = {  # what a Run holds -> its file
     "metrics": "metrics.jsonl",
     "pictures": "pictures.png",
     "sheet": "before_after.png",
+    "adapter": "adapter.safetensors",  # of a run that has ended
 }
 
 # Shapes of JSON: a type; a tuple of alternatives, None being null; [kind]: a list; [a, b]: a list of that length;
@@ -54,18 +55,28 @@ JUDGE = {
     "corrected?": (CORRECTED, None),
 }
 VIEW = {"noise_floor": SPREAD, "target_floor?": SPREAD, "judges": {str: JUDGE}}  # of classes by each judge
-ABOUT = {"concept": str, "part": str, "prompts": int, "images": int}
+ABOUT = {
+    "concept": str,
+    "part": str,
+    "prompts": int,
+    "images": (int, {str: int}),
+}  # images of each prompt, or of all
+MADE = {  # how images were made; null: not known
+    **dict.fromkeys(("seed?", "steps?", "guidance?"), N),
+    **dict.fromkeys(("end?", "padding?", "weights?", "prompts?"), (str, None)),
+    "strength?": (float, [float], None),
+}
 REPORT = {
     **ABOUT,
     **VIEW,
     "attribute": str,
-    "classes": [str],
     "attributes?": {str: VIEW},
-    "steps?": N,
-    "guidance?": N,
-    "faceless": N,
-    "blended": N,
-    "none?": N,
+    **{key: MADE[key] for key in ("seed?", "steps?", "guidance?", "padding?")},
+    "made?": (MADE, None),
+    "adapters?": [{"file": str, "strength": float}],
+    "fingerprint?": str,
+    "judged_by?": {str: {str: str}},
+    **dict.fromkeys(("faceless?", "blended?", "none?"), N),
     "clip_t?": ({"matched": N, "shuffled": N}, None),
     "explicit?": {str: N},
     **dict.fromkeys(("clip_i?", "dino?", "background?", "clothes?"), N),
@@ -99,43 +110,71 @@ SHAPES = {
 LINE = {"iteration": int, "loss?": N, "cost?": N, "validation?": (dict, None)}  # of metrics.jsonl
 
 
+NO_RUN = {"weights": "", "target": None, "recipe": {}, "prompts": ""}  # settings of what no run made
+OWN, ASKED = "evaluation", "judged"  # evaluations: of the run's end, and the last one of `fairref evaluate`
+Evaluation = Mapping[str, Mapping[str, Mapping[str, object]]]  # label of a model -> part -> report
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run's folder as far as it is there: what is missing is None."""
+    """A run's folder as far as it is there: what is missing is None. Or evaluations that no run made."""
 
     path: Path
-    settings: dict[str, object]
-    evaluation: dict[str, dict[str, dict[str, object]]] | None = None
-    evaluated_in: str = ""  # the file that the evaluation is from
-    guidance: dict[str, object] | None = None
-    strength: dict[str, object] | None = None
-    baselines: dict[str, dict[str, dict[str, object]]] | None = None
-    metrics: list[dict[str, object]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.path.resolve().name
+    settings: Mapping[str, object]
+    evaluations: Mapping[str, Evaluation] = field(
+        default_factory=dict
+    )  # file -> evaluation; the run's own first
+    guidance: Mapping[str, object] | None = None
+    strength: Mapping[str, object] | None = None
+    baselines: Evaluation | None = None
+    metrics: Sequence[Mapping[str, object]] = ()
+    name: str = ""  # the folder's own, or more of its path where others have the same
+    is_run: bool = True  # train.py made it
 
     def file(self, what: str) -> Path:
         """The path of one of FILES."""
         return self.path / FILES[what]
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is an adapter, as at a run's end."""
+        return self.file("adapter").is_file()
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Each as `read_run`, under names that tell them apart. Raises UserError, also for one that is named twice."""
+    runs = [read_run(folder) for folder in folders]
+    places = [run.path.resolve() for run in runs]
+    for path in places:
+        if places.count(path) > 1:
+            raise UserError(f"{path}: is named twice; leave one out.")
+    lasts = [path.name for path in places]
+    names = [path.name if lasts.count(path.name) == 1 else "/".join(path.parts[-2:]) for path in places]
+    return [
+        replace(run, name=name if names.count(name) == 1 else f"{name} ({i})")
+        for i, (run, name) in enumerate(zip(runs, names, strict=True), 1)
+    ]
+
 
 def read_run(folder: str | Path) -> Run:
-    """The files of a run that a report reads. Raises UserError, which names the file."""
+    """The files of a run that a report reads, or what `fairref evaluate` wrote. Raises UserError: which file it is."""
     path = expanded(folder)
+    if path.is_file():
+        return Run(path, NO_RUN, {path.name: _read_report(path)}, name=path.name, is_run=False)
     if not path.is_dir():
-        raise UserError(f"{path}: is no folder; give the folder of a run.")
-    if not (path / FILES["settings"]).exists():
         raise UserError(
-            f"{path}: has no {FILES['settings']}, so it is no run's folder; give one that train.py made."
+            f"{path}: is no folder; give a run's, --cache's, or a file of `fairref evaluate --out`."
         )
     held = {
         what: _read(path / FILES[what], kind)
         for what, kind in SHAPES.items()
         if (path / FILES[what]).exists()
     }
+    if not held:
+        raise UserError(
+            f"{path}: has no {FILES['settings']}, so it is no run's folder, and no {FILES[ASKED]} of"
+            " `fairref evaluate`; give a folder with one of them."
+        )
     for what in ("guidance", "strength"):
         for label, reports in held[what]["reports"].items() if what in held else ():
             if len(reports) != len(held[what]["values"]):
@@ -143,17 +182,24 @@ def read_run(folder: str | Path) -> Run:
                     f"{path / FILES[what]}: {label!r} has {len(reports)} reports of {len(held[what]['values'])} values;"
                     " make the sweep again."
                 )
-    # evaluation.json has more parts and adapters; but one of an older version has no intervals
-    of = [what for what in ("evaluation", "judged") if what in held]
-    chosen = next((what for what in of if _has_intervals(held[what])), of[0] if of else "evaluation")
-    held |= {"evaluation": held.get(chosen), "evaluated_in": FILES[chosen]}
-    held.pop("judged", None)
-    return Run(path, **held, metrics=_read_metrics(path / FILES["metrics"]))
+    is_run, settings = "settings" in held, held.pop("settings", NO_RUN)
+    evaluations = {FILES[what]: held.pop(what) for what in (OWN, ASKED) if what in held}
+    metrics, name = _read_metrics(path / FILES["metrics"]), path.resolve().name
+    return Run(path, settings, evaluations, **held, metrics=metrics, name=name, is_run=is_run)
 
 
-def _has_intervals(evaluation):
-    reports = [report for parts in evaluation.values() for report in parts.values()]
-    return any(judge.get("sure") for report in reports for judge in report.get("judges", {}).values())
+def _read_report(path):
+    """What `fairref evaluate --out` wrote, a report or one of each concept, as an evaluation."""
+    _check_size(path)
+    content = read_json(path)
+    reports = {name: of for name, of in content.items() if isinstance(of, dict)}
+    reports = {str(content.get("part")): content} if "judges" in content else reports
+    if not reports:
+        raise UserError(f"{path}: has no report; give a file that `fairref evaluate --out` wrote.")
+    for name, report in reports.items():
+        check(report, REPORT, path, "" if report is content else name)
+        _check_views(report, path)
+    return {"the images": reports}
 
 
 def _read(path: Path, kind: Kind) -> dict[str, object]:

@@ -42,17 +42,22 @@ NARROW, THIN, WIDE = frozenset("ijl.,:;'|!I"), frozenset("frt()[]{}-/ "), frozen
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def number(value: float) -> str:
+def coordinate(value: float) -> str:
     """Return a coordinate with at most two decimals, always in the same way."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
+
+
+def bare(number: str) -> str:
+    """Return a number's text without the 0 before its point."""
+    return re.sub(r"^(-?)0\.", r"\1.", number)
 
 
 def element(name: str, *content: str, **attributes: float | str | None) -> str:
     """Return an element with SVG as its content. Of attributes, `class_` is class and `font_size` font-size."""
     written = "".join(
         f" {key.rstrip('_').replace('_', '-')}="
-        + (quoteattr(FORBIDDEN.sub("", value)) if isinstance(value, str) else f'"{number(value)}"')
+        + (quoteattr(FORBIDDEN.sub("", value)) if isinstance(value, str) else f'"{coordinate(value)}"')
         for key, value in attributes.items()
         if value is not None
     )
@@ -140,7 +145,7 @@ def document(width: float, height: float, title: str, description: str, *content
         *content,
         xmlns="http://www.w3.org/2000/svg",
         class_="chart",
-        viewBox=f"0 0 {number(width)} {number(height)}",
+        viewBox=f"0 0 {coordinate(width)} {coordinate(height)}",
         width=width,
         height=height,
         role="img",
@@ -174,7 +179,7 @@ class Axis:
         power = math.log10(value) if self.log else 0
         if abs(power) > 3 and power == round(power):
             return "10" + str(round(power)).translate(SUPERSCRIPTS)
-        return f"{value:,.10g}".replace("-", "\u2212")
+        return bare(f"{value:,.10g}").replace("-", "\u2212")
 
 
 def axis(
@@ -224,7 +229,7 @@ def is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def spaced(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Return places moved as little as need be to be `gap` apart, from low to high, in their order."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     moved = [0.0] * len(places)

@@ -56,6 +56,12 @@ def number(value: float | None, digits: int = 2) -> str:
     return sign + (text.removeprefix("0") if abs(value) < 1 and digits and text.startswith("0.") else text)
 
 
+def likeness(value: float | None) -> str:
+    """.942, with more digits where fewer would say 1."""
+    digits = next((d for d in (3, 4, 5, 6) if value is None or value >= 1 or round(value, d) < 1), 3)
+    return number(value, digits)
+
+
 def percent(value: float | None) -> str:
     """98.8%."""
     return NONE if value is None else f"{value:.1%}"

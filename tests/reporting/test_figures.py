@@ -15,7 +15,7 @@ from tiny_run import make_setup, moved
 from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
 from fairref.commands import figures as command
-from fairref.evaluation.evaluation import evaluate
+from fairref.evaluation.evaluation import EvaluationOptions, evaluate, prepare
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
 from fairref.fairness.attributes import JointTarget, parse_targets
 from fairref.files.images import to_image
@@ -51,6 +51,9 @@ def svg(path):
     return ElementTree.fromstring(path.read_text(encoding="utf-8"))
 
 
+CLASSES = {"gender": ("woman", "man"), "tone": ("light", "medium", "dark")}
+
+
 def reports(shape, seed=0):
     """Reports before and after on five prompts, of counts of each joint class."""
     rng = np.random.default_rng(seed)
@@ -58,24 +61,26 @@ def reports(shape, seed=0):
     counts["prompt 4"][:] = 0  # all of its images are faceless
     for label in ("before", "after (ema)"):
         flat = {name: table.ravel().tolist() for name, table in counts.items()}
-        report = {"concept": "jobs", "part": "test", "images": 60, "judges": {"classifier": {"counts": flat}}}
-        if len(shape) > 1:
-            report["attributes"] = {
-                name: {
-                    "judges": {
-                        "classifier": {"counts": {p: t.sum(1 - a).tolist() for p, t in counts.items()}}
+        report = {"attribute": "gender,tone", "concept": "jobs", "part": "test", "prompts": 5, "images": 60}
+        report["judges"] = {"classifier": {"counts": flat}}
+        report["attributes"] = {
+            name: {
+                "judges": {
+                    "classifier": {
+                        "share": dict.fromkeys(CLASSES[name]),
+                        "counts": {p: t.sum(1 - a).tolist() for p, t in counts.items()},
                     }
                 }
-                for a, name in enumerate(("gender", "tone"))
             }
+            for a, name in enumerate(CLASSES)
+        }
         yield label, report, counts
         counts = {name: table[..., ::-1] for name, table in counts.items()}
 
 
 def test_figure_9_has_a_chart_for_each_class_that_says_something_new():
     made = list(reports((2, 3)))
-    classes = {"gender": ("woman", "man"), "tone": ("light", "medium", "dark")}
-    target = JointTarget(classes, np.outer([0.6, 0.4], [0.5, 0.25, 0.25]))
+    classes, target = CLASSES, JointTarget(CLASSES, np.outer([0.6, 0.4], [0.5, 0.25, 0.25]))
     drawn = list(comparison.figures_9(target, [{label: report for label, report, _ in made}]))
     assert [figure.stem for figure in drawn] == ["fig9-gender", *(f"fig9-tone-{k}" for k in classes["tone"])]
     assert [figure.rows[0]["class"] for figure in drawn] == ["man", *classes["tone"]]  # the rarer of two
@@ -92,10 +97,13 @@ def test_figure_9_has_a_chart_for_each_class_that_says_something_new():
     assert before[-1] is None and before[:-1] == sorted(before[:-1])
 
 
-def test_figure_9_says_what_the_evaluation_of_the_run_counted(run_folder, tmp_path, loaded_tiny, monkeypatch):
+def test_figure_9_says_what_the_evaluation_of_the_run_counted(
+    run_folder, tmp_path, loaded_tiny, monkeypatch, caplog
+):
     """Read from the run's evaluation, or drawn again: one table. Another adapter's evaluation is not believed."""
     few = ("--weights", loaded_tiny.path, "--adapter", run_folder, "-n", 3, "--steps", 2)
     assert run("9", *few, "--out", tmp_path / "drawn") == 0
+    assert "figure 9 draws" in caplog.text
     drawn = table(tmp_path / "drawn" / "fig9.csv")
     evaluation = {
         label: {"test": evaluate(loaded_tiny, adapter, "gender", 3, steps=2, explicit_images=0)}
@@ -105,23 +113,37 @@ def test_figure_9_says_what_the_evaluation_of_the_run_counted(run_folder, tmp_pa
     made["fingerprint"] = fingerprint(read(run_folder / "adapter.safetensors"))
     (run_folder / "evaluation.json").write_text(json.dumps(evaluation))
     monkeypatch.setattr(command, "measured", None)
-    assert run("9", *few[:4], "--out", tmp_path / "read") == 0
+    asked = ("9", *few[:4], "--steps", 2, "--out", tmp_path / "read")
+    assert run(*asked) == 0
     kept = table(tmp_path / "read" / "fig9.csv")
     assert [list(row.values()) for row in drawn] == [list(row.values()) for row in kept]
     assert {row["target"] for row in drawn} == {"0.3"} and {row["class"] for row in drawn} == {"woman"}
     counts = made["judges"]["classifier"]["counts"]
     counts.update({prompt: [1 + p, 2 - p] for p, prompt in enumerate(counts)})
     (run_folder / "evaluation.json").write_text(json.dumps(evaluation))
-    assert run("9", *few[:4], "--out", tmp_path / "read") == 0
-    read_again = {row["prompt"]: float(row["after (ema)"]) for row in table(tmp_path / "read" / "fig9.csv")}
+    assert run(*asked) == 0
+    read_again = {row["prompt"]: float(row["after"]) for row in table(tmp_path / "read" / "fig9.csv")}
     assert read_again == pytest.approx({prompt: (1 + p) / 3 for p, prompt in enumerate(counts)})
-    made["fingerprint"] = "another"
-    (run_folder / "evaluation.json").write_text(json.dumps(evaluation))
-    adapter = command.choose_adapters(run_folder)[0][0]
-    assert comparison.read_evaluation(adapter) == []
+    svg_text = (tmp_path / "read" / "fig9.svg").read_text(encoding="utf-8")
+    assert "Share of “woman” (apparent gender) by the classifier" in svg_text
+    options = {"adapter": run_folder, "explicit_images": 0, "steps": 2}
+    this_one = prepare(loaded_tiny, EvaluationOptions(**options))
+    assert len(comparison.read_evaluation(this_one)) == 1
+    for name, other in {"seed": 1, "steps": 3, "guidance": 9.0, "padding": "own", "strength": 0.5}.items():
+        assert (
+            comparison.read_evaluation(prepare(loaded_tiny, EvaluationOptions(**options | {name: other})))
+            == []
+        )
+        assert f"differs in {name}, so" in caplog.text
+    for place, name, said in ((made, "fingerprint", "adapter"), (made["made"], "weights", "weights")):
+        kept = place[name]
+        place[name] = "another"
+        (run_folder / "evaluation.json").write_text(json.dumps(evaluation))
+        assert comparison.read_evaluation(this_one) == [] and f"differs in {said}, so" in caplog.text
+        place[name] = kept
     (run_folder / "evaluation.json").write_text('{"before": 1, "after (ema)": [2]}')
     with pytest.raises(figures.UserError, match=r"evaluation\.json: not what an evaluation"):
-        comparison.read_evaluation(adapter)
+        comparison.read_evaluation(this_one)
     (run_folder / "evaluation.json").unlink()
 
 
@@ -201,7 +223,10 @@ def test_the_gradients_figures_hold_their_numbers(tmp_path, tiny_folder, monkeyp
         (mode, str(i)) for mode in ("none", "exact") for i in range(2)
     ]
     about = svg(tmp_path / "a" / "b" / "fig6a.svg").find(f"{SVG}desc").text
-    assert f"none: {float(rows[0]['mean']):.3g} to {float(rows[1]['mean']):.3g}." in about
+    assert (
+        "none: {:.3g} to {:.3g}.".format(*(float(row["mean"]) for row in rows[:2])).replace("0.", ".")
+        in about
+    )
 
 
 def test_a_png_has_two_pixels_for_one(tmp_path):
@@ -223,8 +248,12 @@ def test_mistakes_are_said_before_the_work(tmp_path, tiny_folder, run_folder, ca
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     for argv, said in (
         (["10"], "is 10, expected some of 6a, 6b, 7, 8, 9"),
-        (["7", "--png"], 'pip install "fairref[figures]"'),
-        (["7", "--out", tmp_path / "file" / "x"], "can't be made"),
+        (["6b", "--png"], 'pip install "fairref[figures]"'),
+        (["6b", "--out", tmp_path / "file" / "x"], "can't be made"),
+        (["7"], "--weights is for 6a, 6b, 8, 9 and has no effect on 7"),
+        (["6a", "6b", "--attr", "nonsense"], "--attr is for 8, 9 and has no effect on 6a and 6b"),
+        (["8", "--seed", 1, "--modes", "paper"], "--modes is for 6a"),
+        ([], "required: figures"),
         (["6a", "--modes", "paper,wrong"], "the gradient is 'wrong'"),
         (["6a", "--modes", "paper,last:11"], "whole runs with 10 sampling steps"),
         (["6a", "--modes", "drtune:2"], "whole runs with 10 sampling steps"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import report_runs
-from report_runs import AFTER, write, write_pictures, write_run
+from report_runs import AFTER, evaluation_of, finish, write, write_pictures, write_run
 
 from fairref.commands import cli, report, train
-from fairref.reporting import course, pictures
+from fairref.evaluation import certainty
+from fairref.files.weights import fingerprint
+from fairref.files.weights import read as read_tensors
+from fairref.reporting import commands, course, pictures, shares
+from fairref.reporting.evaluated import parts, wilson
 from fairref.reporting.report import write_report
 from fairref.reporting.run_files import read_run
 from fairref.reporting.tables import number
@@ -39,7 +44,7 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.open, self.tables = [], [], []
+        self.elements, self.open, self.tables, self.paragraphs = [], [], [], []
         self.feed(text)
         self.close()
 
@@ -51,6 +56,8 @@ class Reader(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("th", "td"):
             self.tables[-1][-1].append("")
+        elif tag == "p":
+            self.paragraphs.append((dict(attributes), ""))
         if tag not in VOID:
             self.open.append((tag, attributes))
 
@@ -64,6 +71,10 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if any(tag in ("th", "td") for tag, _ in self.open):
             self.tables[-1][-1][-1] += data
+
+        if any(tag == "p" for tag, _ in self.open):
+            attributes, text = self.paragraphs[-1]
+            self.paragraphs[-1] = (attributes, text + data)
 
     def all(self, tag):
         """The attributes of every element of a kind."""
@@ -102,29 +113,29 @@ def test_it_says_what_the_files_say(page):
     text, read = page
     # the numbers of docs/results.md for this very run
     assert read.row("judge, model", "classifier, before")[1:5] == [
-        ".83\u00a0±\u00a0.17 [.81,\u00a0.85]",
+        ".83\u00a0±\u00a0.17 [.77,\u00a0.87]",
         ".10\u00a0±\u00a0.08",
-        ".83\u00a0[.81,\u00a0.85]",
-        ".84\u00a0[.82,\u00a0.86]",
+        ".84\u00a0[.83,\u00a0.86]",
+        ".89\u00a0[.84,\u00a0.95]",
     ]
     assert read.row("judge, model", f"templates, {AFTER}")[1].startswith(".23\u00a0±\u00a0.15")
-    assert read.row("judge, prompts", "classifier, unseen occupations") == [
-        "classifier, unseen occupations",
+    assert read.row("judge, prompts, file", "classifier, unseen occupations, evaluation.json") == [
+        "classifier, unseen occupations, evaluation.json",
         "400",
         "98.8%",
         "99.5%",
     ]
     assert read.row("prompt", "nurse")[1:3] == [
-        "93%\u00a0[47%,\u00a097%], n = 60",
-        "63%\u00a0[32%,\u00a082%], n = 60",
+        "93%\u00a0[84%,\u00a097%], n = 60",
+        "63%\u00a0[51%,\u00a074%], n = 60",
     ]
     assert read.row(
         "measure", "CLIP-I: likeness to the original's picture of the same noise; 1 is the same picture"
     )[1:] == ["–", ".942"]
-    assert read.row("guidance", "3")[0] == "3" and read.row("way, n", "coin, 50 × 60")[3] == "3.0%\u00a0/ –"
+    assert read.row("guidance", "3")[0] == "3" and read.row("way", "coin")[3] == "3.0%\u00a0/ –"
     first = read.row("judge, model: where the class is known from", "classifier, before: labelled pictures")
     assert first[1:] == ["woman", "97.0%", "1.0%", "100", ".040"]
-    assert read.row("class", "woman")[2] == "50.2%; corrected 50.2%\u00a0[50.2%,\u00a050.2%]"
+    assert read.row("class", "woman")[2].startswith("50.2%; corrected 50.2%\u00a0[4")
     assert "apparent gender" in text and "50 prompts × 60 images" in text
     for section in SECTIONS:
         assert f'id="run1-{section}"' in text
@@ -168,7 +179,7 @@ def test_several_runs_stand_side_by_side(runs):
     row = read.row("prompts, model, n", f"unseen sports, {AFTER}, 10 prompts × 60 images")
     assert [cell[:3] for cell in row[1:4]] == [".07", ".24", ".08"]  # joint, gender, skin tone
     assert row[-3:] == [".481", ".818", ".954"]  # CLIP-T, CLIP-I, DINO of docs/results.md
-    assert "it has no intervals" in text  # of the older evaluations
+    assert "This evaluation has no intervals" in text  # of the older evaluations
 
 
 def test_of_unequal_shares_the_distance_from_them_counts(tmp_path):
@@ -181,24 +192,139 @@ def test_of_unequal_shares_the_distance_from_them_counts(tmp_path):
         ".09\u00a0±\u00a0.07",
     ]
     assert "Apparent age: distance from the target" in text and "Apparent gender: bias" in text
-    assert "Share of old (apparent age)" in text and "target 25%" in text and "Share of young" not in text
+    assert "Share of “old” (apparent age)" in text and "target 25%" in text and "Share of “young”" not in text
     assert read.row("class", "old")[1] == "25.0%" and read.row("class", "woman, dark, old")[1] == "3.1%"
     assert "age: 75.0% young, 25.0% old" in text
 
 
-def test_what_is_missing_names_its_command(tmp_path):
-    made = {"weights": "/somewhere/sd15", "command": "python train.py --attr age --weights /somewhere/sd15"}
-    write(tmp_path / "settings.json", report_runs.settings(["age"]) | made)
-    text, read = page_of(tmp_path)
-    missing = [a for a in read.all("p") if a.get("class") == "missing"]
-    assert len(missing) == len(SECTIONS) - 1
-    command = f"fairref evaluate --adapter {tmp_path.name} --weights sd15 --attr age --target age=0.75,0.25"
-    assert command in text and f"{command} --sweep strength=0,0.25,0.5,0.75,1,1.25" in text
+def missing(read):
+    """What the sections say whose file is missing."""
+    return [text for attributes, text in read.paragraphs if attributes.get("class") == "missing"]
+
+
+def settings_of(tmp_path, attributes=("gender",), ended=True, recipe=(), **changed):
+    """A run's folder with settings.json alone, and an adapter where it has ended."""
+    settings = report_runs.settings(list(attributes)) | changed
+    settings["recipe"] |= dict(recipe)
+    write(tmp_path / "settings.json", settings)
+    if ended:
+        finish(tmp_path)
+    return tmp_path
+
+
+NUMBERS = "--num-images 60 --steps 12 --guidance 2.5"
+
+
+@pytest.mark.parametrize(
+    "attributes, changed, evaluate, more",
+    [
+        (["gender"], {}, "", {"baselines": " --baseline coin --baseline projection"}),
+        (["age"], {"weights": "/some/sd15"}, "--weights sd15 --attr age --target age=0.75,0.25", {}),
+        (["gender", "age"], {}, "--attr gender,age --target age=0.75,0.25", {}),
+        (
+            ["gender"],
+            {"prompts": "sports"},
+            "--prompts sports",
+            {"baselines": f"{NUMBERS} --baseline projection"},
+        ),
+        (
+            ["gender"],
+            {"prompts": "sports,occupations"},
+            "--prompts sports,occupations",
+            {"guidance": "--prompts sports "},
+        ),
+        (["gender"], {"prompts": ["a", "b"]}, "--prompts prompts.txt --part train", {}),
+        (
+            ["gender"],
+            {"prompts": ["a", "b"], "command": "python train.py --attr gender --prompts my/own.txt"},
+            "--prompts my/own.txt --part train",
+            {"components": "python train.py --attr gender --prompts my/own.txt --component unet"},
+        ),
+        (["gender"], {"recipe": {"component": "prefix"}}, "", {"strength": "--sweep strength=0,1"}),
+        (
+            ["gender"],
+            {"recipe": {"component": "unet"}},
+            "",
+            {"components": "--attr gender --component text_encoder"},
+        ),
+    ],
+)
+def test_a_command_makes_what_is_missing_as_the_run_made_the_rest(
+    tmp_path, attributes, changed, evaluate, more
+):
+    changed = {**changed, "recipe": {"evaluate": "none", **changed.get("recipe", {})}}
+    run = read_run(settings_of(tmp_path, attributes, **changed))
+    found = {name: lack.command for name, lack in commands.lacks(run).items()}
+    start = " ".join(["fairref evaluate --adapter", tmp_path.name, *evaluate.split()])
     assert (
-        "python train.py --attr age --weights sd15<" in text
-        and "/somewhere" not in text
-        and str(tmp_path) not in text
+        found["evaluation"] == f"{start} {NUMBERS}"
+        and "judged.json" in commands.lacks(run)["evaluation"].said
     )
+    assert found["strength"].startswith("fairref evaluate") and "--guidance" not in found["guidance"]
+    assert found["guidance"].endswith("--sweep guidance=1,3,5,7.5,12")
+    assert not found["metrics"]  # of a run that has ended, nothing writes them again
+    for name, part in more.items():
+        assert part in found[name]
+
+
+def test_the_commands_have_the_runs_own_judges_format_and_joint_target(tmp_path):
+    table, classes = [[0.4, 0.1], [0.1, 0.4]], {"gender": ["woman", "man"], "age": ["young", "old"]}
+    judge = [
+        {"role": "evaluate", "clip": "glasses=a person with glasses|a person"},
+        {"role": "evaluate", "path": "/somewhere/me/own.py", "name": "load", "sha256": "0"},
+        {"role": "finetune", "path": "/somewhere/me/own.py", "name": "load", "sha256": "0"},
+    ]
+    changed = {"target": {"classes": classes, "table": table}, "judge": judge, "dtype": "bfloat16"}
+    text, read = page_of(
+        settings_of(tmp_path, recipe={"evaluate": "none"}, prompt_template="a {occupation}", **changed)
+    )
+    command = next(text for text in missing(read) if "judged.json" in text)
+    assert command.endswith(
+        f"--attr gender,age --target target.json {NUMBERS} --dtype bfloat16"
+        " --judge 'evaluate=clip:glasses=a person with glasses|a person' --judge evaluate=own.py:load"
+    )
+    assert (
+        "gender × age, a joint target: 40.0% woman, young; 10.0% woman, old;" in text
+        and "equal shares" not in text
+    )
+    assert (
+        "In target.json is the joint target" in text
+        and "not with the run" in text
+        and "/somewhere" not in text
+    )
+    changed["command"] = "python train.py --target /somewhere/x/joint.json"
+    assert (
+        "--target joint.json"
+        in commands.lacks(read_run(settings_of(tmp_path, **changed)))["strength"].command
+    )
+
+
+def test_a_run_that_has_not_ended_goes_on_and_one_that_was_to_be_evaluated_is(tmp_path):
+    for ended in (False, True):
+        found = commands.lacks(read_run(settings_of(tmp_path, ended=ended)))
+        assert found["evaluation"].command == f"python train.py --resume {tmp_path.name}"
+        assert ("has not ended" in found["evaluation"].said) != ended
+        assert ("Once the run has ended, this" in found["guidance"].said) != ended
+    _, read = page_of(settings_of(tmp_path, target=None, recipe={"evaluate": "none"}))
+    assert "fairref evaluate" not in " ".join(missing(read)) and "no target" in " ".join(missing(read))
+
+
+@pytest.mark.parametrize(
+    "word, short",
+    [
+        ("/somewhere/me/runs/a", "a"),
+        ("--weights=/somewhere/me/sd15", "--weights=sd15"),
+        ("evaluate=/somewhere/me/own.py:load", "evaluate=own.py:load"),
+        ("evaluate=~/own.py:load", "evaluate=own.py:load"),
+        ("../../other/own.py:loss=0.5", "own.py:loss=0.5"),
+        ("x/../../own.py", "own.py"),
+        ("/somewhere/me/", "me/"),
+        ("runs/gender", "runs/gender"),
+        ("evaluate=clip:glasses=one with / without|a b/c", "evaluate=clip:glasses=one with / without|a b/c"),
+    ],
+)
+def test_no_command_names_a_folder_of_the_machine(word, short):
+    assert commands.short_paths(shlex.join(["a", word])) == shlex.join(["a", short])
 
 
 def test_an_older_or_unusual_evaluation_makes_a_page(tmp_path):
@@ -212,8 +338,9 @@ def test_an_older_or_unusual_evaluation_makes_a_page(tmp_path):
     text, read = page_of(folder)
     women, men = evaluation[AFTER]["test"]["judges"]["classifier"]["counts"]["toolmaker"]
     share = round(100 * women / (women + men))
-    assert read.row("prompt", "toolmaker")[1:] == [f"{share}%, n = 60", "–"] and share < 50
-    assert "it has no intervals" in text
+    low, high = (round(100 * end) for end in certainty.share(women, 60)[1:])
+    assert read.row("prompt", "toolmaker")[1:] == [f"{share}%\u00a0[{low}%,\u00a0{high}%], n = 60", "–"]
+    assert "This evaluation has no intervals" in text
     terms = {
         "concept": "occupations",
         "part": "test",
@@ -227,13 +354,151 @@ def test_an_older_or_unusual_evaluation_makes_a_page(tmp_path):
     assert read.row("term", "loss")[1] == ".2500" and "no target: the loss alone" in text
 
 
-def test_of_two_evaluations_the_one_with_intervals_counts(runs, tmp_path):
+def second(evaluation, **made):
+    """What `fairref evaluate` of the run's adapter writes: another evaluation with other labels."""
+    other = json.loads(json.dumps({"before": evaluation["before"], "after": evaluation[AFTER]}))
+    for parts_of in other.values():
+        for of in parts_of.values():
+            of["made"].update(made)
+            of["adapters"] = [{"file": "run/adapter.safetensors", "strength": 1.0, "base": "this one"}]
+    return other
+
+
+@pytest.mark.parametrize(
+    "made, images, replaces",
+    [
+        ({}, 60, True),
+        ({}, 80, True),
+        ({}, 30, False),
+        ({"guidance": 7.5}, 60, False),
+        ({"seed": 1}, 60, False),
+        ({"weights": "another"}, 60, False),
+        ({"strength": 0.5}, 60, False),
+    ],
+)
+def test_another_evaluation_takes_the_place_of_the_runs_own_where_it_lacks_nothing(
+    tmp_path, made, images, replaces
+):
     folder = write_run(tmp_path / "run", new=False, prompts=3)
-    newer = json.loads((runs["small"] / "evaluation.json").read_text())
-    write(folder / "judged.json", {"before": newer["before"], "after": newer[AFTER]})
-    assert read_run(folder).evaluated_in == "judged.json" and "after" in read_run(folder).evaluation
+    newer = evaluation_of(prompts=3)
     write(folder / "evaluation.json", newer)
-    assert read_run(folder).evaluated_in == "evaluation.json" and AFTER in read_run(folder).evaluation
+    judged = second(newer, **{"weights": "these", **made})
+    for of in newer.values():
+        for of_part in of.values():
+            of_part["made"]["weights"] = "these"
+    write(folder / "evaluation.json", newer)
+    for of in judged.values():
+        of["test"]["images"] = images
+    write(folder / "judged.json", {label: {"test": of["test"]} for label, of in judged.items()})
+    found = parts(read_run(folder))
+    own = [part for part in found if not part.is_second]
+    assert [part.key for part in own] == ["test", "train"] and list(own[0].reports) == ["before", AFTER]
+    assert own[0].file == ("judged.json" if replaces else "evaluation.json")
+    assert [list(part.reports) for part in found if part.is_second] == (
+        [] if replaces else [["before", "after"]]
+    )
+    if made.get("guidance"):
+        text, read = page_of(folder)
+        other = "Another evaluation, by fairref evaluate: unseen occupations, 50 prompts × 60 images"
+        assert f"{other}; 12 steps, guidance 7.5, seed 1000000" in text
+        assert read.row("judge, prompts, file", "classifier, unseen occupations, judged.json")[2:] == [
+            "98.8%",
+            "–",
+            "99.5%",
+        ]
+
+
+def test_an_evaluation_of_another_adapter_is_no_evaluation_of_this_one(runs, tmp_path):
+    folder = write_run(tmp_path / "run", prompts=3)
+    evaluation = evaluation_of(prompts=3)
+    evaluation[AFTER]["test"]["fingerprint"] = fingerprint(read_tensors(folder / "adapter.safetensors"))
+    write(folder / "evaluation.json", evaluation)
+    assert "is not the one that was evaluated" not in page_of(folder)[0]
+    evaluation[AFTER]["test"]["fingerprint"] = "another"
+    write(folder / "evaluation.json", evaluation)
+    assert "is not the one that was evaluated as after (ema)" in page_of(folder)[0]
+    write(folder / "judged.json", second(evaluation))
+    assert parts(read_run(folder))[0].file == "evaluation.json"  # the other is of the adapter that lies here
+
+
+def test_prompts_of_a_file_are_no_finetuning_prompts_unless_the_run_says_so(tmp_path):
+    report = evaluation_of(prompts=3)[AFTER]["train"] | {"concept": "prompts"}
+    folder = settings_of(tmp_path)
+    for prompts, name in (("other.txt", "Prompts of other.txt"), ("train", "Finetuning prompts")):
+        report["made"]["prompts"] = prompts
+        write(folder / "judged.json", {"after": {"prompts": report}})
+        assert f"{name}, 30 prompts" in page_of(folder)[0]
+
+
+def test_a_baseline_stands_beside_what_is_of_the_same_images_alone(tmp_path):
+    folder = write_run(tmp_path / "run", prompts=3)
+    evaluation = evaluation_of(prompts=3)
+    seen, other = evaluation[AFTER]["train"], json.loads(json.dumps(evaluation[AFTER]["test"]))
+    other["made"]["guidance"] = 7.5
+    write(
+        folder / "baselines.json",
+        {"coin": {"test": evaluation[AFTER]["test"], "train": seen}, "uce": {"test": other}},
+    )
+    text, read = page_of(folder)
+    tables = [[row[0] for row in table[1:]] for table in read.tables if table[0][0] == "way"]
+    models = ["the original", f"fairref, {AFTER}"]
+    assert tables == [[*models, "coin"], [*models, "coin"], ["uce"]]
+    assert (
+        "guidance 7.5, seed 1000000, padding full, solver’s end zero; the run itself was not evaluated"
+        in text
+    )
+    assert "numbers of images: uce." in text  # left out of the chart of strengths
+    points = [row[0] for table in read.tables if table[0][0] == "model, strength" for row in table[1:]]
+    assert points == ["before, the original", f"{AFTER}, 0", f"{AFTER}, .5", f"{AFTER}, 1", "coin"]
+
+
+def test_what_no_run_made_has_a_page(tmp_path):
+    """A folder of --cache, and the report on a folder of images, of some prompts more than of others."""
+    evaluation = evaluation_of(prompts=3)
+    write(tmp_path / "judged.json", second(evaluation))
+    text, read = page_of(tmp_path)
+    assert "Apparent gender" in text and not missing(read) and 'id="run1-course"' not in text
+    report = evaluation["before"]["test"] | {
+        "part": "images",
+        "concept": "shots",
+        "images": {"nurse": 3, "cook": 70},
+    }
+    for key in ("faceless", "blended", "classes", "none", "made", "seed", "steps", "guidance"):
+        report.pop(key)
+    write(tmp_path / "report.json", {"weights": "emoji", **report})
+    text, read = page_of(tmp_path / "report.json")
+    assert "On images of shots, 50 prompts × 3 to 70 images, the classifier measures a bias" in text
+    assert "how the images were made is not known" in text
+
+
+def test_runs_of_one_name_are_told_apart_and_one_run_is_not_compared_with_itself(tmp_path, capsys):
+    folders = [settings_of_folder(tmp_path / name / "run") for name in ("a", "b")]
+    text, _ = page_of(*folders)
+    assert "<h1>a/run, b/run</h1>" in text and "fairref evaluate --adapter run" not in text
+    assert (
+        cli.run(
+            report.main, [str(folders[0]), f"{folders[1]}/../../a/run", "--out", str(tmp_path / "x.html")]
+        )
+        == 2
+    )
+    assert "is named twice" in capsys.readouterr().err
+
+
+def settings_of_folder(folder):
+    folder.mkdir(parents=True)
+    return settings_of(folder)
+
+
+def test_a_report_overwrites_no_file_of_the_run(tmp_path, capsys):
+    folder = settings_of(tmp_path)
+    before = (folder / "settings.json").read_bytes()
+    for name in ("settings.json", "adapter.safetensors"):
+        assert cli.run(report.main, [str(folder), "--out", str(folder / name)]) == 2
+        assert (
+            "would overwrite" in capsys.readouterr().err and (folder / "settings.json").read_bytes() == before
+        )
+    assert cli.run(report.main, [str(folder), "--out", str(folder / "report.html")]) == 0
+    assert cli.run(report.main, [str(folder), "--out", str(folder / "report.html")]) == 0
 
 
 def changed(path, *keys, to):
@@ -328,7 +593,7 @@ def test_hostile_names_are_text(tmp_path):
         AFTER,
         "gender",
         "classifier",
-        "Not fair (p < .001).",
+        "gender × age",
         "paper",
     }
     folder = write_run(tmp_path / "<script>alert(2)<", prompts=3)
@@ -365,10 +630,41 @@ def test_pictures_are_reduced_until_the_page_is_small(tmp_path):
 
 def test_a_curve_has_the_mean_of_every_iteration_in_its_bin():
     metrics = [{"iteration": i, "cost": float(i)} for i in range(200)]
-    rows = course._binned(metrics, "cost")
+    rows = course.binned(metrics, "cost", 5)
     assert len(rows) == 40
     assert rows[0] == {"x": 2.0, "mean": 2.0, "low": pytest.approx(0.2), "high": pytest.approx(3.8)}
     assert rows[-1]["mean"] == 197
+
+
+def test_iterations_whose_prompt_names_a_class_are_in_no_curve_but_their_own(runs):
+    loss, cost, bias = course.curves(read_run(runs["small"]))
+    assert loss.table.head == ("iteration", "loss", "L_align", "L_img", "loss (named)")
+    assert {row[-1][:4] for row in loss.table.rows} == {"9.00", "–"} and max(
+        row[1] for row in cost.table.rows
+    ) < "1"
+    assert "66 of 200 iterations, whose prompt names a class, are left out." in cost.caption
+    assert all(row[1].startswith(".500") for row in bias.table.rows if row[1] != "–")
+
+
+@pytest.mark.parametrize(
+    "prompts, names",
+    [
+        (["a photo of a cook, a person", "a photo of a nurse, a person"], ["cook", "nurse"]),
+        (["a photo of a baker", "a photo of an actor"], ["a baker", "an actor"]),
+        (["cook", "nurse"], ["cook", "nurse"]),
+        (["a red cook", "a red cook, too"], ["cook", "cook, too"]),
+        (["a cook", "a "], ["a cook", "a "]),
+        (["a photo of a cook"], ["a photo of a cook"]),
+        ([], []),
+    ],
+)
+def test_a_prompt_is_named_by_what_it_does_not_share(prompts, names):
+    assert shares.short_names(prompts) == dict(zip(prompts, names, strict=True))
+
+
+def test_shares_have_the_interval_of_the_evaluation():
+    for n in (0, 1, 60):
+        assert [wilson(k, n) for k in range(n + 1)] == [certainty.share(k, n) for k in range(n + 1)]
 
 
 @pytest.mark.parametrize(
@@ -387,7 +683,7 @@ def test_numbers(value, text):
 
 
 def test_no_torch_is_needed(runs, tmp_path):
-    code = "import sys; sys.modules['torch'] = None\nfrom fairref.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    code = "import sys\nfrom fairref.__main__ import main\nsys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
     argv = ["report", str(runs["small"]), "--out", str(tmp_path / "page.html")]
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == argv[-1], done.stderr
