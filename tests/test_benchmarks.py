@@ -1,5 +1,6 @@
 """What of the benchmarks needs no quiet machine: both ways give one gradient, and the counts and tables are right."""
 
+import csv
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 import baselines
 import collectives
 import flops
+import gradient_runs
 import gradient_truth
 import measure
 import numpy as np
@@ -453,7 +455,7 @@ def test_the_true_gradient_is_that_of_the_loss_and_the_study_goes_on_where_it_wa
     few = [f"--{name}={count}" for name, count in counts.items()]
     argv = ["start", "--weights", folder, "--out", str(tmp_path), "--modes", *modes]
     monkeypatch.setattr(gradient_truth.torch, "set_num_threads", lambda n: None)
-    gradient_truth.main([*argv, *few, "--report", str(tmp_path / "report.json")])
+    gradient_truth.main([*argv, *few, "--report", str(tmp_path / "report.json"), "--figure", str(tmp_path)])
     found = json.loads((tmp_path / "report.json").read_text())["points"]["start"]
     assert [row["direction"] for row in found["confirm"]] == [
         "the truth",
@@ -464,6 +466,10 @@ def test_the_true_gradient_is_that_of_the_loss_and_the_study_goes_on_where_it_wa
     assert list(found["modes"]) == ["exact", *modes]
     assert found["modes"]["exact"]["cosine_with_exact"] == pytest.approx(1)
     assert all(abs(found["modes"][mode]["cosine_with_exact"]) < 0.9999 for mode in modes)
+
+    (exact, other) = csv.DictReader((tmp_path / "gradient_truth.csv").read_text().splitlines())
+    assert (exact["mode"], other["mode"], exact["cosine_with_exact"]) == ("exact", "drtune:1", "1.0")
+    assert "drtune:1 (start)" in (tmp_path / "gradient_truth.svg").read_text()
 
     monkeypatch.setattr(gradient_truth, "batch_of", None)  # nothing is done twice
     gradient_truth.main([*argv, *few, "--report", str(tmp_path / "again.json")])
@@ -509,3 +515,32 @@ def test_the_best_number_keeps_people_in_its_pictures():
     reports = {"a": report(0.5, 0.02), "b": report(0.1, 0.5), "c": report(0.3, 0.06)}
     assert baselines.best(reports, report(0.8, 0.02)) == "c"
     assert baselines.best({"b": reports["b"]}, report(0.8, 0.02)) == "b"
+
+
+def test_bias_by_minutes_is_of_whole_runs(tmp_path, monkeypatch):
+    """Two seeds of `exact`, one of which goes on yet, and one of `last:1`."""
+    monkeypatch.setattr(gradient_runs, "EVERY", 2)
+    monkeypatch.setattr(gradient_runs, "ITERATIONS", 4)
+    for name, biases in {
+        "exact-0": (0.8, 0.4),
+        "exact-1": (0.6, 0.5),
+        "exact-2": (0,),
+        "last:1-0": (0.9, 0.7),
+    }.items():
+        run = gradient_runs.place(tmp_path, name)
+        run.mkdir()
+        lines = [
+            {"iteration": i} | ({"validation": {"bias": b}} if i % 2 else {}) for b in biases for i in (0, 1)
+        ]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        if name != "exact-2":
+            (run / "adapter.safetensors").touch()
+    report = gradient_runs.report_of(tmp_path, {"exact": [20.0, 40.0], "last:1": [6.0]})
+    figure = gradient_runs.figure(report)
+    assert [(row["curve"], row["minutes"], row["mean"], row["low"], row["high"]) for row in figure.rows] == [
+        ("exact (2 seeds)", 1.0, 0.7, 0.6, 0.8),
+        ("exact (2 seeds)", 2.0, 0.45, 0.4, 0.5),
+        ("last:1", 0.2, 0.9, 0.9, 0.9),
+        ("last:1", 0.4, 0.7, 0.7, 0.7),
+    ]
+    assert "| `exact` | 30 | .80 .60 | .80 .60 | .40 .50 | 2 |" in gradient_runs.lines_of(report)

@@ -72,7 +72,8 @@ def parse_judges(texts: Sequence[str]) -> dict[str, list[str]]:
         role, equals, place = text.partition("=")
         if not equals or role not in known:
             raise UserError(
-                f"--judge is {text!r}; expected ROLE=file.py:loader, ROLE one of {', '.join(known)}."
+                f"--judge is {text!r}; expected ROLE=file.py:loader or ROLE=clip:ATTRIBUTE=TEXT|TEXT, ROLE one of"
+                f" {', '.join(known)}."
             )
         judges.setdefault(role, []).append(place)
     check_roles(judges)
@@ -87,6 +88,8 @@ def check_roles(judges: Mapping[str, Sequence[str]]) -> None:
             raise UserError(f"--judge {role}: no such role; expected one of {', '.join(known)}.")
         if len(places) > 1 and not known[role].several:
             raise UserError(f"--judge names {role} twice; leave one out.")
+        if len(set(places)) < len(places):
+            raise UserError(f"--judge names {role}={max(places, key=places.count)} twice; leave one out.")
 
 
 def load_own(

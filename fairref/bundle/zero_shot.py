@@ -108,7 +108,7 @@ def _parsed(option, text, manifest):
     if known and names != list(known):
         raise UserError(
             f"{option}: {text} has the classes {', '.join(names)}; expected the bundle's of {attribute!r}, in their"
-            f" order: {', '.join(known)}; write {known[0]}:TEXT|{known[1]}:TEXT."
+            f" order: {', '.join(known)}; write {'|'.join(f'{name}:TEXT' for name in known)}."
         )
     if len(set(names)) < len(names):
         raise UserError(f"{option}: {text} calls two classes the same; write another name before a colon.")

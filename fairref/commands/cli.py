@@ -167,6 +167,19 @@ def positive(high: float) -> Callable[[str], float]:
     return parse
 
 
+def number(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from low to high."""
+
+    def parse(text):
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {text}, expected a number from {low:g} to {high:g}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
 def whole(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
     """An argparse type: a whole number from low to high."""
 

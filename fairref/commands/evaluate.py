@@ -12,11 +12,11 @@ from fairref.bundle.loading import load_bundle
 from fairref.bundle.own_judges import parse_judges
 from fairref.commands import cli
 from fairref.errors import UserError
-from fairref.evaluation.evaluation import EvaluationOptions, prepare, report_of
+from fairref.evaluation.evaluation import EvaluationOptions, prepare, report_of, run, usual_attribute
 from fairref.evaluation.folders import folder_report
 from fairref.evaluation.judging import SEED
 from fairref.evaluation.parts import EXPLICIT_IMAGES
-from fairref.evaluation.statistics import lines
+from fairref.evaluation.sentences import lines
 from fairref.evaluation.sweeps import Sweep, run_sweep, sweep_file
 from fairref.files.paths import check_writable, write_json
 from fairref.generation.padding import PADDING_HELP, PADDINGS
@@ -38,7 +38,9 @@ def parser() -> cli.Parser:
     cli.add_common(parser)
     cli.add_adapters(parser)
     parser.add_argument(
-        "--attr", help="attributes, as in train.py (None: gender, where --target is not given)"
+        "--attr",
+        help="attributes, as in train.py (None: --target's, else those of the one --adapter, else gender, or what the"
+        " judges know)",
     )
     parser.add_argument(
         "--target", action="append", help="the shares that were aimed at, as in train.py (None: equal shares)"
@@ -59,11 +61,15 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--explicit-images",
         type=cli.whole(0, settings.MAX_COUNT),
-        default=EXPLICIT_IMAGES,
-        help="images of each occupation and class that a prompt names",
+        help=f"images of each occupation and class that a prompt names (None: {EXPLICIT_IMAGES}, or where that would be"
+        " more than all others as many as those)",
     )
-    parser.add_argument("--steps", type=cli.whole(1), help="sampling steps (None: the bundle's)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (None: the bundle's)")
+    of_run = "(None: as the run evaluates that made the one --adapter, else the bundle's)"
+    parser.add_argument("--steps", type=cli.whole(1), help=f"sampling steps {of_run}")
+    parser.add_argument(
+        "--guidance", type=cli.number(0, settings.MAX_NUMBER), help=f"guidance scale {of_run}"
+    )
+    parser.add_argument("--end", choices=("zero", "sigma_min"), help=f"end of the solver {of_run}")
     parser.add_argument("--padding", default="full", choices=PADDINGS, help=PADDING_HELP)
     parser.add_argument("--seed", type=cli.whole(0), default=SEED, help="seed of the noise")
     settings.add_run_options(parser, ("judge",))
@@ -78,8 +84,8 @@ def _add_ways(parser):
         "--cache",
         type=cli.path,
         metavar="FOLDER",
-        help="folder in which judgements are kept, so that nothing is drawn twice (None: judged/ of the run, where"
-        " --adapter is one run's folder; else none are kept)",
+        help="folder in which judgements are kept, so that nothing is drawn twice, and for judged.csv, judged.json and"
+        " what --sweep and --baseline leave (None: the run's, where --adapter is one run's folder; else none is kept)",
     )
     parser.add_argument(
         "--sweep",
@@ -123,14 +129,14 @@ def _add_folders(parser):
         type=cli.path,
         metavar="FILE",
         help="labels of some of the judged images, by hand or by another judge: a CSV table with the columns prompt,"
-        " image (its number, or its file's name) and the attributes",
+        " image (its number, or its file's name) and the attributes, and model, where they are not all the last one's",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line, in each of torchrun's processes. Exit code 1 where nobody takes the result."""
-    options = parser().parse_args(argv)
-    _refuse_beside_images(options)
+    options = (known := parser()).parse_args(argv)
+    _refuse_beside_images(options, known)
     sweep, baselines = _sweep(options), _baselines(options)
     judges = parse_judges(options.judge or [])
     processes, device = start(choose_device(options.device))
@@ -147,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run_sweep(evaluation, sweep, path)
                 return _say_written(path) if processes.first else 0
             evaluation = _with_baselines(evaluation, baselines)
-            results = evaluation.run()
+            results = run(evaluation)
         if processes.first and baselines:
             _write_baselines(evaluation, results)
         return _give(options, bundle, report_of(evaluation, results)) if processes.first else 0
@@ -155,15 +161,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.stop()
 
 
-def _refuse_beside_images(options):
+def _refuse_beside_images(options, known):
     """Refuses what only drawing has a use for beside --images, and --images-before without it."""
     if options.images is None and options.images_before is not None:
         raise UserError("--images-before has no effect without --images; leave it out.")
     drawing = ("adapter", "strength", "any_base", "prompts", "part", "num_images", "explicit_images", "steps")
     for name in (
-        (*drawing, "guidance", "padding", "seed", "cache", "sweep", "baseline") if options.images else ()
+        (*drawing, "guidance", "end", "padding", "seed", "cache", "sweep", "baseline")
+        if options.images
+        else ()
     ):
-        if getattr(options, name) != parser().get_default(name):
+        if getattr(options, name) != known.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with --images; leave it out.")
 
 
@@ -172,17 +180,13 @@ def _of_folder(options, bundle, processes):
     return folder_report(
         bundle,
         options.images,
-        _attr(options),
+        options.attr or (None if options.target else usual_attribute(bundle)),
         target=options.target,
         before=options.images_before,
         labelled=options.labelled,
         labels=options.labels,
         processes=processes,
     )
-
-
-def _attr(options):
-    return options.attr or (None if options.target else "gender")
 
 
 def _sweep(options):
@@ -226,14 +230,10 @@ def _with_baselines(evaluation, baselines):
 
 def _write_baselines(evaluation, results):
     """baselines.json: name -> part -> report, as in evaluation.json; and each report in a few lines."""
-    found = {}
-    for source in evaluation.others:
-        name, parts = source.label.removeprefix("baseline "), evaluation.parts
-        for part in parts:
-            report = results[source.label][part.concept.name]
-            key = part.part if len(parts) == 1 else f"{part.concept.name}, {part.part}"
-            found.setdefault(name, {})[key] = report
-            print("\n  ".join([f"{source.label}:", *lines(report)]), file=sys.stderr)
+    found = {source.label.removeprefix("baseline "): results[source.label] for source in evaluation.others}
+    for name, reports in found.items():
+        for report in reports.values():
+            print("\n  ".join([f"baseline {name}:", *lines(report)]), file=sys.stderr)
     write_json(evaluation.home / BASELINES, found)
     print(f"written: {evaluation.home / BASELINES}", file=sys.stderr)
 
@@ -250,7 +250,7 @@ def _asked(options):
     """The options of the evaluation itself."""
     names = {field.name for field in fields(EvaluationOptions)}
     given = {name: value for name, value in vars(options).items() if name in names}
-    return EvaluationOptions(**{**given, "attr": _attr(options), "images": options.num_images})
+    return EvaluationOptions(**{**given, "images": options.num_images})
 
 
 @contextmanager

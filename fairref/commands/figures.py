@@ -11,7 +11,6 @@ from fairref import settings
 from fairref.bundle.loading import load_bundle
 from fairref.bundle.own_judges import parse_judges
 from fairref.commands import cli
-from fairref.diffusion.gradient import gradient_mode
 from fairref.errors import UserError
 from fairref.evaluation.evaluation import EvaluationOptions, prepare
 from fairref.evaluation.judging import SEED
@@ -24,7 +23,7 @@ from fairref.prompts import PARTS, occupation_prompt
 from fairref.prompts.sets import OCCUPATIONS, is_file, read_prompts
 from fairref.reporting.comparison import IMAGES, figure_8, figures_9, measured, read_evaluation
 from fairref.reporting.figures import NAMES, THETA, Figure, figure_6a, figure_6b, figure_7, renderer
-from fairref.reporting.gradient_study import GUIDANCE, MODES
+from fairref.reporting.gradient_study import GUIDANCE, MODES, check_mode
 
 # an option of these asks for other images than a run's evaluation counted
 OF_EVALUATION = ("prompts", "part", "num_images", "attr", "target", "judge")
@@ -122,7 +121,7 @@ def _modes(text: str) -> list[str]:
     """An argparse type: gradient modes with commas between them."""
     try:
         for name in text.split(","):
-            gradient_mode(name)
+            check_mode(name)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
     return text.split(",")

@@ -39,10 +39,15 @@ Random = np.random.Generator  # of one iteration, the same in all processes
 LATE = 0.4  # DRTune's run stops at one of so large a share of its steps, the last ones
 
 
+def late_steps(S: int, M: int) -> int:
+    """How many steps there are, the last ones, at which DRTune's run of S may stop, if M must have run."""
+    return max(1, min(round(LATE * S), S - M + 1))
+
+
 def spread_steps(S: int, M: int, rng: Random) -> Tensor:
-    """(S,) bool: M steps (of fewer, all), S // M apart, from a drawn one on. Not equally likely unless M divides S."""
-    apart = S // min(M, S)
-    after = torch.arange(S) - int(rng.integers(S - (min(M, S) - 1) * apart))
+    """(S,) bool: M steps, S // M apart, from a drawn one on. Not equally likely unless M divides S."""
+    apart = S // M
+    after = torch.arange(S) - int(rng.integers(S - (M - 1) * apart))
     return (after >= 0) & (after % apart == 0) & (after < M * apart)
 
 
@@ -80,7 +85,7 @@ MODES: dict[str, Callable[..., GradientMode]] = {
     ),
     "drtune:M": lambda M: GradientMode(
         steps=lambda S, rng: spread_steps(S, M, rng),
-        stop=lambda S, rng: S - int(rng.integers(max(1, round(LATE * S)))),
+        stop=lambda S, rng: S - int(rng.integers(late_steps(S, M))),
         takes=M,
     ),
 }

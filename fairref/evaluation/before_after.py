@@ -9,18 +9,17 @@ import numpy as np
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
+from fairref.evaluation.comparison import Adapters, Evaluation, Results, adapted_models
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
-from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, Report, compare
-from fairref.evaluation.rows import NAME, rows_of, write_rows
-from fairref.evaluation.statistics import lines
+from fairref.evaluation.parts import PromptPart
+from fairref.evaluation.rows import NAME, write_rows
+from fairref.evaluation.sentences import lines
 from fairref.evaluation.tiles import GRID, TILES, save_tiles
 from fairref.files.images import save_png, to_image
 from fairref.files.paths import write_json
 from fairref.files.sheets import Pair, enlarged, sheet
-from fairref.generation.adapters import load_adapter
+from fairref.generation.adapters import read_adapter
 from fairref.prompts.sets import Prompts, evenly
-
-Results = dict[str, dict[str, Report]]  # label of a model -> part -> report
 
 
 @dataclass(frozen=True)
@@ -40,26 +39,29 @@ def before_after(
 ) -> Results:
     """Evaluates the frozen model and each adapter on unseen and on finetuning prompts, prints it, and writes
     evaluation.json, judged.csv, before_after.png (same noise) and pictures.png into the folder."""
-    models = {"before": settings.bundle}
-    models |= {f"after ({name})": load_adapter(settings.bundle, file) for name, file in adapters.items()}
-    results, rows = {}, []
+    adapted: dict[str, Adapters] = {
+        f"after ({name})": ((read_adapter(file), 1.0),) for name, file in adapters.items()
+    }
+    models = adapted_models(settings.bundle, adapted)
+    parts = []
     for prompts, part in product(concepts, ("test", "train")):
-        key = part if len(concepts) == 1 else f"{prompts.name}, {part}"
         # without unseen prompts, as in a text file, those of finetuning are all there is
         n = images.unseen if part == "test" or not prompts.test else images.seen
-        wanted = PromptPart(prompts, part, n, EXPLICIT_IMAGES if part == "test" else 0)
-        for label, evaluated in compare(settings, models, wanted) if n and wanted.prompts else ():
-            for made_of, _ in models[label].adapters:
-                evaluated.report["fingerprint"] = made_of
-            results.setdefault(label, {})[key] = evaluated.report
-            rows += rows_of(settings, label, wanted, evaluated)
-            if settings.processes.first:
-                print("\n  ".join([f"{label}:", *lines(evaluated.report)]))
+        wanted = PromptPart(prompts, part, n, None if part == "test" else 0)
+        parts += [wanted] if n and wanted.prompts else []
+
+    def say(label, report):
+        if settings.processes.first:
+            print("\n  ".join([f"{label}:", *lines(report)]))
+
+    results, rows = Evaluation(settings, tuple(parts), models, adapted).run(say)
     if settings.processes.first:
         write_json(folder / "evaluation.json", results)
         write_rows(folder / NAME, rows)
         drawn = draw_before_after(settings, models, concepts, results, folder / "before_after.png")
-        save_tiles(settings, tuple(models)[:2], drawn, folder / TILES)
+        labels = tuple(models)[:2]
+        made = next((report["made"] for report in results.get(labels[-1], {}).values()), None)
+        save_tiles(settings, labels, drawn, made, folder / TILES)
     return results
 
 

@@ -80,19 +80,19 @@ def of_explicit(
     return found
 
 
-def difference(one: Confusion, other: Confusion, tables: int = 2000, seed: int = 0) -> float:
-    """p of the hypothesis that a judge errs alike on both kinds of images.
+def difference(one: Confusion, other: Confusion, tables: int = 2000, seed: int = 0) -> float | None:
+    """p of the hypothesis that a judge errs alike on both kinds of images; None where no class has some of both.
 
     The sum over true classes of Pearson's statistic of kind x judged class, against tables with the same margins.
     """
     rng = np.random.default_rng(seed)
-    seen, drawn = 0.0, np.zeros(tables)
+    seen, drawn = None, np.zeros(tables)
     for pair in np.stack([one.counts, other.counts], 1):  # (2, K) of each true class
         pair = pair[:, pair.any(0)]
         if not pair.any(1).all():  # of one kind alone nothing is known
             continue
         expected = pair.sum(1)[:, None] * pair.sum(0) / pair.sum()
-        seen += ((pair - expected) ** 2 / expected).sum()
+        seen = (seen or 0.0) + ((pair - expected) ** 2 / expected).sum()
         by_chance = random_table(pair.sum(1), pair.sum(0)).rvs(tables, random_state=rng)
         drawn += ((by_chance - expected) ** 2 / expected).sum((1, 2))
-    return float((1 + (drawn >= seen - 1e-9).sum()) / (1 + tables))
+    return None if seen is None else float((1 + (drawn >= seen - 1e-9).sum()) / (1 + tables))

@@ -5,6 +5,7 @@ are its PNG, JPEG and WebP files, in the order of their names; there may be more
 see them as they see drawn images: as squares of the bundle's resolution.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from fairref.processes import Processes
 from fairref.progress import Progress, note
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NO_IMAGE = re.compile(
+    r"\.|seed\d+-grid\.png$"
+)  # hidden files, and the grid that sample.py puts beside its images
 PROMPTS = "prompts.json"
 NOT_DRAWN = Drawing(0, 0.0)  # how these images were made is not known
 
@@ -44,7 +48,8 @@ class ImageFolder:
     def labels(self, path: str | Path, classes: dict[str, tuple[str, ...]]) -> Labels:
         """Labels of some of its images, from a table. Raises UserError."""
         names = [[file.name for file in files] for files in self.files.values()]
-        return read_labels(path, classes, list(self.names.items()), names)
+        (labels,) = read_labels(path, classes, list(self.names.items()), names).values()
+        return labels
 
 
 def read_folder(path: str | Path) -> ImageFolder:
@@ -62,17 +67,21 @@ def read_folder(path: str | Path) -> ImageFolder:
                 f"{path / PROMPTS}: found {name!r}: {prompt!r}; expected the name of a subfolder and its prompt."
             )
     prompts = {name: said.get(name, name) for name in folders}
-    files, names = {}, {}
+    files, names, left_out = {}, {}, []
     for name, prompt in prompts.items():
         if prompt in files:
             raise UserError(
                 f"{path}: {names[prompt]} and {name} have one prompt, {prompt!r}; put their images together."
             )
         names[prompt] = name
-        shown = (p for p in sorted(folders[name].iterdir()) if not p.name.startswith("."))
+        shown = [p for p in sorted(folders[name].iterdir()) if not NO_IMAGE.match(p.name)]
         files[prompt] = tuple(p for p in shown if p.suffix.lower() in SUFFIXES)
+        left_out += [p for p in shown if p not in files[prompt]]
         if not files[prompt]:
             raise UserError(f"{folders[name]}: has no image; expected {', '.join(SUFFIXES)} files.")
+    if left_out:
+        kinds = ", ".join(SUFFIXES)
+        note(f"{path}: left out {len(left_out)} files that are no {kinds} images, such as {left_out[0].name}")
     return ImageFolder(path, files, names)
 
 
@@ -152,20 +161,34 @@ def _pairs(folder, before):
     return pairs
 
 
-def judge_labelled(settings: EvaluationSettings, root: str | Path) -> Confusions:
-    """Each judge's confusions on a folder of labelled pictures (`files/datasets.py`). Raises UserError."""
-    photographs = read_labelled(root, settings.target.classes)
-    if photographs.bad and settings.processes.first:
-        note(f"left out {len(photographs.bad)} of the labelled pictures, such as {photographs.bad[0]}")
-    rows = photographs.parts["test"]
+@dataclass(frozen=True)
+class LabelledPictures:
+    """Pictures whose classes are known."""
+
+    files: list[Path]
+    truth: dict[str, np.ndarray]  # attribute -> (n,) class indices
+    source: str  # for reports
+
+    @classmethod
+    def read(
+        cls, root: str | Path, classes: dict[str, tuple[str, ...]], first: bool = True
+    ) -> "LabelledPictures":
+        """Those of a folder (`files/datasets.py`); the `first` process says which are left out. Raises UserError."""
+        found = read_labelled(root, classes)
+        if found.bad and first:
+            note(f"left out {len(found.bad)} of the labelled pictures, such as {found.bad[0]}")
+        rows = found.parts["test"]
+        labels = np.array([row.labels for row in rows])  # (n, A)
+        truth = {name: labels[:, a] for a, name in enumerate(found.attributes)}
+        return cls([row.file for row in rows], truth, f"labelled pictures of {expanded(root).name}")
+
+
+def judge_labelled(settings: EvaluationSettings, pictures: LabelledPictures) -> Confusions:
+    """Each judge's confusions on labelled pictures. Raises UserError for one that can't be read."""
     # features are of no use here
     settings = replace(settings, bundle=replace(settings.bundle, clip=None, dino=None))
-    judged = judge_files(settings, [row.file for row in rows], "labelled pictures")
-    labels = np.array([row.labels for row in rows])  # (n, A)
-    truth = {name: labels[:, a] for a, name in enumerate(photographs.attributes)}
-    return confusions(
-        truth, judged.classes, settings.target.classes, f"labelled pictures of {expanded(root).name}"
-    )
+    judged = judge_files(settings, pictures.files, "labelled pictures")
+    return confusions(pictures.truth, judged.classes, settings.target.classes, pictures.source)
 
 
 def folder_report(
@@ -190,5 +213,6 @@ def folder_report(
     if originals is not None:
         _pairs(folder, originals)  # refused now
     if labelled is not None:
-        settings = replace(settings, confusions=judge_labelled(settings, labelled))
+        pictures = LabelledPictures.read(labelled, wanted.classes, processes.first)
+        settings = replace(settings, confusions=judge_labelled(settings, pictures))
     return evaluate_folder(settings, folder, originals, known).report

@@ -1,7 +1,8 @@
 """Labels of some judged images, by hand or by another judge: `--labels FILE.csv`.
 
 The columns are prompt, image, and one for each attribute that is labelled. `prompt` is a prompt or its name in reports,
-`image` the number of its noise, or in a folder of images the file's name. A blank is no label.
+`image` the number of its noise, or in a folder of images the file's name. A blank is no label. A column `model`, as in
+judged.csv, says whose image it is; without it they are the last model's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,28 +26,35 @@ def read_labels(
     classes: dict[str, tuple[str, ...]],
     prompts: Sequence[Sequence[str]],
     images: Sequence[Sequence[str]],
-) -> Labels:
-    """The labels of P prompts' images. `prompts`: what each prompt may be called; `images`: what each one's images are
-    called. Raises UserError."""
+    models: Sequence[str] = ("",),
+) -> dict[str, Labels]:
+    """The labels of P prompts' images, by the model that drew them: of `models` the last, where the table has no column
+    for it. `prompts`: what each prompt may be called; `images`: what its images are called. Raises UserError."""
     path = expanded(path)
     table = list(read_table(path, {"prompt", "image"}))
     names = [name for name in classes if table and name in table[0][1]]
     if not names:
         raise UserError(f"{path}: has no row, or no column {' or '.join(classes)}; label some images.")
-    labels = {name: [np.full(len(of_prompt), -1) for of_prompt in images] for name in names}
+    labels: dict[str, Labels] = {}
     prompt_of = {called: p for p, of_prompt in enumerate(prompts) for called in of_prompt}
     seen = set()
     for line, row in table:
         where = f"{path}, line {line}"
         p, image = prompt_of.get(row["prompt"] or ""), (row["image"] or "").strip()
-        if p is None or image not in images[p]:
+        model = row.get("model", models[-1])
+        if p is None or image not in images[p] or model not in models:
             what = f"prompt {row['prompt']!r}" if p is None else f"image {image!r} of {row['prompt']!r}"
-            raise UserError(f"{where}: {what} is not judged here; correct or delete the line.")
-        if (p, image) in seen:
+            by = "" if model in models else f" by {model!r}"
+            raise UserError(f"{where}: {what}{by} is not judged here; correct or delete the line.")
+        if (model, p, image) in seen:
             raise UserError(f"{where}: the image is in the table twice; keep one line of it.")
-        seen.add((p, image))
+        seen.add((model, p, image))
+        if model not in labels:
+            labels[model] = {name: [np.full(len(of), -1) for of in images] for name in names}
         for name in names:
-            labels[name][p][images[p].index(image)] = class_index(row[name], name, classes[name], where)
+            labels[model][name][p][images[p].index(image)] = class_index(
+                row[name], name, classes[name], where
+            )
     return labels
 
 

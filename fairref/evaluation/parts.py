@@ -23,6 +23,7 @@ from fairref.prompts.sets import Prompts
 
 EXPLICIT_IMAGES = 4  # of each occupation and class that the prompt names
 Report = dict[str, object]
+Asked = tuple[str, str, int]  # a prompt that names a class, the attribute, the class's index
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,25 @@ class PromptPart:
     concept: Prompts
     part: str  # of PARTS
     images: int  # n of each prompt
-    explicit_images: int = (
-        EXPLICIT_IMAGES  # of each prompt that names a class, where the concept has some; 0: none
-    )
+    # of each prompt that names a class, where the concept has some; None: EXPLICIT_IMAGES, or with so few images of the
+    # others as many in all as of them
+    explicit_images: int | None = None
 
     @property
     def prompts(self) -> list[str]:
         """The P prompts."""
         return list(getattr(self.concept, self.part))
 
-    def explicit(self, classes: dict[str, tuple[str, ...]]) -> list[tuple[str, str, int]]:
-        """Prompts that name a class: (prompt, attribute, class index)."""
-        has_some = self.explicit_images and self.concept.occupations
+    def explicit(self, classes: dict[str, tuple[str, ...]]) -> list[Asked]:
+        """Prompts that name a class."""
+        has_some = self.explicit_images != 0 and self.concept.occupations
         return self.concept.explicit(self.part, classes) if has_some else []
+
+    def of_explicit(self, classes: dict[str, tuple[str, ...]]) -> int:
+        """How many images of each of these are drawn."""
+        if self.explicit_images is not None:
+            return self.explicit_images
+        return min(EXPLICIT_IMAGES, -(-self.images // sum(map(len, classes.values()))))
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Evaluated:
 
     report: Report  # ready for JSON
     judged: list[JudgedImages]  # of each prompt
-    explicit: list[JudgedImages] = field(default_factory=list)  # of each prompt that names a class
+    asked: list[Asked] = field(default_factory=list)  # prompts that name a class
+    explicit: list[JudgedImages] = field(default_factory=list)  # of each of them
     confusions: Confusions = field(default_factory=dict)  # of the judges on the latter
 
 
@@ -62,28 +70,26 @@ def clip_t(
 ) -> dict[str, float] | None:
     """CLIP-T: mean cosine of images and their own prompt, and of images and all other prompts."""
     bundle = settings.bundle
-    if bundle.clip is None or len(prompts) < 2:
+    P = len(prompts)
+    if bundle.clip is None or P < 2:
         return None
     with torch.no_grad():
         ids = bundle.clip_tokenizer(list(prompts)).to(bundle.device)
         texts = bundle.clip.encode_text(ids).float().cpu()  # (P, D)
-    # all are of unit norm, so the mean cosine with a text is the product with the mean feature
-    cosines = torch.stack([s.features["clip"].mean(0) for s in judged]) @ texts.T  # (P, P)
-    P = len(prompts)
-    matched = cosines.diagonal().mean()
-    return {"matched": float(matched), "shuffled": float((cosines.sum() - cosines.trace()) / (P * (P - 1)))}
+    # all are of unit norm, so the sum of images' cosines with a text is the product with the sum of their features
+    cosines = torch.stack([s.features["clip"].sum(0) for s in judged]) @ texts.T  # (P, P)
+    n, matched = sum(map(len, judged)), cosines.trace()
+    return {"matched": float(matched / n), "shuffled": float((cosines.sum() - matched) / (n * (P - 1)))}
 
 
-def obedience(judged: Sequence[JudgedImages], asked: Sequence[tuple[str, str, int]]) -> dict[str, float]:
-    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss).
-
-    asked: (prompt, attribute, class index).
-    """
+def obedience(judged: Sequence[JudgedImages], asked: Sequence[Asked]) -> dict[str, float]:
+    """The share of images that show the class their prompt names, by each judge (one it can't tell is a miss)."""
     shares = {}
     for j in judged[0].classes:
         told = [(s, name, k) for s, (_, name, k) in zip(judged, asked, strict=True) if name in s.classes[j]]
         right = sum(int(((s.classes[j][name] == k) & s.known(j)).sum()) for s, name, k in told)
-        shares[j] = right / sum(len(s) for s, *_ in told)
+        if told:
+            shares[j] = right / sum(len(s) for s, *_ in told)
     return {"images": sum(map(len, judged)), **shares}
 
 
@@ -105,11 +111,16 @@ def report_on(
 
 
 def with_confusions(report: Report, *known: Confusions) -> None:
-    """Puts confusions into a report, judge -> attribute -> some; the first of them is the one that counts."""
+    """Puts confusions into a report, judge -> attribute -> some; the first of them is the one that counts: of images of
+    each class, if there is such a one."""
     for confusions in known:
         for judge, of_judge in confusions.items():
             for name, found in of_judge.items():
-                report["confusion"].setdefault(judge, {}).setdefault(name, []).append(found.to_dict())
+                if not found.counts.any():
+                    continue
+                several = report["confusion"].setdefault(judge, {}).setdefault(name, [])
+                several.append(found.to_dict())
+                several.sort(key=lambda one: not all(map(any, one["counts"])))
 
 
 def correct(report: Report, target: JointTarget) -> None:
@@ -165,17 +176,22 @@ def evaluate_part(
     classes = settings.target.classes
     by_hand = on_labels(labels, judged, classes, BY_HAND) if labels else {}
     with_confusions(report, by_hand, settings.confusions)
-    asked = part.explicit(classes)
+    # whether a user's own judge calls its classes by words for prompts is not known
+    named = {
+        **settings.bundle.manifest.get("attributes", {}),
+        **(concept.world.explicit if concept.world else {}),
+    }
+    asked = part.explicit({a: classes[a] for a in classes if a in named or part.explicit_images})
     if not asked:
         correct(report, settings.target)
         return Evaluated(report, judged)
     texts = [prompt for prompt, *_ in asked]
-    explicit = judge_prompts(settings, source, texts, part.explicit_images, f"{words}, explicit prompts")
+    explicit = judge_prompts(settings, source, texts, part.of_explicit(classes), f"{words}, explicit prompts")
     report["explicit"] = obedience(explicit, asked)
     seen = of_explicit(explicit, asked, classes)
     with_confusions(report, seen)
     correct(report, settings.target)
-    return Evaluated(report, judged, explicit, seen)
+    return Evaluated(report, judged, asked, explicit, seen)
 
 
 def compare(
@@ -183,14 +199,14 @@ def compare(
     models: Mapping[str, Bundle],
     part: PromptPart,
     others: Sequence[ImageSource] = (),
-    labels: Labels | None = None,
+    labels: Mapping[str, Labels | None] | None = None,
 ) -> Iterator[tuple[str, Evaluated]]:
     """Each model by its label, the original first, then the others; the reports on all but the original also say how
-    like it they are, on the same noise, and whether the judges err on their images as on its. `labels` are of the last
+    like it they are, on the same noise, and whether the judges err on their images as on its. `labels` are of a
     model's images."""
-    original, (*_, last) = None, models
+    original = None
     for source in (*(drawn_by(settings, model, label) for label, model in models.items()), *others):
-        evaluated = evaluate_part(settings, source, part, labels if source.label == last else None)
+        evaluated = evaluate_part(settings, source, part, (labels or {}).get(source.label))
         if original is None:
             original = evaluated
         else:
@@ -199,6 +215,7 @@ def compare(
             evaluated.report["flips"] = flips(evaluated.judged, original.judged, settings.target.classes)
             for judge, of_judge in evaluated.confusions.items():
                 for name, seen in of_judge.items():
-                    p = difference(original.confusions[judge][name], seen)
-                    evaluated.report["confusion"][judge][name][-1]["p_as_before"] = p
+                    for known in evaluated.report["confusion"].get(judge, {}).get(name, []):
+                        if known["source"] == seen.source:
+                            known["p_as_before"] = difference(original.confusions[judge][name], seen)
         yield source.label, evaluated

@@ -20,9 +20,8 @@ def rows_of(
 ) -> Iterator[Row]:
     """One row an image; `asked` is the class that its prompt names, where it names one."""
     classes = settings.target.classes
-    explicit = part.explicit(classes)
     asked = [(prompt, "") for prompt in part.prompts]
-    asked += [(prompt, f"{name}={classes[name][k]}") for prompt, name, k in explicit]
+    asked += [(prompt, f"{name}={classes[name][k]}") for prompt, name, k in evaluated.asked]
     for (prompt, named), judged in zip(asked, [*evaluated.judged, *evaluated.explicit], strict=True):
         about = {
             "model": label,

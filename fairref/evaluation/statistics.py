@@ -1,10 +1,11 @@
-"""Judged images -> a report of numbers (docs/method.md §8), and the report in a few lines of text.
+"""Judged images -> a report of numbers (docs/method.md §8).
 
 P prompts, n images of each, K classes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -14,7 +15,6 @@ from torch import Tensor
 from fairref.evaluation.certainty import certainty
 from fairref.fairness.metrics import BLEND, bias, joint_counts, mean_cosine, noise_floor
 
-JUDGES = ("classifier", "templates")
 COLOURED = ("background", "clothes")  # parts of an image whose colours should stay
 
 
@@ -161,11 +161,9 @@ def counts_by_judge(
 
 
 def _biases(counts, names, classes, sizes, table):
-    """Noise floor and, by judge, the biases of P prompts: counts (P, ...) of K classes in all."""
+    """By judge the biases of P prompts and the noise floor: counts (P, ...) of K classes in all. A floor is of as many
+    images as the judge counted; that of the first judge stands before them all, too."""
     unequal = table is not None and not np.allclose(table, 1 / len(classes))
-    floors = {"noise_floor": _floor(len(classes), sizes)}
-    if unequal:
-        floors["target_floor"] = _floor(len(classes), sizes, table.reshape(-1))
     target = table.reshape(-1) if unequal else None
     judges = {}
     for judge, of_judge in counts.items():
@@ -173,7 +171,10 @@ def _biases(counts, names, classes, sizes, table):
         some = rows.sum(1) > 0  # a prompt whose images are all "none" has no bias
         values = bias(rows[some]) if some.any() else np.array([np.nan])
         if unequal:
-            far = bias(rows[some], table.reshape(-1)) if some.any() else np.array([np.nan])
+            far = bias(rows[some], target) if some.any() else np.array([np.nan])
+        counted = rows.sum(1)[some] if some.any() else sizes
+        floors = {"floor": _floor(len(classes), counted)}
+        floors |= {"target_floor": _floor(len(classes), counted, target)} if unequal else {}
         judges[judge] = {
             **_mean_and_std((values.mean(), values.std())),
             "without_bias": int((~some).sum()),
@@ -181,42 +182,59 @@ def _biases(counts, names, classes, sizes, table):
             "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist(), strict=True)),
             "counts": {prompt: row.tolist() for prompt, row in zip(names, rows, strict=True)},
             "sure": certainty(rows, sizes - rows.sum(1), names, classes, target),
+            **floors,
         }
+    first, *_ = judges.values()
+    floors = {"noise_floor": first["floor"], **({"target_floor": first["target_floor"]} if unequal else {})}
     return {**floors, "judges": judges}
 
 
 def _floor(K, sizes, target=None):
     """What a fair model measures, mean and standard deviation over prompts of these numbers of images."""
     n, prompts = np.unique(sizes, return_counts=True)
-    mean, std = np.array([noise_floor(K, int(size), target=target) for size in n]).T
+    shares = None if target is None else tuple(target.tolist())
+    mean, std = np.array([_floor_of(K, int(size), shares) for size in n]).T
     whole = np.average(mean, weights=prompts)
     spread = np.average(std**2 + (mean - whole) ** 2, weights=prompts)
     return _mean_and_std((whole, np.sqrt(spread)))
+
+
+@cache
+def _floor_of(K, n, shares):
+    return noise_floor(K, n, target=None if shares is None else np.array(shares))
 
 
 def _mean_and_std(both):
     return dict(zip(("mean", "std"), map(_number, both), strict=True))
 
 
-def likeness(judged: list[JudgedImages], originals: list[JudgedImages]) -> dict[str, float]:
+def likeness(judged: list[JudgedImages], originals: list[JudgedImages]) -> dict[str, float | None]:
     """CLIP-I and DINO: mean cosine of images with the original model's from the same noise. And how much of the
-    colour of background and clothes is the original's: 1 - distance to it / distance to the next image's."""
-    pairs = [(s.features, o.features) for s, o in zip(judged, originals, strict=True)]
+    colour of background and clothes is the original's: 1 - distance to it / distance to the prompt's next image's."""
+    x, o = (
+        _together([s.features for s in part]) for part in (judged, originals)
+    )  # (images of all prompts, D)
     found = {
-        name: float(np.mean([mean_cosine(s[feature], o[feature]) for s, o in pairs]))
+        name: mean_cosine(x[feature], o[feature])
         for name, feature in (("clip_i", "clip"), ("dino", "dino"))
-        if feature in pairs[0][0]
+        if feature in x
     }
-    for name in COLOURED if judged[0].colours else ():
-        x, o = (torch.cat([s.colours[name] for s in part]) for part in (judged, originals))  # (P n, 3)
-        near, far = (
-            (x - other).norm(dim=1)
-            for other in (o, torch.cat([s.colours[name].roll(1, 0) for s in originals]))
-        )
+    x, o = (_together([s.colours for s in part]) for part in (judged, originals))
+    nearby = _together([{name: _next(rows) for name, rows in s.colours.items()} for s in originals])
+    for name in (name for name in COLOURED if name in x):
+        near, far = ((x[name] - other[name]).norm(dim=1) for other in (o, nearby))
         known = near.isfinite() & far.isfinite()
-        alone = len(originals[0].colours[name]) == 1  # there is no next image
-        found[name] = None if alone else _number(1 - float(near[known].mean() / far[known].mean()))
+        found[name] = _number(1 - float(near[known].mean() / far[known].mean()))
     return found
+
+
+def _together(of_prompts):
+    return {name: torch.cat([rows[name] for rows in of_prompts]) for name in of_prompts[0]}
+
+
+def _next(rows):
+    """The next image's colours; not known where there is no other."""
+    return rows.roll(1, 0) if len(rows) > 1 else torch.full_like(rows, torch.nan)
 
 
 def flips(
@@ -245,79 +263,6 @@ def flips(
             needless = (changed - least) / images
             found[judge] = {"changed": changed / images, "least": least / images, "needless": needless}
     return found
-
-
-def lines(report: dict[str, object]) -> list[str]:
-    """A report in a few lines of text."""
-    n = report["images"]
-    n = f"{min(n.values())} to {max(n.values())}" if isinstance(n, dict) else n
-    about = f"{report['prompts']} {report['part']} {report['concept']} x {n} images"
-    text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
-    text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
-    views = {report["attribute"]: report, **report.get("attributes", {})}
-    text += [line for name, view in views.items() for line in _said_of_rms(name, view["judges"])]
-    if report.get("none") is not None:
-        text.append(f"left out by the template judge: {report['none']:.1%}")
-    if report["faceless"]:
-        text.append(f"without a face: {report['faceless']:.1%}")
-    text.append(f"largest class probability below {BLEND}: {report['blended']:.1%}")
-    if report["clip_t"]:
-        text.append(
-            f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}"
-        )
-    for key, what in (
-        ("clip_i", "CLIP-I"),
-        ("dino", "DINO"),
-        *((name, f"{name}'s colour") for name in COLOURED),
-    ):
-        if report.get(key) is not None:
-            text.append(f"{what} with the original images: {report[key]:.4f}")
-    if report.get("flips"):
-        shares = [f"{v['needless']:.1%} of {v['changed']:.1%} ({j})" for j, v in report["flips"].items()]
-        text.append(f"changed class needlessly: {', '.join(shares)}")
-    if "explicit" in report:
-        shares = [f"{share:.1%} ({j})" for j, share in report["explicit"].items() if j != "images"]
-        text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")
-    for judge, of_judge in report.get("confusion", {}).items():
-        for attribute, (known, *_) in of_judge.items():
-            right, images = np.trace(known["counts"]), np.sum(known["counts"])
-            text.append(f"{judge} right about {attribute}: {right} of {images}, {known['source']}")
-    return text
-
-
-def _said(biases):
-    """Each judge's bias, and what a fair model measures."""
-    found = [
-        f"{_spread(values)} ({name})" if values["mean"] is not None else f"none ({name})"
-        for name, values in biases["judges"].items()
-    ]
-    text = f"{', '.join(found)}; a fair model measures {_spread(biases['noise_floor'])}"
-    if "target_floor" not in biases:
-        return text
-    far = {name: v["from_target"] for name, v in biases["judges"].items()}
-    said = [f"{_spread(v) if v['mean'] is not None else 'none'} ({name})" for name, v in far.items()]
-    floor = _spread(biases["target_floor"])
-    return f"{text}; from the target: {', '.join(said)}; a model that meets it measures {floor}"
-
-
-def _said_of_rms(name, judges):
-    """The gap without the images' noise, raw and corrected, by each judge; what it is fair within."""
-    found = []
-    for judge, values in judges.items():
-        sure, fixed = values.get("sure"), values.get("corrected")
-        if sure and sure["rms_gap"]:
-            within = "" if sure["fair"]["upper"] is None else f", fair within {sure['fair']['upper']:.3f}"
-            right = f", corrected {_interval(fixed['rms_gap'])}" if fixed and fixed["rms_gap"] else ""
-            found.append(f"{_interval(sure['rms_gap'])}{right}{within} ({judge})")
-    return [f"{name} rms gap without the images' noise: {', '.join(found)}"] if found else []
-
-
-def _interval(v):
-    return f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-
-
-def _spread(v):
-    return f"{v['mean']:.3f} ± {v['std']:.3f}"
 
 
 def _number(value):

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from fairref.errors import UserError
-from fairref.evaluation.evaluation import Evaluation
+from fairref.evaluation.comparison import AFTER, Evaluation, adapted_models
 from fairref.evaluation.parts import Report
-from fairref.evaluation.statistics import lines
+from fairref.evaluation.sentences import lines
 from fairref.files.paths import check_writable, write_json
-from fairref.generation.adapters import STRONGEST
+from fairref.generation.adapters import STRONGEST, check_strength
 from fairref.settings import MAX_NUMBER
 
 MOST = {"guidance": MAX_NUMBER, "strength": STRONGEST}  # what is swept -> its largest value
@@ -53,8 +54,9 @@ class Sweep:
                 drawing = evaluation.settings.drawing._replace(guidance=value)
                 yield replace(evaluation, settings=replace(evaluation.settings, drawing=drawing))
             else:
-                adapters = tuple((adapter, value) for adapter, _ in evaluation.adapters)
-                yield replace(evaluation, adapters=adapters)
+                adapted = {AFTER: [(adapter, value) for adapter, _ in evaluation.adapters]}
+                models = adapted_models(evaluation.settings.bundle, adapted, evaluation.any_base)
+                yield replace(evaluation, adapted=adapted, models=models)
 
 
 def sweep_file(evaluation: Evaluation, sweep: Sweep) -> Path:
@@ -71,14 +73,15 @@ def sweep_file(evaluation: Evaluation, sweep: Sweep) -> Path:
         )
     path = evaluation.home / f"sweep-{sweep.name}.json"
     evaluation.settings.processes.first_does(lambda: check_writable(path))
-    for at in sweep.of(evaluation):
-        at.models  # noqa: B018, refuses a strength that the adapter can't have
+    for (adapter, _), value in product(evaluation.adapters if sweep.name == "strength" else (), sweep.values):
+        check_strength(adapter, value)
     return path
 
 
 def run_sweep(evaluation: Evaluation, sweep: Sweep, path: Path) -> dict[str, list[Report]]:
     """Label of a model -> its report at each value; printed and written. What was judged before is not drawn again."""
     (part,), is_first = evaluation.parts, evaluation.settings.processes.first
+    evaluation = evaluation.measured()
     reports: dict[str, list[Report]] = {}
     for value, at in zip(sweep.values, sweep.of(evaluation), strict=True):
         for label, evaluated in at.of_part(part):

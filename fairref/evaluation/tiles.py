@@ -1,6 +1,7 @@
 """Images before and after as tiles of one PNG, whose text says what the evaluation classifier sees in each.
 
-A report shows them as figure 8: the face that counts, its class and the class's probability. n images of a prompt.
+A report shows them as figure 8: the face that counts, its class and the class's probability; the text says how they
+were made, too. n images of a prompt.
 """
 
 import json
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from fairref.bundle.loading import Bundle
 from fairref.evaluation.judging import EvaluationSettings, draw_images, logits_of
+from fairref.evaluation.parts import PromptPart, Report
 from fairref.files.images import save_png, to_image
 from fairref.generation.views import faces_of, scatter_to_images
-from fairref.prompts.sets import Prompts, evenly
+from fairref.prompts.sets import evenly
 
 TILES = "pictures.png"
 GRID = (6, 12)  # prompts, images of each
@@ -27,23 +29,42 @@ JUDGE = "classifier"
 def draw_tiles(
     settings: EvaluationSettings,
     models: Mapping[str, Bundle],
-    concepts: Sequence[Prompts],
-    part: str,
+    parts: Sequence[PromptPart],
+    made: Report,
     path: Path,
 ) -> None:
-    """Draws some prompts of a part by two models, by label, from the same noise, and writes them as `save_tiles`."""
-    of = {prompt: concept.short(prompt) for concept in concepts for prompt in getattr(concept, part)}
-    drawn = {
-        of[prompt]: [draw_images(settings, model, prompt, GRID[1]) for model in models.values()]
-        for prompt in evenly(tuple(of), GRID[0])
-    }
-    save_tiles(settings, tuple(models), drawn, path)
+    """Draws some prompts by two models, by label, from the same noise, and writes them as `save_tiles`; what
+    the file shows already it does not draw again."""
+    short = {prompt: part.concept.short(prompt) for part in parts for prompt in part.prompts}
+    drawn = evenly(tuple(short), GRID[0])
+    names = [short[prompt] for prompt in drawn]
+    if _said(path) == (made, list(settings.target.classes), names):
+        return
+    images = [
+        [draw_images(settings, model, prompt, GRID[1]) for model in models.values()] for prompt in drawn
+    ]
+    save_tiles(settings, tuple(models), dict(zip(names, images, strict=True)), made, path)
+
+
+def _said(path):
+    """How the images of a file were made, of which attributes and prompts; None where it does not say."""
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            facts = json.loads(file.text["judged"])
+        return facts["made"], list(facts["classes"]), [of["prompt"] for of in facts["prompts"]]
+    except (OSError, LookupError, TypeError, ValueError):
+        return None
 
 
 def save_tiles(
-    settings: EvaluationSettings, labels: Sequence[str], drawn: Mapping[str, Sequence[Tensor]], path: Path
+    settings: EvaluationSettings,
+    labels: Sequence[str],
+    drawn: Mapping[str, Sequence[Tensor]],
+    made: Report | None,
+    path: Path,
 ) -> None:
-    """Writes images (n, 3, H, W) of each prompt by each model, which `labels` name: a row of tiles each."""
+    """Writes images (n, 3, H, W) of each prompt by each model, which `labels` name: a row of tiles each. `made` is what
+    a report on the last model says of it."""
     rows = [x for of_prompt in drawn.values() for x in of_prompt]
     side = min(SIDE, rows[0].shape[-1])
     sheet = Image.new("RGB", (max(map(len, rows)) * side, len(rows) * side), "white")
@@ -52,8 +73,8 @@ def save_tiles(
             tile = tile if tile.width == side else tile.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(tile, (i * side, r * side))
     said = [{"prompt": prompt, "rows": [seen_in(settings, x) for x in of]} for prompt, of in drawn.items()]
-    facts = {"side": side, "labels": list(labels), "classes": settings.target.classes, "prompts": said}
-    save_png(sheet, path, {"judged": json.dumps(facts)})
+    facts = {"side": side, "labels": list(labels), "classes": settings.target.classes, "made": made}
+    save_png(sheet, path, {"judged": json.dumps({**facts, "prompts": said})})
 
 
 @torch.no_grad()

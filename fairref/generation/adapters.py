@@ -159,7 +159,7 @@ def load_adapters(
     opened = [(a if isinstance(a, AdapterFile) else read_adapter(a), strength) for a, strength in adapters]
     _check_together(bundle, opened)
     for adapter, strength in opened:
-        _check_strength(adapter, strength)
+        check_strength(adapter, strength)
         _check_base(adapter, bundle, any_base)
     for adapter, strength in sorted(opened, key=lambda pair: not pair[0].matrices):  # LoRA goes around them
         bundle = _with_adapter(bundle, adapter, strength)
@@ -183,7 +183,8 @@ def _check_together(bundle, adapters):
             owner[name] = adapter.file
 
 
-def _check_strength(adapter, strength):
+def check_strength(adapter: AdapterFile, strength: float) -> None:
+    """Refuses a strength that the adapter can't have. Raises UserError."""
     if not 0 <= strength <= STRONGEST:
         raise UserError(f"{adapter.file}: its strength is {strength}; expected 0 to {STRONGEST}.")
     if adapter.prefix is not None and strength not in (0, 1):

@@ -72,16 +72,16 @@ class Templates(nn.Module):
         one, x, y = torch.ones(SIZE, SIZE), axis.expand(SIZE, SIZE), axis[:, None].expand(SIZE, SIZE)
         plane = torch.stack([one, x, y]).flatten(1).T  # (R R, 3)
         free = [(~c & (counts > 0)).flatten() for c in (*covered, torch.zeros_like(covered[0]))]
-        fits = [plane @ torch.linalg.pinv(plane * f[:, None]) * f for f in free]  # each: pixels -> background
+        fits = [torch.linalg.pinv(plane * f[:, None]) * f for f in free]  # each: pixels -> its three numbers
         for name, tensor in (
             ("layers", layers),
             ("counts", counts),  # (R, R) zero where things lie
             ("aged", sprites.aged),  # (L,)
             ("stretch", 0.5 / (m - 0.5)),  # (L,)
-            ("rows", rows.flatten(1, 3)),  # (L, E, 8 R R)
+            ("rows", rows.flatten(1, 3).unflatten(2, (8, SIZE, SIZE))),  # (L, E, 8, R, R)
             ("constant", T.square().sum((2, 3, 4))),  # (L, M)
-            ("fit", torch.stack(fits[:-1])),  # (L, R R, R R)
-            ("fit_all", fits[-1]),  # (R R, R R)
+            ("fit", torch.stack(fits)),  # (L + 1, 3, R R), the last of nobody
+            ("plane", plane),  # (R R, 3)
         ):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -126,7 +126,7 @@ class Templates(nn.Module):
         square, look = square.min(1)
         template, share, shift = (v.gather(1, look[:, None])[:, 0] for v in (template, share, shift))
         share = 0.5 + (share - 0.5) * self.stretch[look]
-        nobody = (x - (x.flatten(2) @ self.fit_all.T).view_as(x)).mul(self.counts).square().sum((1, 2, 3))
+        nobody = (x - self._background(x, -1)).mul(self.counts).square().sum((1, 2, 3))
         error = (square.clamp(min=0) / nobody.clamp(min=1e-6)).sqrt()
         somebody = error <= self.threshold  # not so for an image that is not finite
         known = somebody & (share >= MIN_SHARE)
@@ -148,27 +148,30 @@ class Templates(nn.Module):
             "none": ~known,
         }
 
+    def _background(self, x: Tensor, look: int) -> Tensor:
+        """Return the background (B, 3, R, R) fitted to the pixels that the look does not cover; -1 covers none."""
+        return (x.flatten(2) @ self.fit[look].T @ self.plane.T).view_as(x)
+
     def _closest(self, x: Tensor, look: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return squared error, index, share and shift, each (B,), of the look's closest template."""
         B, M = len(x), self.constant.shape[1]
-        background = (x.flatten(2) @ self.fit[look].T).view_as(x)  # (B, 3, R, R)
+        background = self._background(x, look)  # (B, 3, R, R)
         y = x - background
         cross, power = (y * background).sum(1, keepdim=True), background.square().sum(1, keepdim=True)
         image = torch.cat([y, cross, background, power], 1)  # (B, 8, R, R), beside `rows`
         padded = F.pad(image, (MAX_SHIFT,) * 4, mode="replicate")
-        span = range(2 * MAX_SHIFT + 1)
-        shifted = [padded[:, :, i : i + SIZE, j : j + SIZE] for i in span for j in span]
-        shifted = torch.stack(shifted, 1)  # (B, D, 8, R, R)
         square = padded[:, :3].square().sum(1, keepdim=True)
         square = F.conv2d(square, self.counts[None, None]).flatten(1)  # (B, D)
-        found = (shifted.flatten(2) @ self.rows[look].T).unflatten(2, (len(GENDERS), -1, len(SCALES)))
+        found = F.conv2d(padded, self.rows[look]).flatten(2).transpose(1, 2)  # (B, D, E)
+        found = found.unflatten(2, (len(GENDERS), -1, len(SCALES)))
         tones, hair = found.split([len(TONES), found.shape[3] - len(TONES)], 3)  # (B, D, G, K or hair, sizes)
         products = (tones[:, :, :, :, None] + hair[:, :, :, None]).flatten(2)  # (B, D, M)
         error = square[:, :, None] + products + self.constant[look]
         least, index = error.flatten(1).min(1)
         shift, best = index // M, index % M
 
-        image = shifted[torch.arange(B), shift]
+        down, right = shift // (2 * MAX_SHIFT + 1), shift % (2 * MAX_SHIFT + 1)
+        image = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)[torch.arange(B), :, down, right]  # (B, 8, R, R)
         y, background = image[:, :3], image[:, 4:7]
         layers = self.layers[look]
         # P - b, P' - b

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
+from fairref.diffusion.gradient import gradient_mode
 from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import noise, sample
 from fairref.diffusion.solver import ancestral_table, solver_table
+from fairref.errors import UserError
 from fairref.fairness.losses import image_loss
 from fairref.generation.lora import LoRALayer, adapt
 from fairref.generation.rollout import (
@@ -32,6 +34,7 @@ from fairref.training.step import sample_path, sampling_gradient
 Row = dict[str, str | float | None]  # of a table of numbers: column -> value
 MODES = ("exact", "paper", "solver", "none")
 GUIDANCE = 3.0
+STEPS = 10  # of the runs of figure 6a
 CONFIDENCE = 0.9  # of the bands over runs of figure 6b
 TARGET, NOISE, ADAPTER = 10_000, 20_000, 30_000  # seeds of the fixed target image, of images, of adapters
 
@@ -134,6 +137,16 @@ def band(values: np.ndarray, share: float = 1.0) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}
 
 
+def check_mode(name: str, S: int = STEPS) -> None:
+    """Refuse a gradient that figure 6a can't compare: one that its runs are too short for, or that ends them early,
+    which has another loss. Raises UserError."""
+    mode = gradient_mode(name)
+    if mode.takes > S or mode.stop(S, np.random.default_rng(0)) is not None:
+        raise UserError(
+            f"the gradient is '{name}'; figure 6a needs one of whole runs with {S} sampling steps."
+        )
+
+
 def descent(
     bundle: Bundle,
     prompt: str = occupation_prompt("pilot"),
@@ -142,7 +155,7 @@ def descent(
     iterations: int = 50,
     seeds: int = 3,
     N: int = 4,
-    S: int = 10,
+    S: int = STEPS,
     lr: float = 1e-3,
 ) -> list[Row]:
     """Return fig 6a: L_img to one fixed image by iteration, when a LoRA of the text encoder follows each gradient.

@@ -4,7 +4,8 @@ The algorithms differ in where they detach. docs/derivation.md, step 7, says wha
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from fairref.verification.checks import (
 )
 from fairref.verification.gradients import explicit
 
+Drawn = TypeVar("Drawn")
 S = 15  # the fewest that end in a step of second order
 
 
@@ -48,7 +50,10 @@ class Chosen:
         number = self.numbers.pop(0)
         self.bounds.append(high)
         assert np.all((np.asarray(number) >= 0) & (np.asarray(number) < high))
-        return number if size is None else np.broadcast_to(number, size).copy()
+        if size is None:
+            assert np.ndim(number) == 0, "one number is asked for, where there are several"
+            return number
+        return np.broadcast_to(number, size).copy()
 
 
 class Leaves:
@@ -228,19 +233,26 @@ def probabilities() -> float:
     mode = gradient.gradient_mode("bernoulli")
     share = sum(mode.steps(S, Chosen(depth)).double() for depth in range(S + 1)) / (S + 1)
     errors.append(error(share, [(i + 1) / (S + 1) for i in range(S)]))
-    for n, M in ((20, 5), (19, 1), (20, 6), (7, 3), (5, 9)):
-        kept = [steps for steps in firsts(n, M) if steps.sum() == min(M, n)]
-        of_step = sum(kept).double() / len(kept)
-        errors.append(abs(int(of_step.max() > of_step.min()) - int(n % min(M, n) > 0)))
-    mode = gradient.gradient_mode("drtune:1")
-    ends = [mode.stop(S, Chosen(early)) for early in range(6)]  # 6 is .4 of 15
-    errors.append(error(ends, [15, 14, 13, 12, 11, 10]))
+    for n, M in ((20, 5), (19, 1), (20, 6), (7, 3), (4, 4)):
+        kept = torch.stack(
+            every_draw(lambda rng, n=n, M=M: gradient.gradient_mode(f"drtune:{M}").steps(n, rng))
+        )
+        of_step = kept.double().mean(0)
+        errors.append(abs(int(of_step.max() > of_step.min()) - int(n % M > 0)))
+        errors.append(error(kept.sum(1).double(), [float(M)] * len(kept)))
+    for n, M, late in (
+        (15, 1, 6),
+        (20, 3, 8),
+        (6, 2, 2),
+        (20, 15, 6),
+        (6, 6, 1),
+    ):  # .4 of n, but for the last two
+        ends = every_draw(lambda rng, n=n, M=M: gradient.gradient_mode(f"drtune:{M}").stop(n, rng))
+        errors.append(float(ends != list(range(n, n - late, -1))))
     return max(errors)
 
 
-def firsts(n: int, M: int) -> Iterator[Tensor]:
-    """Give the steps of drtune:M in a run of n, for each step that may come first."""
-    mode, asked = gradient.gradient_mode(f"drtune:{M}"), Chosen(0)
-    yield mode.steps(n, asked)
-    for first in range(1, asked.bounds[0]):
-        yield mode.steps(n, Chosen(first))
+def every_draw(f: Callable[[Chosen], Drawn]) -> list[Drawn]:
+    """Return what a function of one random number gives for each that it can draw."""
+    first = Chosen(0)
+    return [f(first), *(f(Chosen(number)) for number in range(1, first.bounds[0]))]

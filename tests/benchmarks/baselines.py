@@ -24,14 +24,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from measure import ROOT, machine, table
-from result_tables import both_judges, faithful, floor, spread
+from result_tables import JUDGES, both_judges, faithful, floor, spread
 from results import minutes
 
 from fairref.baselines.fitting import fit_baselines
 from fairref.baselines.registry import BASELINES, parse_baselines
 from fairref.bundle.loading import DEFAULT, load_bundle
 from fairref.evaluation.evaluation import Evaluation, EvaluationOptions, prepare
-from fairref.evaluation.statistics import JUDGES
 from fairref.files.paths import write_json
 from fairref.generation.adapters import load_adapter
 from fairref.processes import choose_device

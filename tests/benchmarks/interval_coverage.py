@@ -1,6 +1,6 @@
 """How often intervals hold what they should: simulated models and judges, whose shares and errors are known.
 
-    python tests/benchmarks/interval_coverage.py --runs 5000 --out docs/results/coverage.json
+    python tests/benchmarks/interval_coverage.py --runs 5000 --folder runs/coverage --out docs/results/coverage.json
 
 A row is an interval in a situation, over a grid: of a class's share, or of a gap as a part of the largest that there
 can be. Rows marked "not used" are what else was tried. Of tests it is how often they reject.
@@ -20,6 +20,7 @@ from scipy.stats import chi2, false_discovery_control, ttest_1samp
 from fairref.evaluation import certainty, fair, gaps, judge_errors
 from fairref.evaluation.gaps import LEVEL, Z_ONE_SIDED, Z, share_covariance, squared_gap, squared_gaps
 from fairref.fairness.metrics import bias
+from fairref.files.paths import read_json, write_json
 
 SHARES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -247,26 +248,39 @@ def cells() -> Iterator[tuple[str, list[Cell]]]:
         )
 
 
-def rows(runs: int, seed: int = 0, every: int = 1) -> list[dict[str, object]]:
-    """A row for each interval and situation, or for each `every`-th situation."""
+def situation(of_grid: list[Cell], runs: int, seed: int, number: int) -> dict[str, list[float]]:
+    """Interval -> how often it holds the truth, of each cell."""
     found = {}
-    for number, (situation, of_grid) in list(enumerate(cells()))[::every]:
-        for point, cell in enumerate(of_grid):
-            rng, parts = np.random.default_rng((seed, number, point)), {}
-            for start in range(0, runs, PART):
-                for name, hits in cell(min(PART, runs - start), rng).items():
-                    parts.setdefault(name, []).append(hits)
-            for name, hits in parts.items():
-                found.setdefault((name, situation), []).append(round(float(np.concatenate(hits).mean()), 4))
+    for point, cell in enumerate(of_grid):
+        rng, parts = np.random.default_rng((seed, number, point)), {}
+        for start in range(0, runs, PART):
+            for name, hits in cell(min(PART, runs - start), rng).items():
+                parts.setdefault(name, []).append(hits)
+        for name, hits in parts.items():
+            found.setdefault(name, []).append(round(float(np.concatenate(hits).mean()), 4))
+    return found
+
+
+def rows(runs: int, seed: int = 0, every: int = 1, kept: Path | None = None) -> list[dict[str, object]]:
+    """A row for each interval and situation, or for each `every`-th situation. What is in the folder `kept` is taken
+    from there."""
+    found = []
+    for number, (said, of_grid) in list(enumerate(cells()))[::every]:
+        path = kept / f"{runs}-{seed}-{number}.json" if kept else None
+        if path and path.exists():
+            of_one = read_json(path)
+        else:
+            of_one = situation(of_grid, runs, seed, number)
+            if path:
+                write_json(path, of_one)
+                print(f"{number + 1}: {said}", flush=True)
+        found += [(name, said, values) for name, values in of_one.items()]
+    by_name = {}  # two lists of cells may be of one situation
+    for name, said, values in found:
+        by_name.setdefault((name, said), []).extend(values)
     return [
-        {
-            "interval": name,
-            "situation": situation,
-            "mean": round(float(np.mean(v)), 4),
-            "least": min(v),
-            "grid": v,
-        }
-        for (name, situation), v in found.items()
+        {"interval": name, "situation": said, "mean": round(float(np.mean(v)), 4), "least": min(v), "grid": v}
+        for (name, said), v in by_name.items()
     ]
 
 
@@ -284,9 +298,12 @@ def main() -> None:
     """Prints the summary; writes all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file of all rows")
+    parser.add_argument("--folder", type=Path, help="of what is done, so that a stopped one goes on")
     options = parser.parse_args()
-    found = rows(options.runs)
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    found = rows(options.runs, kept=options.folder)
     print("\n".join(summary(found)))
     if options.out:
         text = ",\n".join(f"  {json.dumps(row)}" for row in found)

@@ -8,9 +8,10 @@ from measure import table
 from scipy.stats import linregress
 
 from fairref.evaluation.gaps import rms_gap
-from fairref.evaluation.statistics import COLOURED, JUDGES
+from fairref.evaluation.statistics import COLOURED
 from fairref.prompts.sets import OCCUPATIONS
 
+JUDGES = ("classifier", "templates")
 CONCEPTS = (OCCUPATIONS, "sports", "style_context", "descriptors")
 SCALES = (1.0, 3.0, 5.0, 7.5, 12.0)
 

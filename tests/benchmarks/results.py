@@ -40,7 +40,7 @@ from fairref.evaluation.before_after import draw_before_after
 from fairref.evaluation.judging import EvaluationSettings
 from fairref.evaluation.kept import KEPT
 from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, compare
-from fairref.evaluation.statistics import lines
+from fairref.evaluation.sentences import lines
 from fairref.files.paths import write_json
 from fairref.generation.adapters import FILE, load_adapter
 from fairref.generation.drawing import Drawing

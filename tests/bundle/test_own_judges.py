@@ -185,8 +185,9 @@ def test_features_that_do_not_fit_are_one_sentence(own, found, words):
 @pytest.mark.parametrize(
     "texts, words",
     [
-        (["clip=a.py:f"], "--judge is 'clip=a.py:f'; expected ROLE=file.py:loader, ROLE one of finetune, evaluate"),
+        (["clip=a.py:f"], "--judge is 'clip=a.py:f'; expected ROLE=file.py:loader or ROLE=clip:ATTRIBUTE"),
         (["a.py:loader"], "--judge is 'a.py:loader'; expected ROLE=file.py:loader"),
+        (["evaluate=a.py:f", "evaluate=a.py:g", "evaluate=a.py:f"], "--judge names evaluate=a.py:f twice"),
         (["dino=a.py:f", "evaluate=a.py:g", "dino=b.py:f"], "--judge names dino twice; leave one out"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from waiting import ROOT, wait_for
 
 from fairref.commands import cli, train
 from fairref.errors import DEBUG, UserError
-from fairref.evaluation import before_after
+from fairref.evaluation import comparison
 from fairref.training import loop
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def test_very_long_values_make_no_long_sentence(capsys):
     assert message.startswith("begin xxx") and message.endswith(" end\n") and len(message) < 3000
 
 
-@pytest.mark.parametrize("module, name", [(loop, "update"), (before_after, "compare")])
+@pytest.mark.parametrize("module, name", [(loop, "update"), (comparison, "compare")])
 def test_a_runs_folder_that_has_gone_is_one_sentence(
     tiny_folder, tmp_path, capsys, monkeypatch, module, name
 ):

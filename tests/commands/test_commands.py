@@ -182,6 +182,7 @@ def test_a_run_for_two_attributes_and_two_networks(weights, tmp_path, capsys):
     shown = capsys.readouterr()
     evaluated = json.loads(shown.out)["judges"]
     for judge, of_judge in report["judges"].items():
+        assert of_judge.pop("target_floor")
         assert 0 < of_judge.pop("from_target")["mean"] <= 1  # of the run; the command above names no target
         assert of_judge.pop("sure")["worst_prompt"] != evaluated[judge].pop("sure")["worst_prompt"]
     assert evaluated == report["judges"] and "skin_tone bias alone" in shown.err
@@ -319,6 +320,29 @@ def test_evaluate(weights, run_folder, tmp_path, capsys):
         (tmp_path / "no" / "report.json", "its folder doesn't exist"),
     ):
         assert words in refused(capsys, evaluate.main, *options, "--out", str(out))
+
+
+def test_a_judge_that_nobody_trained_is_reported_with_what_is_known_of_its_errors(weights, tmp_path, capsys):
+    """Its classes are no words for prompts, so none names them; labelled pictures say how often it errs."""
+    judge = ["--judge", "evaluate=clip:glasses=a person with glasses|a person without"]
+    options = ["--weights", weights, "-n", "2", *judge]
+    assert cli.run(evaluate.main, options) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert report["classes"] == ["a person with glasses", "a person without"] and "explicit" not in report
+    unknown = "not known how often it errs: classifier about glasses; give --labelled or --labels"
+    assert unknown in shown.err and report["confusion"] == {}
+    for i in range(4):
+        Image.new("RGB", (32, 32), (60 * i,) * 3).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,a person {'with glasses' if i < 3 else 'without'}" for i in range(4)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,glasses", *rows]))
+    explicit = ["--labelled", str(tmp_path), "--explicit-images", "1", "--part", "validation"]
+    assert cli.run(evaluate.main, [*options, *explicit]) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    (known,) = report["confusion"]["classifier"]["glasses"]
+    assert [sum(row) for row in known["counts"]] == [3, 1] and known["source"].startswith("labelled pictures")
+    assert unknown not in shown.err and report["explicit"]["images"] == 2
 
 
 def test_baselines_are_measured_beside_the_original(weights, tmp_path, capsys):
@@ -638,7 +662,7 @@ def test_an_empty_negative_prompt_is_one(weights, tmp_path):
 def test_pictures_that_are_no_numbers_are_refused(weights, tmp_path, capsys, main):
     argv = [PROMPT, "-n", "1", "--out", str(tmp_path / "out")] if main is sample.main else ["-n", "1"]
     message = refused_at_last(capsys, main, *argv, "--guidance", "1e30", "--weights", weights)
-    words = "a lower" if main is sample.main else "eval_guidance is 1e+30; expected at most 1000000.0"
+    words = "a lower" if main is sample.main else "--guidance: is 1e30, expected a number from 0 to 1e+06"
     assert words in message and not any(tmp_path.glob("out/*"))
 
 

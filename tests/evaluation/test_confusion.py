@@ -11,10 +11,11 @@ from PIL import Image
 from scipy.stats import fisher_exact
 
 from fairref.evaluation.confusion import Confusion, confusion, difference, of_explicit
-from fairref.evaluation.folders import judge_labelled
+from fairref.evaluation.folders import LabelledPictures, judge_labelled
 from fairref.evaluation.judging import EvaluationSettings
-from fairref.evaluation.parts import PromptPart, compare
-from fairref.evaluation.statistics import JudgedImages, lines
+from fairref.evaluation.parts import PromptPart, compare, with_confusions
+from fairref.evaluation.sentences import lines
+from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import parse_targets
 from fairref.files.images import read_square
 from fairref.generation.drawing import Drawing
@@ -70,7 +71,7 @@ def test_labelled_pictures_are_judged_as_drawn_images_are(loaded_tiny, tmp_path)
     (tmp_path / "labels.csv").write_text(table.getvalue())
     target = parse_targets(["gender", "skin_tone"], loaded_tiny.attributes)
     settings = EvaluationSettings(loaded_tiny, target, Drawing(2, 2.0))
-    found = judge_labelled(settings, tmp_path)
+    found = judge_labelled(settings, LabelledPictures.read(tmp_path, target.classes))
     (classifier,) = loaded_tiny.classifiers["evaluate"]
     x = torch.stack([read_square(tmp_path / f"{i}.png", 32) for i in range(7)])
     said = classifier(x)["gender"].argmax(1).tolist()
@@ -95,6 +96,20 @@ def test_whether_a_judge_errs_alike_before_and_after(table):
     counts[:, 1] = [[5, 45], [5, 45]]
     one, other = (Confusion(c, np.zeros(2, int), "") for c in counts)
     assert difference(one, other) >= expected - 0.02
+    # of no class there are images of both kinds: nothing is known
+    assert (
+        difference(Confusion(counts[0] * [[1], [0]], None, ""), Confusion(counts[1] * [[0], [1]], None, ""))
+        is None
+    )
+
+
+@pytest.mark.parametrize("first", [[[0, 0], [0, 0]], [[5, 0], [0, 0]]])
+def test_a_confusion_without_images_of_each_class_stands_behind_one_with(first):
+    report, whole = {"confusion": {}}, [[3, 1], [0, 4]]
+    known = [{"judge": {"gender": Confusion(np.array(c), np.zeros(2, int), "")}} for c in (first, whole)]
+    with_confusions(report, *known)
+    found = [one["counts"] for one in report["confusion"]["judge"]["gender"]]
+    assert found == [whole, *([first] if np.any(first) else [])]
 
 
 def test_a_report_has_the_judges_confusions_on_explicit_prompts_and_whether_they_stayed(

@@ -21,7 +21,8 @@ from fairref.evaluation import before_after
 from fairref.evaluation.evaluation import evaluate
 from fairref.evaluation.judging import EvaluationSettings, draw_images, drawn_by, judge, judge_prompts
 from fairref.evaluation.parts import PromptPart, clip_t, evaluate_part, obedience
-from fairref.evaluation.statistics import JudgedImages, bias_report, flips, likeness, lines
+from fairref.evaluation.sentences import lines
+from fairref.evaluation.statistics import JudgedImages, bias_report, flips, likeness
 from fairref.fairness.attributes import parse_targets, wanted_target
 from fairref.fairness.faces import DetectedFaces
 from fairref.fairness.metrics import noise_floor
@@ -94,11 +95,15 @@ def test_how_much_of_the_colours_stays():
         assert found["background"] == (pytest.approx(1 - part / (1 - part)) if part < 1 else None)
     one = [
         JudgedImages(
-            classes, features={"clip": torch.eye(1)}, colours={"background": o[:1], "clothes": o[:1]}
+            classes, features={"clip": torch.eye(4)[:1]}, colours={"background": o[:1], "clothes": o[:1]}
         )
     ]
     found = likeness(one, one)  # without a neighbour nothing is known
     assert found["background"] is None and found["clothes"] is None
+    # of prompts with different numbers of images each image counts alike; a prompt of one says nothing of colours
+    away = [replace(one[0], features={"clip": torch.eye(4)[1:2]}, colours={name: o[1:2] for name in colours})]
+    for prompts in ((away + x, one + originals), (x + away, originals + one)):
+        assert likeness(*prompts) == {**likeness(x, originals), "clip_i": pytest.approx(4 / 5)}
 
 
 def test_flips_that_no_count_asked_for():
@@ -153,7 +158,7 @@ def test_prompts_may_have_different_numbers_of_images():
     assert report["noise_floor"]["mean"] == pytest.approx(mean)
     assert report["noise_floor"]["std"] == pytest.approx(np.sqrt(square - mean**2))
     about = {"attribute": "gender", "part": "images", "concept": "sdxl", "clip_t": None}
-    assert "3 images sdxl x 2 to 10 images" in lines({**report, **about})[0]
+    assert "3 prompts of sdxl x 2 to 10 images" in lines({**report, **about})[0]
 
 
 def test_prompts_without_a_person_have_no_bias():
@@ -161,6 +166,12 @@ def test_prompts_without_a_person_have_no_bias():
     report = bias_report(judged, ["a", "b"], CLASSES)
     assert report["judges"]["templates"]["mean"] == 0.5 and report["judges"]["templates"]["without_bias"] == 1
     assert report["none"] == pytest.approx(4 / 8)
+    # a fair model of which as many are counted: four of the second prompt
+    assert report["noise_floor"]["mean"] == pytest.approx(noise_floor(2, 4)[0])
+    judged[1].classes["templates"]["gender"][0] = -1
+    judges = bias_report(judged, ["a", "b"], CLASSES)["judges"]
+    assert [judges[j]["floor"]["mean"] for j in judges] == [noise_floor(2, n)[0] for n in (4, 3)]
+    judged[1].classes["templates"]["gender"][0] = 1
     alone = bias_report(judged[:1], ["a"], CLASSES)
     assert alone["judges"]["templates"]["mean"] is None
     assert (
@@ -436,6 +447,16 @@ def test_obedience():
     judged = [JudgedImages({"classifier": {"gender": rows_of(counts)}}) for counts in drawn]
     assert obedience(judged, asked) == {"images": 16, "classifier": 0.75}
     assert replace(part, explicit_images=0).explicit(CLASSES) == []
+    # four of each, or with few others as many in all as of those; or as many as are asked for
+    both = {**CLASSES, "skin_tone": ("light", "medium", "dark")}
+    for images, explicit, classes, n in (
+        (60, None, CLASSES, 4),
+        (4, None, CLASSES, 2),
+        (4, None, both, 1),
+        (1, None, both, 1),
+        (4, 9, both, 9),
+    ):
+        assert replace(part, images=images, explicit_images=explicit).of_explicit(classes) == n
 
 
 def test_a_bundle_without_an_evaluation_classifier(settings):

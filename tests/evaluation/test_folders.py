@@ -38,15 +38,23 @@ def picture(path, size=(4, 4), colour="white"):
 @pytest.fixture
 def folder(tmp_path):
     """Two prompts of three and one images, and files that are none."""
-    for name in ("a pilot/2.png", "a pilot/1.JPG", "a pilot/3.webp", "nurse/x.jpeg", ".hidden/x.png"):
+    for name in (
+        "a pilot/2.png",
+        "a pilot/1.JPG",
+        "a pilot/3.webp",
+        "nurse/x.jpeg",
+        ".hidden/x.png",
+        "nurse/seed7-grid.png",
+    ):
         picture(tmp_path / name)
-    for name in ("a pilot/1.txt", "a pilot/._1.png", "notes.md"):
+    for name in ("a pilot/1.bmp", "a pilot/._1.png", "notes.md"):
         (tmp_path / name).write_text("no image")
     return tmp_path
 
 
-def test_a_folder_has_a_subfolder_of_images_for_each_prompt(folder):
+def test_a_folder_has_a_subfolder_of_images_for_each_prompt(folder, caplog):
     found = read_folder(folder)
+    assert "left out 1 files that are no .png, .jpg, .jpeg, .webp images, such as 1.bmp" in caplog.text
     assert {prompt: [file.name for file in files] for prompt, files in found.files.items()} == {
         "a pilot": ["1.JPG", "2.png", "3.webp"],
         "nurse": ["x.jpeg"],
@@ -159,10 +167,20 @@ def test_labels_of_some_images(tmp_path):
     path.write_text(
         "prompt,image,gender,glasses\npilot,2,man,\na photo of a pilot,0,woman,with\nnurse,1,,without\n"
     )
-    found = read_labels(path, CLASSES, prompts, images)
+    (found,) = read_labels(path, CLASSES, prompts, images).values()
     assert [row.tolist() for row in found["gender"]] == [[0, -1, 1], [-1, -1]]
     assert [row.tolist() for row in found["glasses"]] == [[0, -1, -1], [-1, 1]]
+    path.write_text("model,prompt,image,gender\nafter,nurse,1,man\nbefore,nurse,1,woman\n")
+    by_model = read_labels(path, CLASSES, prompts, images, ["before", "after"])
+    assert {model: rows["gender"][1].tolist() for model, rows in by_model.items()} == {
+        "after": [-1, 1],
+        "before": [-1, 0],
+    }
     for text, words in (
+        (
+            "model,prompt,image,gender\nraw,nurse,1,man\n",
+            "line 2: image '1' of 'nurse' by 'raw' is not judged",
+        ),
         ("prompt,image,gender\ncook,0,man\n", "line 2: prompt 'cook' is not judged here"),
         ("prompt,image,gender\nnurse,2,man\n", "line 2: image '2' of 'nurse' is not judged here"),
         ("prompt,image,gender\nnurse,1,man\nnurse,1,woman\n", "line 3: the image is in the table twice"),

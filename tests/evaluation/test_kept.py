@@ -254,7 +254,7 @@ def test_a_run_is_evaluated_beside_its_original_and_leaves_its_rows(loaded_tiny,
     drawn.clear()
     assert evaluate(loaded_tiny, **options) == report and not drawn
     both = json.loads((adapter.parent / "judged.json").read_text())
-    assert list(both) == ["before", "after"] and both["after"]["occupations"] == report
+    assert list(both) == ["before", "after"] and both["after"]["test"] == report
     with (adapter.parent / "judged.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["before"] * 8 + ["after"] * 8
@@ -270,10 +270,54 @@ def test_a_run_is_evaluated_beside_its_original_and_leaves_its_rows(loaded_tiny,
         assert row["classifier gender"] == ("woman", "man")[p[1] > p[0]] and sum(p) == pytest.approx(
             1, abs=1e-3
         )
+    # its pictures are of the latest evaluation of the adapter as trained, but for those of the run's own end
+    pictures = adapter.parent / "pictures.png"
+    for changed, is_drawn in (({"strength": 0.5}, False), ({"seed": 1}, True), ({"seed": 2}, False)):
+        was = pictures.read_bytes()
+        if changed == {"seed": 2}:
+            (adapter.parent / "evaluation.json").touch()
+        evaluate(loaded_tiny, **{**options, **changed, "images": 1, "explicit_images": 0})
+        assert (pictures.read_bytes() != was) == is_drawn
+    (adapter.parent / "evaluation.json").unlink()
     # a file alone has no folder of its own
     one = adapter.parent.parent / f"{adapter.parent.name}-alone.safetensors"
     one.write_bytes(adapter.read_bytes())
     assert prepare(loaded_tiny, EvaluationOptions(adapter=str(one))).home is None
+
+
+def test_an_evaluation_is_as_the_run_says_that_made_the_adapter(loaded_tiny, tmp_path, capsys):
+    _, lora = adapt(loaded_tiny, "text_encoder", 2)
+    aim = {"classes": {"skin_tone": ["light", "medium", "dark"]}, "target": [0.2, 0.3, 0.5]}
+    run = tmp_path / "run"
+    run.mkdir()
+    save_adapter(
+        run / "adapter.safetensors", dict(lora.named_parameters()), {"base": loaded_tiny.fingerprints, **aim}
+    )
+    recipe = {"eval_steps": 3, "eval_guidance": 4.0, "end": "sigma_min", "eval_images": 9, "lr": 1}
+    (run / "settings.json").write_text(json.dumps({"recipe": recipe}))
+    settings = prepare(loaded_tiny, EvaluationOptions(adapter=run)).settings
+    assert settings.drawing == Drawing(3, 4.0, "sigma_min", "full")
+    assert settings.target.table.tolist() == [0.2, 0.3, 0.5] and list(settings.target.classes) == [
+        "skin_tone"
+    ]
+    asked = EvaluationOptions(adapter=run, attr="gender", steps=2, guidance=0.0, end="zero")
+    settings = prepare(loaded_tiny, asked).settings
+    assert settings.drawing == Drawing(2, 0.0, "zero", "full") and settings.target.table.tolist() == [
+        0.5,
+        0.5,
+    ]
+    alone = prepare(loaded_tiny, EvaluationOptions()).settings
+    assert alone.drawing == Drawing(2, 2.0) and list(alone.target.classes) == ["gender"]
+
+
+def test_nothing_is_made_where_an_evaluation_is_refused(loaded_tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    for wrong in ({"adapter": tmp_path / "run"}, {"labelled": tmp_path}, {"labels": tmp_path / "l.csv"}):
+        with pytest.raises(UserError):
+            prepare(loaded_tiny, EvaluationOptions(**{"cache": tmp_path / "cache", **wrong}))
+    with pytest.raises(UserError):
+        prepare(loaded_tiny, EvaluationOptions(adapter=tmp_path / "run"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]
 
 
 def test_sweeps(loaded_tiny, adapter, tmp_path, drawn, capsys):

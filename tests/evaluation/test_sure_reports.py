@@ -11,7 +11,8 @@ from fairref.evaluation.judge_errors import prediction_powered
 from fairref.evaluation.labels import BY_HAND
 from fairref.evaluation.paired import diversities, paired, paired_by_judge
 from fairref.evaluation.parts import correct
-from fairref.evaluation.statistics import JudgedImages, bias_report, lines
+from fairref.evaluation.sentences import lines
+from fairref.evaluation.statistics import JudgedImages, bias_report
 from fairref.fairness.attributes import JointTarget
 
 BOTH = {"gender": ("woman", "man"), "skin_tone": ("light", "medium", "dark")}

@@ -158,6 +158,7 @@ BASES = {  # command -> a command line that works, and is quick; {i} is the case
     "verify": "--json out{i}.json",
     "figures": "7 8 --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
     "report": "run --out out{i}.html",
+    "plan": "--classes 8 --prompts 50 --half-width .03",
     "bundle": "check tiny",
     "export": "run --to kohya --weights tiny --out out{i}",
     "import": "kohya/fairref-gender.safetensors --weights tiny --out out{i}.safetensors",

@@ -184,7 +184,8 @@ def of_own_pictures(folder):
 
 def of_label_table(path):
     names = [str(i) for i in range(6)]
-    found = read_labels(path, {"gender": ("woman", "man")}, [("pilot",), ("nurse",)], [names, names])
+    of_model = read_labels(path, {"gender": ("woman", "man")}, [("pilot",), ("nurse",)], [names, names])
+    (found,) = of_model.values()
     return {name: [rows.tolist() for rows in of_prompts] for name, of_prompts in found.items()}
 
 

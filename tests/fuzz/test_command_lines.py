@@ -2,7 +2,12 @@
 
 import pytest
 
+from fairref.__main__ import COMMANDS
 from tests.fuzz import command_lines
+
+
+def test_every_command_has_a_command_line():
+    assert command_lines.BASES.keys() == COMMANDS.keys()
 
 
 @pytest.mark.slow

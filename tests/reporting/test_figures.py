@@ -253,6 +253,8 @@ def test_mistakes_are_said_before_the_work(tmp_path, tiny_folder, run_folder, ca
         (["8", "--seed", 1, "--modes", "paper"], "--modes is for 6a"),
         ([], "required: figures"),
         (["6a", "--modes", "paper,wrong"], "the gradient is 'wrong'"),
+        (["6a", "--modes", "paper,last:11"], "whole runs with 10 sampling steps"),
+        (["6a", "--modes", "drtune:2"], "whole runs with 10 sampling steps"),
         (["8", "--weights", "nowhere"], "no such weights"),
         (["6a", "--weights", tmp_path / "blind"], "has no CLIP, which figure 6a needs"),
         (["8", "--adapter", tmp_path / "none"], "no such adapter"),
