@@ -26,11 +26,13 @@ SIDE = 32  # pixels of a picture
 RIGHT = 0.97  # how often a judge of a confusion is right
 
 
-def write_run(folder, result="gender.json", component="text_encoder", new=True, prompts=None):
+def write_run(
+    folder, result="gender.json", component="text_encoder", new=True, prompts=None, parts=("test", "train")
+):
     """A finished run as a folder, from an evaluation in docs/results; `new`: with intervals, sweeps and the like.
 
-    `prompts`: how many of a part's; None: all."""
-    evaluation = evaluation_of(result, new, prompts)
+    `prompts`: how many of a part's; None: all. `parts`: those that are left of an evaluation on one concept."""
+    evaluation = evaluation_of(result, new, prompts, parts)
     attributes = next(iter(evaluation["before"].values()))["attribute"].split(",")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "settings.json", settings(attributes, component))
@@ -53,17 +55,17 @@ def finish(folder):
     save_file({"prefix": np.ones((2, 3), np.float32)}, folder / "adapter.safetensors")
 
 
-def evaluation_of(result="gender.json", new=True, prompts=None):
+def evaluation_of(result="gender.json", new=True, prompts=None, parts=("test", "train")):
     """An evaluation in docs/results as evaluation.json has it."""
-    return json.loads(_evaluation_of(result, new, prompts))
+    return json.loads(_evaluation_of(result, new, prompts, parts))
 
 
 @cache
-def _evaluation_of(result, new, prompts):
+def _evaluation_of(result, new, prompts, parts):
     found = json.loads((RESULTS / result).read_text())
     shorten(found, prompts)
     evaluation = {
-        label: {part: report for part, report in found[key].items() if "guidance" not in part}
+        label: {part: report for part, report in found[key].items() if "," in part or part in parts}
         for label, key in (("before", "before"), (AFTER, "after"))
     }
     if new:

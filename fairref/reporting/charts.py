@@ -252,7 +252,7 @@ def _said(value):
 
 def _goal(marked, percent=False):
     value, words = marked
-    return f"{words} {value:.0%}" if percent else f"{words} {_said(value)}"
+    return f"{words} {value:.0%}" if percent else f"{words} {number(value)}"
 
 
 def _low(interval):

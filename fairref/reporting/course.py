@@ -80,17 +80,16 @@ def _chart(title, what, series, said, holds):
 
 
 def binned(metrics: Metrics, key: str, width: int) -> list[dict[str, float | None]]:
-    """A metric's points {"x", "mean", "low", "high"}, each of the iterations in a stretch of `width`."""
+    """A metric's points {"x", "mean", "low", "high"}, each of the iterations in a stretch of `width` around x."""
     bins = {}
     for row in metrics:
         value = row.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER:
-            bins.setdefault(row["iteration"] // width, []).append((row["iteration"], value))
+            bins.setdefault(row["iteration"] // width, []).append(float(value))
     rows = []
-    for of in bins.values():
-        x, v = np.array(of, dtype=float).T
+    for i, v in bins.items():
         low, high = np.quantile(v, (0.05, 0.95)) if width > 1 else (None, None)
-        rows.append({"x": float(x.mean()), "mean": float(v.mean()), "low": low, "high": high})
+        rows.append({"x": i * width + (width - 1) / 2, "mean": float(np.mean(v)), "low": low, "high": high})
     return rows
 
 

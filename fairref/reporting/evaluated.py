@@ -111,9 +111,13 @@ def made(report: Report) -> Mapping[str, object]:
 
 def same_noise(one: Report, other: Report) -> bool:
     """Whether two reports' images are of the same prompts, noise and base, as far as they say so."""
+    return made_alike(one, other) and _prompts(one) == _prompts(other)
+
+
+def made_alike(one: Report, other: Report) -> bool:
+    """Whether two reports' images were made in the same way, strength aside, as far as they say so."""
     a, b = made(one), made(other)
-    is_same = all(None in (a.get(key), b.get(key)) or a[key] == b[key] for key in NOISE)
-    return is_same and _prompts(one) == _prompts(other)
+    return all(None in (a.get(key), b.get(key)) or a[key] == b[key] for key in NOISE)
 
 
 def grouped(items: Iterable[Item], is_alike: Callable[[Item, Item], bool]) -> list[list[Item]]:

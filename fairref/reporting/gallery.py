@@ -82,10 +82,18 @@ def _said(picture):
 def _cell(picture, left, top, side, classes, colours):
     """A picture with its face's box and, for each attribute, a bar with class and probability below it."""
     height = side * picture.image.height / picture.image.width
-    yield element("image", x=left, y=top, width=side, height=height, href=_embedded(picture.image, side))
+    yield element(
+        "image",
+        x=left,
+        y=top,
+        width=side,
+        height=height,
+        href=data_uri(picture.image, round(SHARPNESS * side)),
+    )
     if picture.box is not None:
-        x0, x1 = (left + side * min(max(edge, 0), 1) for edge in picture.box[::2])
-        y0, y1 = (top + height * min(max(edge, 0), 1) for edge in picture.box[1::2])
+        edges = inside(picture.box)
+        x0, x1 = (left + side * edge for edge in edges[::2])
+        y0, y1 = (top + height * edge for edge in edges[1::2])
         box = {"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0, "fill": "none"}
         yield element("rect", **box, stroke="#ffffff", stroke_width=3)  # seen on dark and on pale images
         yield element("rect", **box, stroke="#1f2328", stroke_width=1.2)
@@ -105,11 +113,15 @@ def _cell(picture, left, top, side, classes, colours):
         y += BAR + LINE * SMALL + 2
 
 
-def _embedded(image, side):
-    """An image as a PNG in a data URI, reduced to what its place can show."""
-    most = round(SHARPNESS * side)
-    if image.width > most:
-        image = image.resize((most, round(most * image.height / image.width)), Image.Resampling.LANCZOS)
+def data_uri(image: Image.Image, width: int, kind: str = "png", **options: object) -> str:
+    """Return an image as a data URI, reduced to this width where it is wider."""
+    if image.width > width:
+        image = image.resize((width, round(width * image.height / image.width)), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    image.save(data, "png")
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    image.save(data, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def inside(box: Sequence[float]) -> list[float]:
+    """Return a box's edges, shares of its image, without what is outside of that."""
+    return [min(max(edge, 0.0), 1.0) for edge in box]

@@ -3,8 +3,6 @@
 pictures.png holds them as tiles: a row of each model for each prompt, with a JSON text that says what they show.
 """
 
-import base64
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from PIL import Image
 from fairref.errors import UserError
 from fairref.files.images import UNREADABLE, read_image
 from fairref.files.paths import once
+from fairref.reporting.gallery import data_uri, inside
 from fairref.reporting.run_files import N, Run, check
 from fairref.reporting.tables import attribute_words, number, short
 
@@ -106,13 +105,7 @@ def _facts(path):
 def _encoded(tiles: Mapping[object, Image.Image], sides, budget) -> dict[object, str]:
     """Data URIs of images, as large as the budget allows."""
     for side in sides:
-        data = {}
-        for key, tile in tiles.items():
-            if tile.width > side:
-                tile = tile.resize((side, round(tile.height * side / tile.width)), Image.Resampling.LANCZOS)
-            stream = io.BytesIO()
-            tile.save(stream, "webp", quality=QUALITY)
-            data[key] = f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        data = {key: data_uri(tile, side, "webp", quality=QUALITY) for key, tile in tiles.items()}
         if sum(map(len, data.values())) <= budget:
             return data
     return {}
@@ -131,7 +124,7 @@ def _pair(facts, of, p, i, data):
         )
         box = judged["box"]
         if box is not None and None not in box:
-            x0, y0, x1, y1 = (100 * min(max(edge, 0), 1) for edge in box)
+            x0, y0, x1, y1 = (100 * edge for edge in inside(box))
             box = (round(x0, 1), round(y0, 1), round(max(x1 - x0, 0), 1), round(max(y1 - y0, 0), 1))
         else:
             box = None

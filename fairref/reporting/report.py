@@ -16,6 +16,7 @@ from fairref.reporting.evaluated import (
     grouped,
     has_intervals,
     judges_words,
+    made_alike,
     made_words,
     of_another_adapter,
     of_judge,
@@ -141,13 +142,14 @@ def comparisons(runs: Sequence[Run]) -> dict[str, Table | None]:
     rows, trained = [], {}
     firsts = {run.name: part for run in runs for part in parts(run)[:1]}
     groups = grouped(firsts.values(), _is_comparable)
+    differ = len(grouped((part.first for part in firsts.values()), made_alike)) > 1
     for run in runs:
         part = firsts.get(run.name)
         if part is None:
             continue
         component = about.TRAINED.get(str(run.settings["recipe"].get("component")), "unknown")
         what = f"{attribute_words(part.views[0])}, {part.name}, {part.size}"
-        what += f"; {made_words({BEFORE: part.first})}" if len(groups) > 1 else ""
+        what += f"; {made_words({BEFORE: part.first})}" if differ else ""
         group = next(i for i, of in enumerate(groups) if part in of)
         trained.setdefault(group, set()).add(component)
         rows.append((short(run.name), component, what, *_row(part)))

@@ -35,7 +35,7 @@ from fairref.reporting.tables import (
     spread,
 )
 
-FAIR = "a fair model"
+FAIR = "fair"
 Judged = Mapping[str, object]  # what a judge says of a view
 
 

@@ -15,7 +15,7 @@ from tiny_run import make_setup, moved
 from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
 from fairref.commands import figures as command
-from fairref.evaluation.evaluation import EvaluationOptions, evaluate, prepare
+from fairref.evaluation.evaluation import EvaluationOptions, prepare
 from fairref.evaluation.judging import EvaluationSettings, draw_images, judge
 from fairref.fairness.attributes import JointTarget, parse_targets
 from fairref.files.images import to_image
@@ -33,7 +33,7 @@ def run_folder(loaded_tiny, tmp_path_factory):
     """A run's folder with an adapter that draws other images than the bundle, made for 30 % women."""
     folder = tmp_path_factory.mktemp("runs") / "gender"
     folder.mkdir()
-    setup = make_setup(load_bundle(loaded_tiny.path))
+    setup = make_setup(load_bundle(loaded_tiny.path), rank=2)
     info = {"base": setup.bundle.fingerprints, "classes": {"gender": ["woman", "man"]}, "target": [0.3, 0.7]}
     save_adapter(folder / "adapter.safetensors", dict(moved(setup)[1].adapter.named_parameters()), info)
     return folder
@@ -105,10 +105,10 @@ def test_figure_9_says_what_the_evaluation_of_the_run_counted(
     assert run("9", *few, "--out", tmp_path / "drawn") == 0
     assert "figure 9 draws" in caplog.text
     drawn = table(tmp_path / "drawn" / "fig9.csv")
-    evaluation = {
-        label: {"test": evaluate(loaded_tiny, adapter, "gender", 3, steps=2, explicit_images=0)}
-        for label, adapter in (("before", None), ("after (ema)", run_folder))
-    }
+    options = {"adapter": run_folder, "images": 3, "explicit_images": 0, "steps": 2}
+    this_one = prepare(loaded_tiny, EvaluationOptions(**options))
+    ((_, before), (_, after)) = this_one.of_part(*this_one.parts)  # whose judgements are kept
+    evaluation = {"before": {"test": before.report}, "after (ema)": {"test": after.report}}
     made = evaluation["after (ema)"]["test"]
     made["fingerprint"] = fingerprint(read(run_folder / "adapter.safetensors"))
     (run_folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -126,8 +126,6 @@ def test_figure_9_says_what_the_evaluation_of_the_run_counted(
     assert read_again == pytest.approx({prompt: (1 + p) / 3 for p, prompt in enumerate(counts)})
     svg_text = (tmp_path / "read" / "fig9.svg").read_text(encoding="utf-8")
     assert "Share of “woman” (apparent gender) by the classifier" in svg_text
-    options = {"adapter": run_folder, "explicit_images": 0, "steps": 2}
-    this_one = prepare(loaded_tiny, EvaluationOptions(**options))
     assert len(comparison.read_evaluation(this_one)) == 1
     for name, other in {"seed": 1, "steps": 3, "guidance": 9.0, "padding": "own", "strength": 0.5}.items():
         assert (
