@@ -6,7 +6,7 @@ import math
 import interval_coverage as coverage
 import numpy as np
 import pytest
-from scipy.stats import binom, chi2, multinomial, ncx2, norm
+from scipy.stats import binom, chi2, multinomial, ncx2, norm, ttest_1samp
 
 from fairref.evaluation import certainty, fair, gaps
 from fairref.evaluation.certainty import bounds, p_value, share
@@ -210,6 +210,10 @@ def test_the_mean_gap_resamples_prompts_alone():
     assert width == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.15)
     assert gaps.mean_gap(counts[:29], HALF) is None
     assert gaps.over_prompts(np.full(40, 0.3)) == (0.3, 0.3)
+    # of a symmetric sample it is Student's t, but for the scatter of the bootstrap itself
+    half = np.random.default_rng(1).random(15)
+    low, high = gaps.over_prompts(symmetric := np.concatenate([half, -half]))
+    assert (low, high) == pytest.approx(ttest_1samp(symmetric, 0).confidence_interval(0.95), rel=0.03)
 
 
 def test_the_worst_prompt_and_the_worst_group():
