@@ -593,10 +593,12 @@ def test_hostile_names_are_text(tmp_path):
         AFTER,
         "gender",
         "classifier",
-        "gender × age",
+        "classifier_evaluate",
+        "full",
         "paper",
     }
     folder = write_run(tmp_path / "<script>alert(2)<", prompts=3)
+    changed(folder / "evaluation.json", *JUDGE, "sure", "fair", "said", to=HOSTILE)
     for file in folder.glob("*.json"):
         write(file, renamed(json.loads(file.read_text()), names))
     write_pictures(folder / "pictures.png", "gender", seen=HOSTILE)
@@ -607,8 +609,9 @@ def test_hostile_names_are_text(tmp_path):
     rows = [{**row, HOSTILE: 1.0} for row in report_runs.metrics(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text, read = page_of(folder)
-    assert text.count("alert(1)") > 50 and "49" not in re.findall(r"&amp;\S{0,3}(49)", text)
-    assert "{{7*7}}" in text
+    assert text.count("alert(1)") > 50
+    computed = re.compile("\u202e\0?49")  # what a template would make of it
+    assert computed.search(text.replace("{{7*7}}", "49")) and not computed.search(text)
     assert not {"script"} & {name for name, *_ in read.elements}
     assert all(a["src"].startswith("data:image/") for a in read.all("img"))
     assert not any(key.startswith("on") for _, attributes, _ in read.elements for key in attributes)
