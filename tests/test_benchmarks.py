@@ -469,7 +469,7 @@ def test_the_true_gradient_is_that_of_the_loss_and_the_study_goes_on_where_it_wa
 
     (exact, other) = csv.DictReader((tmp_path / "gradient_truth.csv").read_text().splitlines())
     assert (exact["mode"], other["mode"], exact["cosine_with_exact"]) == ("exact", "drtune:1", "1.0")
-    assert "drtune:1 (start)" in (tmp_path / "gradient_truth.svg").read_text()
+    assert "drtune:1, start" in (tmp_path / "gradient_truth.svg").read_text()
 
     monkeypatch.setattr(gradient_truth, "batch_of", None)  # nothing is done twice
     gradient_truth.main([*argv, *few, "--report", str(tmp_path / "again.json")])

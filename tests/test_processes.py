@@ -649,7 +649,7 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(folder, tmp_path):
     for count in (1, 2):
         codes, said = ends(start(count, ROOT / "train.py", "--resume", tmp_path / "run", **PIPES))
         assert codes == [2] * count
-        assert all("run: a run is at work in it; let it end, or stop it first." in text for text in said)
+        assert all("run: a run or an evaluation is at work in it; end it first." in text for text in said)
     process.kill()
     process.communicate()
     with held(tmp_path / "run"):

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from fairref.generation.padding import PADDING_HELP, PADDINGS
 from fairref.processes import DTYPES, choose_device, start
 from fairref.prompts import PARTS
 from fairref.prompts.sets import OCCUPATIONS
+from fairref.training.checkpoints import held
 from fairref.training.signals import interrupting
 
 BASELINES = "baselines.json"  # in a run's folder
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = _of_folder(options, bundle, processes)
             return _give(options, bundle, report) if processes.first else 0
         evaluation = prepare(bundle, _asked(options), processes)
-        with _resumable(evaluation):
+        with _alone_in(evaluation.home, processes), _resumable(evaluation):
             if sweep is not None:
                 path = sweep_file(evaluation, sweep)
                 run_sweep(evaluation, sweep, path)
@@ -251,6 +252,15 @@ def _asked(options):
     names = {field.name for field in fields(EvaluationOptions)}
     given = {name: value for name, value in vars(options).items() if name in names}
     return EvaluationOptions(**{**given, "images": options.num_images})
+
+
+@contextmanager
+def _alone_in(home, processes):
+    """Keeps other evaluations out of the folder of results, and this one out of a run's at work."""
+    with ExitStack() as stack:
+        if home is not None:
+            processes.first_does(lambda: stack.enter_context(held(home)))
+        yield
 
 
 @contextmanager

@@ -58,8 +58,8 @@ class EvaluationSettings:
             if max(places) < len(named)  # classifiers of a program may have no name
         }
         if self.bundle.templates is not None:
-            known = [name for name in names if name in self.bundle.templates.attributes]
-            found["templates"] = dict.fromkeys(known, *self.bundle.named("templates"))
+            (file,) = self.bundle.named("templates") or ("templates",)
+            found["templates"] = {name: file for name in names if name in self.bundle.templates.attributes}
         return {judge: attributes for judge, attributes in found.items() if attributes}
 
 

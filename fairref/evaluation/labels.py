@@ -31,6 +31,9 @@ def read_labels(
     """The labels of P prompts' images, by the model that drew them: of `models` the last, where the table has no column
     for it. `prompts`: what each prompt may be called; `images`: what its images are called. Raises UserError."""
     path = expanded(path)
+    if not path.is_file():
+        columns = ", ".join(["prompt", "image", *classes])
+        raise UserError(f"{path}: no such file of labels; write one with the columns {columns}.")
     table = list(read_table(path, {"prompt", "image"}))
     names = [name for name in classes if table and name in table[0][1]]
     if not names:

@@ -10,14 +10,14 @@ from fairref.evaluation.gaps import LEVEL, squared_gaps
 from fairref.evaluation.statistics import JudgedImages, counts_by_judge
 from fairref.fairness.attributes import JointTarget
 
-MIN_PAIRS = 10  # prompts, for an interval; with fewer it is too short
+MIN_PAIRS = 30  # prompts, for an interval; with fewer it is too short
 METHOD = "p: permutation test of before and after within prompts; Student's t over prompts: other prompts, other images"
 
 
 def paired(before: np.ndarray, after: np.ndarray, target: np.ndarray) -> dict[str, object] | None:
     """The mean change of the prompts' squared gaps, after - before, each without bias, from counts (P, K).
 
-    Keys p, difference, low, high and method, ready for JSON; low and high None with fewer than ten prompts. None with
+    Keys p, difference, low, high and method, ready for JSON; low and high None with fewer than 30 prompts. None with
     fewer than two prompts that have two images both times.
     """
     some = (before.sum(1) > 1) & (after.sum(1) > 1)

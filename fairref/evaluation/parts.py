@@ -67,11 +67,10 @@ class Evaluated:
 
 def clip_t(
     settings: EvaluationSettings, judged: Sequence[JudgedImages], prompts: Sequence[str]
-) -> dict[str, float] | None:
-    """CLIP-T: mean cosine of images and their own prompt, and of images and all other prompts."""
-    bundle = settings.bundle
-    P = len(prompts)
-    if bundle.clip is None or P < 2:
+) -> dict[str, float | None] | None:
+    """CLIP-T: mean cosine of images and their own prompt, and of images and all other prompts, None without others."""
+    bundle, P = settings.bundle, len(prompts)
+    if bundle.clip is None:
         return None
     with torch.no_grad():
         ids = bundle.clip_tokenizer(list(prompts)).to(bundle.device)
@@ -79,7 +78,8 @@ def clip_t(
     # all are of unit norm, so the sum of images' cosines with a text is the product with the sum of their features
     cosines = torch.stack([s.features["clip"].sum(0) for s in judged]) @ texts.T  # (P, P)
     n, matched = sum(map(len, judged)), cosines.trace()
-    return {"matched": float(matched / n), "shuffled": float((cosines.sum() - matched) / (n * (P - 1)))}
+    shuffled = float((cosines.sum() - matched) / (n * (P - 1))) if P > 1 else None
+    return {"matched": float(matched / n), "shuffled": shuffled}
 
 
 def obedience(judged: Sequence[JudgedImages], asked: Sequence[Asked]) -> dict[str, float]:

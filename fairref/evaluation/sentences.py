@@ -24,7 +24,7 @@ def lines(report: dict[str, object]) -> list[str]:
     text.append(f"largest class probability below {BLEND}: {report['blended']:.1%}")
     if report["clip_t"]:
         text.append(
-            f"CLIP-T: matched {report['clip_t']['matched']:.4f}, shuffled {report['clip_t']['shuffled']:.4f}"
+            f"CLIP-T: {', '.join(f'{k} {v:.4f}' for k, v in report['clip_t'].items() if v is not None)}"
         )
     for key, what in (
         ("clip_i", "CLIP-I"),

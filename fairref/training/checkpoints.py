@@ -197,7 +197,7 @@ def held(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: a run is at work in it; let it end, or stop it first.") from None
+            raise UserError(f"{folder}: a run or an evaluation is at work in it; end it first.") from None
         except OSError:
             pass  # some network folders know no locks
         yield

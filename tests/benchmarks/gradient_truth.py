@@ -333,6 +333,7 @@ def of_gradients(moments: Moments, truth: Moments, slopes: np.ndarray) -> dict:
         "cosine_of_mean": float(np.mean(moments.products)) / (length * own) if length and own else None,
         "cosine_of_one": float(single.mean()) / length if length else None,
         "cosine_with_exact": float(np.mean(moments.alike)),
+        "cosine_error": float(np.std(moments.alike, ddof=1) / np.sqrt(n)),
         "agreement": moments.agreement(),
         "variance": moments.variance() / own**2 if own else None,
         "seconds": 60 * minutes,
@@ -385,20 +386,27 @@ def study(name: str, make: Callable[[torch.dtype], Setup], folder: Path, counts:
 
 
 def figure(points: dict[str, dict]) -> Figure:
-    """Of each mode at each point: the loss gained in a CPU minute by its cosine with `exact` of the same batch."""
-    rows, series = [], {}
+    """Of each mode at each point: the mean cosine with `exact` of the same batch. All else is in the table only."""
+    rows, groups = [], {}
     for name, report in points.items():
         for mode, row in report["modes"].items():
-            x, (y, error) = row["cosine_with_exact"], (row["gain"], 1.96 * row["gain_error"])
-            series.setdefault(name, []).append((mode, (x, None, None), (y, y - error, y + error)))
-            keys = ("cosine_with_exact", "agreement", "slope", "slope_error", "seconds", "gain", "gain_error")
+            value, error = row["cosine_with_exact"], 1.96 * row["cosine_error"]
+            groups.setdefault(mode, {})[name] = (value, value - error, value + error)
+            keys = (
+                "cosine_with_exact",
+                "cosine_error",
+                "agreement",
+                "slope",
+                "slope_error",
+                "seconds",
+                "gain",
+                "gain_error",
+            )
             rows.append({"point": name, "mode": mode, **{key: round(row[key], 5) for key in keys}})
-    about = "fall of the loss in a minute of one core, with 95 % intervals"
-    title = "What each gradient gains, and how near it is to the exact one"
-    svg = charts.scatter(
-        series, "mean cosine with the exact gradient of the same batch", about, title, path=False
+    about = "cosine with the exact gradient of the same batch, mean and 95 % interval"
+    return Figure(
+        "gradient_truth", charts.bars(groups, about, "How near each gradient is to the exact one"), rows
     )
-    return Figure("gradient_truth", svg, rows)
 
 
 def label(name: str) -> str:

@@ -226,8 +226,8 @@ def cells() -> Iterator[tuple[str, list[Cell]]]:
                 yield f"{of}, {P} prompts, {shape} gaps", [partial(raw_gap, K, P, shape, gap) for gap in GAPS]
         for P in (30, 50) if K != 4 else ():
             yield f"{of}, {P} prompts", [partial(mean_gap, K, P, population) for population in POPULATIONS]
-        for P in (10, 50):
-            yield f"{of}, {P} prompts", [partial(change, K, P, kept) for kept in (0.2, 0.6, 1.0)]
+        for P, pairs in ((10, 30), (50, 50)):
+            yield f"{of}, {pairs} prompts", [partial(change, K, pairs, kept) for kept in (0.2, 0.6, 1.0)]
             yield f"{of}, {P} prompts", [partial(tests, K, P)]
         for (said, right, kind), labelled in product(judges, (50, 200)):
             by = f"a judge {said}, {labelled} labelled images a class"

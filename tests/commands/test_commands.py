@@ -379,6 +379,10 @@ def test_evaluate_is_stopped_and_refuses_what_a_sweep_has_no_use_for(weights, ru
         patch.setattr(judging, "judge_all", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert cli.run(evaluate.main, options) == 130
     assert f"kept in {tmp_path / 'kept'}, the same command goes on with it" in capsys.readouterr().err
+    with checkpoints.held(tmp_path / "kept"):
+        assert "kept: a run or an evaluation is at work in it" in refused_at_last(
+            capsys, evaluate.main, *options
+        )
     for other, value in (("guidance", "3"), ("out", str(tmp_path / "x.json"))):
         message = refused(capsys, evaluate.main, *options, "--sweep", "guidance=1", f"--{other}", value)
         assert f"--{other} has no effect with --sweep guidance" in message

@@ -318,6 +318,11 @@ def test_clip_t_matched_and_shuffled(settings):
         "shuffled": pytest.approx(np.mean(shuffled), rel=1e-4),
     }
     assert found["matched"] != pytest.approx(found["shuffled"], rel=1e-4)
+    one = clip_t(settings, judged[:1], PROMPTS[:1])
+    assert one == {"matched": pytest.approx(np.mean(matched[:3]), rel=1e-4), "shuffled": None}
+    # of different numbers of images each counts alike
+    few = clip_t(settings, [judged[0].first(1), *judged[1:]], PROMPTS)
+    assert few["matched"] == pytest.approx(np.mean([matched[0], *matched[3:]]), rel=1e-4)
     assert likeness(judged, judged) == {"clip_i": pytest.approx(1)}
     assert likeness(judged, judged[::-1])["clip_i"] < 0.9999
 

@@ -191,6 +191,11 @@ def test_labels_of_some_images(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             read_labels(path, CLASSES, prompts, images)
+    path.unlink()
+    with pytest.raises(
+        UserError, match="no such file of labels; write one with the columns prompt, image, gender"
+    ):
+        read_labels(path, CLASSES, prompts, images)
 
 
 @pytest.fixture
