@@ -19,6 +19,7 @@ from fairref.fairness.attributes import parse_target
 from fairref.files.weights import fingerprint
 from fairref.files.weights import read as read_tensors
 from fairref.reporting import commands, course, pictures, shares, sweeps
+from fairref.reporting import report as report_page
 from fairref.reporting.evaluated import parts, wilson
 from fairref.reporting.report import write_report
 from fairref.reporting.run_files import read_run
@@ -676,6 +677,15 @@ def test_pictures_are_reduced_until_the_page_is_small(tmp_path):
     _, read = page_of(tmp_path)
     folded = ["details" in inside for _, a, inside in read.elements if a.get("class") == "pairs"]
     assert folded == [False, False, True, True]  # the first screens are not pictures alone
+
+
+def test_a_page_that_is_too_large_has_smaller_pictures(tmp_path, monkeypatch):
+    write_pictures(settings_of(tmp_path) / "pictures.png", "gender", P=2, n=4, side=160)
+    large = len(page_of(tmp_path)[0])
+    monkeypatch.setattr(report_page, "LARGEST", large // 2)
+    monkeypatch.setattr(pictures, "BYTES", large)
+    text, _ = page_of(tmp_path)
+    assert len(text) <= large // 2 and text.count("data:image/webp") == 16
 
 
 def test_a_curve_has_the_mean_of_every_iteration_in_its_bin():
