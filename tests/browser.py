@@ -40,7 +40,7 @@ def need_browser() -> str:
     """The browser's program; without one the test is skipped, or fails where a browser is required."""
     found = shutil.which("chromium")
     if found is None:
-        said = "no chromium here; Debian's packages chromium and chromium-driver bring it"
+        said = "no chromium here; Debian's package of this name brings it"
         if os.environ.get(VARIABLE) == "required":
             pytest.fail(said)
         pytest.skip(said)

@@ -29,6 +29,7 @@ from fairref.reporting.run_files import FILES, OWN, Run, read_runs
 from fairref.reporting.svg import STYLE
 from fairref.reporting.tables import SLASH, Table, attribute_words, likeness, number, sentence, short, spread
 
+LARGEST = 5_000_000  # bytes of a page
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -37,18 +38,24 @@ def write_report(runs: Sequence[str | Path], out: Path) -> Path:
     read = read_runs(runs)
     for run in read:
         _refuse_to_overwrite(run, Path(out))
+    page = _page(read, pictures.BYTES)
+    if len(page) > LARGEST:  # smaller pictures, for charts don't get smaller
+        page = _page(read, max(pictures.BYTES - (len(page) - LARGEST), 0))
+    write_file(out, page)
+    return out
+
+
+def _page(runs, budget):
+    """The page, with so many bytes of pictures at most."""
     facts = {
-        "runs": [facts_of(run, i, pictures.BYTES // len(read)) for i, run in enumerate(read, 1)],
-        "together": comparisons(read),
+        "runs": [facts_of(run, i, budget // len(runs)) for i, run in enumerate(runs, 1)],
+        "together": comparisons(runs),
         "version": __version__,
         "style": STYLE,
         "files": FILES,
     }
-    page = _template().render(facts)
-    write_file(
-        out, page.encode("utf-8", "replace")
-    )  # half a surrogate pair is a letter in JSON, not in UTF-8
-    return out
+    # half a surrogate pair is a letter in JSON, not in UTF-8
+    return _template().render(facts).encode("utf-8", "replace")
 
 
 def _refuse_to_overwrite(run, out):

@@ -107,6 +107,30 @@ def test_curves_stand_where_their_numbers_are(log, scale):
     near(points(flat), [(to_x(t), to_y(scale * 5)) for t in x])
 
 
+def test_noise_does_not_fill_an_axis_and_a_mark_stands_where_it_is():
+    rows = [{"x": t, "mean": m, "low": None, "high": None} for t, m in enumerate((0.101, 0.102, 0.1))]
+    series = {"one": rows, "two": rows}
+    options = {"holds": charts.BIASES, "marked": (0.15, "fair"), "under": "one"}
+    root, _ = parse(charts.curves(series, "x", "y", "t", **options))
+    _, to_y = axes(root)
+    near(points(of_series(root, 0, "path")[0])[:, 1], [to_y(row["mean"]) for row in rows])
+    texts = [said(t) for t in root.iter(f"{SVG}text")]
+    assert {"0", ".2", "fair .15"} <= set(texts)
+    (dashes,) = [e for e in root.iter(f"{SVG}line") if e.get("stroke-dasharray")]
+    near([float(dashes.get(k)) for k in ("y1", "y2")], [to_y(0.15)] * 2)
+    assert [of_series(root, i, "path")[0].get("stroke-width") for i in (0, 1)] == ["5", "2"]
+    root, _ = parse(charts.curves(series, "x", "y", "t", percent=True, marked=(0.25, "target")))
+    assert {"0%", "100%", "target 25%"} <= {said(t) for t in root.iter(f"{SVG}text")}
+    dots = {"a": [("p", (0.9996, None, None), (0.1, 0.05, 0.15))]}
+    root, _ = parse(
+        charts.scatter(dots, "x", "y", "t", holds=((0.95, 1), charts.BIASES), marked=(0.1, "fair"))
+    )
+    assert {".95", "1", "0", ".2", "fair .10"} <= {said(t) for t in root.iter(f"{SVG}text")}
+    _, to_y = axes(root)
+    (dashes,) = [e for e in root.iter(f"{SVG}line") if e.get("stroke-dasharray")]
+    near(float(dashes.get("y1")), to_y(0.1))
+
+
 def test_a_curve_has_gaps_where_numbers_are_missing():
     rows = [
         {"x": t, "mean": m, "low": m, "high": m} for t, m in enumerate([1, 2, float("nan"), 3, None, 0, 4])

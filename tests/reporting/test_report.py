@@ -15,13 +15,15 @@ from report_runs import AFTER, evaluation_of, finish, write, write_pictures, wri
 
 from fairref.commands import cli, report, train
 from fairref.evaluation import certainty
+from fairref.fairness.attributes import parse_target
 from fairref.files.weights import fingerprint
 from fairref.files.weights import read as read_tensors
-from fairref.reporting import commands, course, pictures, shares
+from fairref.reporting import commands, course, pictures, shares, sweeps
+from fairref.reporting import report as report_page
 from fairref.reporting.evaluated import parts, wilson
 from fairref.reporting.report import write_report
 from fairref.reporting.run_files import read_run
-from fairref.reporting.tables import number
+from fairref.reporting.tables import likeness, number
 
 VOID = {"meta", "link", "img", "br", "input", "rect", "circle", "path", "line", "image"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;\u202e\x00{{7*7}}"
@@ -299,12 +301,21 @@ def test_the_commands_have_the_runs_own_judges_format_and_joint_target(tmp_path)
     )
 
 
+def test_the_target_that_a_command_names_is_the_runs_own(tmp_path):
+    classes, table = {"skin_tone": report_runs.CLASSES["skin_tone"]}, [1 / 3, 1 / 3, 1 / 6, 1 / 6]
+    run = read_run(settings_of(tmp_path, target={"classes": classes, "table": table}))
+    words = shlex.split(commands.lacks(run)["guidance"].command)
+    named = parse_target(words[words.index("--target") + 1], classes)
+    assert named.target == pytest.approx(table)
+
+
 def test_a_run_that_has_not_ended_goes_on_and_one_that_was_to_be_evaluated_is(tmp_path):
     for ended in (False, True):
         found = commands.lacks(read_run(settings_of(tmp_path, ended=ended)))
         assert found["evaluation"].command == f"python train.py --resume {tmp_path.name}"
         assert ("has not ended" in found["evaluation"].said) != ended
         assert ("Once the run has ended, this" in found["guidance"].said) != ended
+        assert found["pictures"].command == found["evaluation"].command  # which draws them, too
     _, read = page_of(settings_of(tmp_path, target=None, recipe={"evaluate": "none"}))
     assert "fairref evaluate" not in " ".join(missing(read)) and "no target" in " ".join(missing(read))
 
@@ -435,21 +446,54 @@ def test_a_baseline_stands_beside_what_is_of_the_same_images_alone(tmp_path):
     evaluation = evaluation_of(prompts=3)
     seen, other = evaluation[AFTER]["train"], json.loads(json.dumps(evaluation[AFTER]["test"]))
     other["made"]["guidance"] = 7.5
+    few = evaluation[AFTER]["test"] | {"images": 30}
     write(
         folder / "baselines.json",
-        {"coin": {"test": evaluation[AFTER]["test"], "train": seen}, "uce": {"test": other}},
+        {
+            "coin": {"test": evaluation[AFTER]["test"], "train": seen},
+            "uce": {"test": other},
+            "few": {"test": few},
+        },
     )
     text, read = page_of(folder)
     tables = [[row[0] for row in table[1:]] for table in read.tables if table[0][0] == "way"]
     models = ["the original", f"fairref, {AFTER}"]
-    assert tables == [[*models, "coin"], [*models, "coin"], ["uce"]]
+    assert tables == [[*models, "coin"], [*models, "coin"], ["uce"], ["few"]]
     assert (
         "guidance 7.5, seed 1000000, padding full, solver’s end zero; the run itself was not evaluated"
         in text
     )
-    assert "numbers of images: uce." in text  # left out of the chart of strengths
+    assert "numbers of images: uce, few." in text  # left out of the chart of strengths
     points = [row[0] for table in read.tables if table[0][0] == "model, strength" for row in table[1:]]
     assert points == ["before, the original", f"{AFTER}, 0", f"{AFTER}, .5", f"{AFTER}, 1", "coin"]
+
+
+def test_beside_a_baseline_a_run_for_more_attributes_has_its_numbers_of_that_attribute_alone(tmp_path):
+    folder = write_run(tmp_path / "run", "concepts.json", prompts=3)
+    joint = evaluation_of("concepts.json", prompts=3)[AFTER]["test"]
+    gender = joint["attributes"]["gender"]["judges"]["classifier"]
+    alone = {**joint, **joint["attributes"]["gender"], "attribute": "gender"}
+    write(folder / "baselines.json", {"coin": {"test": alone}})
+    _, read = page_of(folder)
+    ours, coin = (read.row("way", name) for name in (f"fairref, {AFTER}", "coin"))
+    assert ours[1] == coin[1] and ours[1].startswith(number(gender["mean"]))
+    assert coin[3].startswith("3.0%") and coin[7] != ours[7]
+    assert ours[3] == ours[7] == "–\u00a0/ –"  # flips and explicit prompts are of both attributes
+
+
+def test_what_is_drawn_is_what_all_have(runs):
+    found = evaluation_of(prompts=3)["before"]["test"]["judges"]["classifier"]
+    assert [sweeps.gaps(of)[0] for of in ([found], [found, {**found, "sure": None}])] == ["rms gap", "bias"]
+
+
+def test_equal_shares_stand_in_the_order_of_their_prompts():
+    judge = {
+        "share": {"woman": 0.5, "man": 0.5},
+        "counts": {"b": [1, 1], "c": [0, 2], "a": [2, 2], "d": [0, 0]},
+    }
+    report = {"attribute": "gender", "judges": {"classifier": judge}}
+    (found,) = shares.shares_of({"before": report}, "gender", {})
+    assert [row[0] for row in found.rows] == ["c", "a", "b", "d"]
 
 
 def test_what_no_run_made_has_a_page(tmp_path):
@@ -593,10 +637,12 @@ def test_hostile_names_are_text(tmp_path):
         AFTER,
         "gender",
         "classifier",
-        "gender × age",
+        "classifier_evaluate",
+        "full",
         "paper",
     }
     folder = write_run(tmp_path / "<script>alert(2)<", prompts=3)
+    changed(folder / "evaluation.json", *JUDGE, "sure", "fair", "said", to=HOSTILE)
     for file in folder.glob("*.json"):
         write(file, renamed(json.loads(file.read_text()), names))
     write_pictures(folder / "pictures.png", "gender", seen=HOSTILE)
@@ -607,8 +653,9 @@ def test_hostile_names_are_text(tmp_path):
     rows = [{**row, HOSTILE: 1.0} for row in report_runs.metrics(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text, read = page_of(folder)
-    assert text.count("alert(1)") > 50 and "49" not in re.findall(r"&amp;\S{0,3}(49)", text)
-    assert "{{7*7}}" in text
+    assert text.count("alert(1)") > 50
+    computed = re.compile("\u202e\0?49")  # what a template would make of it
+    assert computed.search(text.replace("{{7*7}}", "49")) and not computed.search(text)
     assert not {"script"} & {name for name, *_ in read.elements}
     assert all(a["src"].startswith("data:image/") for a in read.all("img"))
     assert not any(key.startswith("on") for _, attributes, _ in read.elements for key in attributes)
@@ -626,6 +673,19 @@ def test_pictures_are_reduced_until_the_page_is_small(tmp_path):
     assert pictures.prompts_of(run)[0].pairs[1].pictures[0].box == (20.0, 20.0, 60.0, 60.0)
     pairs = pictures.prompts_of(run)[0].pairs
     assert [pair.changed for pair in pairs] == [False, True, True, True]
+    write_pictures(tmp_path / "pictures.png", "gender", P=4, n=1)
+    _, read = page_of(tmp_path)
+    folded = ["details" in inside for _, a, inside in read.elements if a.get("class") == "pairs"]
+    assert folded == [False, False, True, True]  # the first screens are not pictures alone
+
+
+def test_a_page_that_is_too_large_has_smaller_pictures(tmp_path, monkeypatch):
+    write_pictures(settings_of(tmp_path) / "pictures.png", "gender", P=2, n=4, side=160)
+    large = len(page_of(tmp_path)[0])
+    monkeypatch.setattr(report_page, "LARGEST", large // 2)
+    monkeypatch.setattr(pictures, "BYTES", large)
+    text, _ = page_of(tmp_path)
+    assert len(text) <= large // 2 and text.count("data:image/webp") == 16
 
 
 def test_a_curve_has_the_mean_of_every_iteration_in_its_bin():
@@ -639,9 +699,11 @@ def test_a_curve_has_the_mean_of_every_iteration_in_its_bin():
 def test_iterations_whose_prompt_names_a_class_are_in_no_curve_but_their_own(runs):
     loss, cost, bias = course.curves(read_run(runs["small"]))
     assert loss.table.head == ("iteration", "loss", "L_align", "L_img", "loss (named)")
-    assert {row[-1][:4] for row in loss.table.rows} == {"9.00"} and max(
-        row[1] for row in cost.table.rows
-    ) < "1"
+    assert (
+        'stroke-width="5"' in loss.wide
+        and {row[-1][:4] for row in loss.table.rows} == {"9.00"}
+        and max(row[1] for row in cost.table.rows) < "1"
+    )
     assert "66 of 200 iterations, whose prompt names a class, are left out." in cost.caption
     assert all(row[1].startswith(".500") for row in bias.table.rows if row[1] != "–")
 
@@ -680,6 +742,13 @@ def test_shares_have_the_interval_of_the_evaluation():
 )
 def test_numbers(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0.9417, ".942"), (0.99958, ".9996"), (0.9996, ".9996"), (1.0, "1.000")]
+)
+def test_a_likeness_is_1_only_where_it_is(value, text):
+    assert likeness(value) == text
 
 
 def test_no_torch_is_needed(runs, tmp_path):
