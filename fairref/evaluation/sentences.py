@@ -29,7 +29,7 @@ def lines(report: dict[str, object]) -> list[str]:
     for key, what in (
         ("clip_i", "CLIP-I"),
         ("dino", "DINO"),
-        *((name, f"{name}'s colour") for name in COLOURED),
+        *((name, f"colour of the {name}") for name in COLOURED),
     ):
         if report.get(key) is not None:
             text.append(f"{what} with the original images: {report[key]:.4f}")
