@@ -14,6 +14,7 @@ import collectives
 import flops
 import gradient_runs
 import gradient_truth
+import interval_coverage
 import measure
 import numpy as np
 import pytest
@@ -228,6 +229,9 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
     for title, text in made.items():
         page = "README.md" if title == "summary" else "docs/results.md"
         assert text in document(page), f"{title}: put what results.py --tables prints into {page}"
+    simulated = json.loads((ROOT / "docs" / "results" / "coverage.json").read_text())
+    assert simulated["runs"] == 5000
+    assert interval_coverage.summary(simulated["rows"]) in document("docs/method.md")
     kept = ROOT / "docs" / "results" / "baselines.json"
     for text in baselines.shown(json.loads(kept.read_text())).split("\n\n") if kept.exists() else ():
         assert text in document("docs/results.md"), (

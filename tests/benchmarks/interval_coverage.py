@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from measure import table
 from scipy.special import chndtrinc
 from scipy.stats import chi2, false_discovery_control, ttest_1samp
 
@@ -284,14 +285,15 @@ def rows(runs: int, seed: int = 0, every: int = 1, kept: Path | None = None) -> 
     ]
 
 
-def summary(found: list[dict[str, object]]) -> list[str]:
-    """An interval a line: the mean over all cells, and the least of a cell."""
-    lines = []
-    for name in dict.fromkeys(row["interval"] for row in found):
-        values = np.concatenate([row["grid"] for row in found if row["interval"] == name])
-        low = f"{(values < 0.9).sum()} below .90" if (values < 0.9).any() else "none below .90"
-        lines.append(f"{name:65} {values.mean():.3f} {values.min():.3f}  {len(values)} cells, {low}")
-    return lines
+def summary(found: list[dict[str, object]]) -> str:
+    """A table, an interval a row: the mean over all cells, the range of the situations, and the least of a cell."""
+    rows = []
+    for name in sorted({row["interval"]: None for row in found}, key=lambda name: name.startswith(NOT_USED)):
+        grids = [row["grid"] for row in found if row["interval"] == name]
+        means, values = [float(np.mean(grid)) for grid in grids], np.concatenate(grids)
+        of_situations = f"{min(means):.3f} to {max(means):.3f}"
+        rows.append([name, len(values), f"{values.mean():.3f}", of_situations, f"{values.min():.3f}"])
+    return table(["what", "cells", "mean", "of the situations", "least cell"], rows)
 
 
 def main() -> None:
@@ -304,7 +306,7 @@ def main() -> None:
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     found = rows(options.runs, kept=options.folder)
-    print("\n".join(summary(found)))
+    print(summary(found))
     if options.out:
         text = ",\n".join(f"  {json.dumps(row)}" for row in found)
         options.out.write_text(f'{{"runs": {options.runs}, "rows": [\n{text}\n]}}\n', encoding="utf-8")

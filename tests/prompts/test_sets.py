@@ -106,7 +106,8 @@ def test_a_text_file(bundle, tmp_path):
     file.write_text("# mine\n\na cook\n  a judge \na cook\n")
     (found,) = read(bundle, str(file))
     assert found.train == ("a cook", "a judge") == found.validation and found.test == ()
-    assert read(bundle, ["a cook", "a judge"]) == [found]
+    assert found.file == "prompts.txt"
+    assert read(bundle, ["a cook", "a judge"]) == [replace(found, file="")]
 
 
 @pytest.mark.parametrize(
