@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy.optimize import approx_fprime
+from scipy.stats import chi2
 
 from fairref.evaluation.gaps import (
+    LEVEL,
     MIN_PROMPTS,
+    Z_ONE_SIDED,
     Interval,
     SquaredGap,
     Z,
@@ -31,6 +33,9 @@ SHARES = f"maximum likelihood (EM); delta method on counts to which images are a
 RMS = f"score interval: other images of these prompts, other labelled images; {COMMON}"
 POWERED = "prediction-powered inference (PPI++): other images of these prompts, other labelled images"
 MEAN = f"delta method: other prompts of this kind, other images, other labelled images; {COMMON}"
+FEW = f"no interval with fewer than {MIN_LABELLED} labelled images of a class"
+MISFIT = "no interval: no shares explain what the judge says, so it errs otherwise here than on the labelled images"
+SWAPPED = "not corrected: a class is said less often of its own images than of another's; are labels swapped?"
 
 
 def confusion_matrix(labelled: np.ndarray, added: float = 0.0) -> np.ndarray:
@@ -51,10 +56,16 @@ def is_told(M: np.ndarray) -> bool:
     return bool(np.isfinite(M).all() and np.linalg.cond(M) < WORST_CONDITION)
 
 
+def is_swapped(M: np.ndarray) -> bool:
+    """Whether the judge says a class less often of its own images than of another's."""
+    return bool((M.diagonal() < M.max(1)).any())
+
+
 def true_shares(judged: np.ndarray, M: np.ndarray) -> np.ndarray:
     """Maximum likelihood on the simplex: judged shares (..., K) -> the classes' (..., K).
 
     M⁻¹ p̂ where that is inside, else EM: p <- p ∘ Mᵀ(p̂ / M p). Of two classes the nearer edge: Rogan and Gladen's.
+    What M rules out is left out.
     """
     told = is_told(M)
     shares = np.linalg.solve(M, judged[..., None])[..., 0] if told else np.full(judged.shape, -1.0)
@@ -65,17 +76,27 @@ def true_shares(judged: np.ndarray, M: np.ndarray) -> np.ndarray:
     for _ in range(STEPS if outside.any() else 0):
         before, expected = p, p @ M.T
         p = p * (np.divide(q, expected, out=np.zeros_like(q), where=expected > 0) @ M)
+        p /= p.sum(-1, keepdims=True)
         if np.abs(p - before).max() < TOLERANCE:
             break
     shares[outside] = p
     return shares
 
 
+def is_explained(counts: np.ndarray, labelled: np.ndarray, shares: np.ndarray) -> bool:
+    """Whether counts (K,) may be what the judge says of these shares (K,), the likeliest, at the level 95 %."""
+    n = counts.sum()
+    expected = confusion_matrix(labelled, ADDED_TO_M) @ shares
+    noise = share_covariance(expected, n) + np.einsum("k,kij->ij", shares**2, confusion_noise(labelled))
+    far = (counts / n - expected)[:-1]  # the last class has what is left
+    return far @ np.linalg.solve(noise[:-1, :-1], far) <= chi2.ppf(LEVEL, len(far))
+
+
 def share_intervals(counts: np.ndarray, labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The lower and the upper ends (..., K) of the classes' shares, of what a judge counts in all images (..., K).
 
     Covariance of the shares: M⁻¹ [Σ_p̂ + Σ_k p_k² Σ_{M_k}] M⁻ᵀ. Z² images are added to the counts, as Agresti and Coull
-    do for one share, and some to M's, as Lang and Reiczigel do for two classes. [0, 1] where M tells nothing.
+    do for one share, and some to M's. [0, 1] where M tells nothing. Around an edge, where M⁻¹ p̂ is beyond it.
     """
     K = counts.shape[-1]
     M = confusion_matrix(labelled, ADDED_TO_M)
@@ -89,6 +110,7 @@ def share_intervals(counts: np.ndarray, labelled: np.ndarray) -> tuple[np.ndarra
     )
     half = Z * np.sqrt(np.einsum("...ki,...ij,...kj->...k", inverse, noise, inverse))
     half = np.where(np.linalg.cond(M)[..., None] < WORST_CONDITION, half, 1)
+    shares = np.clip(shares, 0, 1)
     return np.clip(shares - half, 0, 1), np.clip(shares + half, 0, 1)
 
 
@@ -133,52 +155,76 @@ def corrected_gap(counts: np.ndarray, labelled: np.ndarray, target: np.ndarray) 
     )
 
 
+def corrected_rms(gap: SquaredGap, z: float = Z) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rms gap and its score interval, around the largest gap that there can be where more was measured."""
+    return replace(gap, value=np.minimum(gap.value, gap.largest)).rms(z)
+
+
+def is_possible(gap: SquaredGap) -> bool:
+    """Whether the measured gap may be that of some shares: the largest is not below its interval."""
+    return bool(replace(gap, largest=np.inf).rms()[1] ** 2 <= gap.largest)
+
+
 def corrected_mean_gap(counts: np.ndarray, labelled: np.ndarray, target: np.ndarray) -> Interval:
-    """The mean over prompts of bias(P) of the corrected shares, noise and all, from counts (P, K)."""
+    """The mean over prompts of bias(P) of the corrected shares, noise and all, from counts (P, K).
+
+    Its noise is that of M⁻¹ p̂: where that is beyond an edge, the shares are the same whatever the noise.
+    """
+    P, K = counts.shape
     judged, M = counts / counts.sum(1, keepdims=True), confusion_matrix(labelled)
-
-    def values(M):
-        return bias(true_shares(judged, M), target)
-
-    slope = approx_fprime(M.ravel(), lambda flat: values(flat.reshape(M.shape)).mean(), 1e-4).reshape(M.shape)
-    of_prompts = values(M)
-    variance = of_prompts.var(ddof=1) / len(judged)
+    inverse = np.linalg.inv(M)
+    shares = judged @ inverse.T
+    d = shares - target
+    rising = np.sign(d[:, :, None] - d[:, None]).sum(2) * 2 / (K * (K - 1))  # of bias(P), with each share
+    slope = -inverse.T @ rising.T @ shares / P  # with M_jk, by dp = -M⁻¹ dM p
+    variance = bias(shares, target).var(ddof=1) / P
     variance += np.einsum("jk,kji,ik->", slope, confusion_noise(labelled), slope)
-    half, value = Z * np.sqrt(variance), of_prompts.mean()
-    return as_interval(value, max(value - half, 0), value + half, MEAN)
+    half, value = Z * np.sqrt(variance), bias(true_shares(judged, M), target).mean()
+    return as_interval(value, max(value - half, 0), min(value + half, bias(np.eye(K), target).max()), MEAN)
 
 
 def corrected(
     counts: np.ndarray, labelled: np.ndarray, source: str, classes: Sequence[str], target: np.ndarray
 ) -> dict[str, object] | None:
-    """What a judge's counts (P, K) are without its errors, ready for JSON; `source` says where M is known from.
+    """What a judge's counts (P, K) are without its errors, ready for JSON; `source` says where M is known from, `upper`
+    is the upper 95 % bound of the rms gap.
 
-    None without an image, or without a labelled one of each class; no interval from too few labelled ones.
+    None without an image, or without a labelled one of each class. No interval from too few labelled ones, or where M
+    does not explain the counts; nothing from a judge that says the contrary.
     """
     n_k = labelled.sum(1)
     if not counts.any() or not n_k.all():
         return None
-    M, few = confusion_matrix(labelled), n_k.min() < MIN_LABELLED
-    of_class = counts.sum(0)
+    M, of_class = confusion_matrix(labelled), counts.sum(0)
+    two, some = counts[counts.sum(1) > 1], counts[counts.any(1)]
     value = true_shares(of_class / of_class.sum(), M)
-    low, high = share_intervals(of_class, labelled)
-    low, high = np.minimum(low, value), np.maximum(high, value)
-    mean = rms = None
-    if not few and is_told(M):
-        two, some = counts[counts.sum(1) > 1], counts[counts.any(1)]
-        rms = as_interval(*corrected_gap(two, labelled, target).rms(), RMS) if len(two) else None
-        mean = corrected_mean_gap(some, labelled, target) if len(some) >= MIN_PROMPTS else None
-    ends = zip(value.tolist(), low.tolist(), high.tolist(), strict=True)
+    gap = corrected_gap(two, labelled, target) if len(two) and is_told(M) else None
+    mean = rms = upper = None
+    low = high = np.full(len(M), None)
+    if is_swapped(M):
+        value, method = low, SWAPPED
+    elif n_k.min() < MIN_LABELLED:
+        method = FEW
+    elif not is_explained(of_class, labelled, value) or (gap and not is_possible(gap)):
+        method = MISFIT
+    else:
+        method, (low, high) = SHARES, share_intervals(of_class, labelled)
+        low, high = np.minimum(low, value), np.maximum(high, value)
+        if gap:
+            rms, upper = as_interval(*corrected_rms(gap), RMS), float(corrected_rms(gap, Z_ONE_SIDED)[2])
+        if len(some) >= MIN_PROMPTS and is_told(M):
+            mean = corrected_mean_gap(some, labelled, target)
     return {
         "confusion": M.tolist(),
         "labelled": n_k.tolist(),
         "source": source,
         "mean_gap": mean,
         "rms_gap": rms,
-        "share": {
-            k: [v, None, None] if few else [v, a, b] for k, (v, a, b) in zip(classes, ends, strict=True)
-        },
-        "method": f"no interval with fewer than {MIN_LABELLED} labelled images of a class" if few else SHARES,
+        "upper": upper,
+        "share": dict(
+            zip(classes, map(list, zip(*(v.tolist() for v in (value, low, high)), strict=True)), strict=True)
+        ),
+        "method": method,
     }
 
 

@@ -44,6 +44,7 @@ CORRECTED = {
     **dict.fromkeys(("rms_gap?", "mean_gap?"), (INTERVAL, None)),
     **dict.fromkeys(("source?", "method?"), str),
     "labelled?": [N],
+    "upper?": N,
     "share?": SHARES,
 }
 JUDGE = {

@@ -34,22 +34,33 @@ Hits = dict[str, np.ndarray]  # interval -> (R,) or (R, m) bool: it holds the tr
 Cell = Callable[[int, np.random.Generator], Hits]  # R runs
 
 
-def leaning(K: int, P: int, gap: float, shape: str) -> np.ndarray:
+def leaning(K: int, P: int, gap: float, shape: str, target: np.ndarray | None = None) -> np.ndarray:
     """Shares (P, K) that lean, each prompt to a class of its own or all to the first, equally or from 0 on."""
     lean = np.full(P, gap) if shape != "mixed" or P == 1 else np.minimum(gap * np.linspace(0, 3**0.5, P), 1)
     leader = np.eye(K)[np.arange(P) % K if shape != "first" else np.zeros(P, int)]
-    return (1 - lean[:, None]) / K + lean[:, None] * leader
+    return (1 - lean[:, None]) * (1 / K if target is None else target) + lean[:, None] * leader
 
 
-def rms_of(shares: np.ndarray) -> float:
-    """The rms gap of shares (P, K) from equal ones."""
+def rms_of(shares: np.ndarray, target: np.ndarray | float | None = None) -> float:
+    """The rms gap of shares (P, K) from a target's, or from equal ones."""
     K = shares.shape[-1]
-    return float(np.sqrt((2 / (K - 1) * np.square(shares - 1 / K).sum(-1)).mean()))
+    return float(
+        np.sqrt((2 / (K - 1) * np.square(shares - (1 / K if target is None else target)).sum(-1)).mean())
+    )
+
+
+def unequal(K: int) -> np.ndarray:
+    """A target (K,) with three quarters for the first class."""
+    return np.array([0.75, *[0.25 / (K - 1)] * (K - 1)])
 
 
 def confusion(K: int, right: float, kind: str) -> np.ndarray:
-    """M (K, K) of a judge that errs to all other classes alike, or to the next class mostly."""
+    """M (K, K) of a judge that errs to all other classes alike, or to the next class mostly; "more": of the first class
+    four times as often as of others."""
     M = np.eye(K) * right
+    if kind == "more":
+        often = 1 - right * np.eye(K)[0] - np.sqrt(right) * (1 - np.eye(K)[0])
+        return np.diag(1 - often) + (1 - np.eye(K)) * often / (K - 1)
     if kind == "even" or K == 2:
         return M + (1 - np.eye(K)) * (1 - right) / (K - 1)
     return M + (1 - right) * (0.8 * np.roll(np.eye(K), 1, 0) + 0.2 * np.roll(np.eye(K), -1, 0))
@@ -151,28 +162,44 @@ def replicates(
 
 
 def corrected_gap(
-    K: int, labelled: int, P: int, right: float, kind: str, gap: float, R: int, rng: np.random.Generator
+    K: int,
+    labelled: int,
+    P: int,
+    right: float,
+    kind: str,
+    gap: float,
+    R: int,
+    rng: np.random.Generator,
+    target: np.ndarray | None = None,
 ) -> Hits:
-    M, shares = confusion(K, right, kind), leaning(K, P, gap, "mixed")
+    M, shares = confusion(K, right, kind), leaning(K, P, gap, "mixed", target)
     counts, known = rng.multinomial(IMAGES[K], shares @ M.T, (R, P)), labelled_by(M, labelled, R, rng)
+    found = judge_errors.corrected_gap(counts, known, np.full(K, 1 / K) if target is None else target)
+    truth = rms_of(shares, target)
     return {
-        "corrected rms gap": within(
-            judge_errors.corrected_gap(counts, known, np.full(K, 1 / K)).rms()[1:], rms_of(shares)
-        )
+        "corrected rms gap": within(judge_errors.corrected_rms(found)[1:], truth),
+        "corrected rms gap, upper bound": judge_errors.corrected_rms(found, Z_ONE_SIDED)[2] >= truth - 1e-9,
     }
 
 
-def corrected_mean_gap(K: int, labelled: int, population: str, R: int, rng: np.random.Generator) -> Hits:
-    M, target = confusion(K, 0.9, "even"), np.full(K, 1 / K)
+def corrected_mean_gap(
+    K: int,
+    labelled: int,
+    population: str,
+    R: int,
+    rng: np.random.Generator,
+    right: float = 0.9,
+    kind: str = "even",
+    target: np.ndarray | None = None,
+) -> Hits:
+    M, target = confusion(K, right, kind), np.full(K, 1 / K) if target is None else target
 
     def counts(*size):
-        return rng.multinomial(IMAGES[K], rng.dirichlet(np.full(K, POPULATIONS[population]), size) @ M.T)
+        return rng.multinomial(IMAGES[K], rng.dirichlet(K * target * POPULATIONS[population], size) @ M.T)
 
     truth = bias(judge_errors.true_shares(counts(5000) / IMAGES[K], M), target).mean()
     known = labelled_by(M, labelled, R, rng)
-    found = [
-        judge_errors.corrected_mean_gap(counts(50), of_run, target) for of_run in known[: max(R // SOME, 1)]
-    ]
+    found = [judge_errors.corrected_mean_gap(counts(50), of_run, target) for of_run in known]
     return {"corrected mean gap": np.array([v["low"] <= truth <= v["high"] for v in found])}
 
 
@@ -246,6 +273,12 @@ def cells() -> Iterator[tuple[str, list[Cell]]]:
         yield (
             f"{of}, 50 prompts, 200 labelled images a class",
             [partial(corrected_mean_gap, K, 200, population) for population in POPULATIONS],
+        )
+        unlike = {"right": 0.8, "kind": "more", "target": unequal(K)}
+        yield (
+            f"{of}, 50 prompts, target .75 for a class, of which a judge errs in 1 of 5, 200 labelled images a class",
+            [partial(corrected_gap, K, 200, 50, gap=gap, **unlike) for gap in GAPS]
+            + [partial(corrected_mean_gap, K, 200, population, **unlike) for population in POPULATIONS],
         )
 
 

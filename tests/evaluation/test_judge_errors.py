@@ -1,11 +1,12 @@
 """Shares and gaps without a judge's errors: against other optimisers, other programs and the known truth."""
 
 import itertools
+from dataclasses import replace
 
 import interval_coverage as coverage
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import approx_fprime, minimize
 from scipy.stats import norm
 
 from fairref.evaluation import judge_errors
@@ -15,6 +16,8 @@ from fairref.evaluation.judge_errors import (
     corrected,
     corrected_gap,
     corrected_mean_gap,
+    corrected_rms,
+    is_told,
     prediction_powered,
     share_intervals,
     true_shares,
@@ -56,6 +59,21 @@ def test_shares_are_the_likeliest_on_the_simplex(judged):
     assert (found == pytest.approx(straight, abs=1e-9)) == (straight.min() >= 0)
 
 
+def test_the_likeliest_shares_at_an_edge_that_is_reached_slowly():
+    """There no share that is taken can gain, and no other share could: the gradient, less 1, is 0 or below."""
+    M = confusion_matrix(np.array([[40, 32, 28], [30, 38, 32], [28, 33, 39]]))
+    judged = np.array([0.42, 0.25, 0.33])
+    shares = true_shares(judged, M)
+    assert shares[1] < 1e-6
+    assert (judged / (M @ shares)) @ M - 1 == pytest.approx([0, -0.01773, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("M", [[[1, 1], [0, 0]], [[1, 0, 0], [0, 1, 1], [0, 0, 0]]], ids=str)
+def test_what_M_rules_out_takes_no_share_away(M):
+    K = len(M)
+    assert true_shares(np.full(K, 1 / K), np.array(M, float)).sum() == pytest.approx(1)
+
+
 def test_two_classes_are_rogan_and_gladens():
     """(p̂ + specificity - 1) / (sensitivity + specificity - 1), clipped."""
     M = confusion_matrix(np.array([[90, 10], [20, 180]]))
@@ -66,21 +84,39 @@ def test_two_classes_are_rogan_and_gladens():
     assert by_em[0] == pytest.approx([0.5, 0.5])
 
 
-def test_the_interval_of_a_share_is_that_of_lang_and_reiczigel_before_its_shift():
-    """Two classes, one image added to each of M's counts for its noise; a half to its centre."""
-    labelled, counts = np.array([[90, 10], [20, 180]]), np.array([700, 2300])
-    n = counts.sum() + Z**2
-    p = (700 + Z**2 / 2) / n
+@pytest.mark.parametrize("counts", [(700, 2300), (30, 2970), (2900, 100)])
+def test_the_interval_of_a_share_is_that_of_lang_and_reiczigel_before_its_shift(counts):
+    """Two classes, one image added to each of M's counts for its noise, a half to its centre; at edges around them."""
+    labelled = np.array([[90, 10], [20, 180]])
+    n = sum(counts) + Z**2
+    p = (counts[0] + Z**2 / 2) / n
     sensitivity, specificity = 90.5 / 101, 180.5 / 201
     youden = sensitivity + specificity - 1
-    centre = (p + specificity - 1) / youden
+    centre = np.clip((p + specificity - 1) / youden, 0, 1)
     noise = [a * (1 - a) / m for a, m in ((91 / 102, 102), (181 / 202, 202))]
     half = Z * np.sqrt(p * (1 - p) / n + centre**2 * noise[0] + (1 - centre) ** 2 * noise[1]) / youden
-    low, high = share_intervals(counts, labelled)
-    assert (low[0], high[0]) == pytest.approx((centre - half, centre + half))
+    low, high = share_intervals(np.array(counts), labelled)
+    assert (low[0], high[0]) == pytest.approx((max(centre - half, 0), min(centre + half, 1)))
     assert (low[1], high[1]) == pytest.approx((1 - high[0], 1 - low[0]))
-    low, high = share_intervals(counts, np.array([[50, 50], [50, 50]]))
+    low, high = share_intervals(np.array(counts), np.array([[50, 50], [50, 50]]))
     assert low.tolist() == [0, 0] and high.tolist() == [1, 1]
+
+
+def test_an_interval_holds_its_value():
+    """In a report it is stretched to the likeliest shares, which may be elsewhere than M⁻¹ p̂."""
+    counts, labelled = (
+        np.array([[3, 1371, 0, 1143, 12439, 9, 1666, 3369]]),
+        np.diag([48, 49, 50, 48, 48, 0, 50, 0]),
+    )
+    for k, j in ((0, 1), (0, 2), (1, 3), (3, 2), (3, 4)):
+        labelled[k, j] += 1
+    labelled[4, 5], labelled[6, 5] = 2, 4
+    labelled[5] = [9, 1, 2, 5, 15, 445, 23, 0]
+    labelled[7] = [1300, 1729, 1131, 315, 510, 2019, 611, 92385]
+    value = true_shares(counts[0] / counts.sum(), confusion_matrix(labelled))
+    assert value[4] < share_intervals(counts[0], labelled)[0][4]
+    share = corrected(counts, labelled, "", list("abcdefgh"), np.full(8, 1 / 8))["share"]["e"]
+    assert share[0] == share[1] == pytest.approx(value[4])
 
 
 def test_its_covariance_is_that_of_drawn_judges_and_images():
@@ -135,21 +171,54 @@ def test_near_the_target_the_corrected_gap_scatters_by_what_a_fair_model_does():
     assert moved.fair_slope == pytest.approx(np.mean(added), rel=0.03)
 
 
-def test_the_mean_gap_takes_Ms_error_along():
-    """Against M's own draws, the counts being as they are."""
-    rng, M = np.random.default_rng(0), confusion_matrix(LABELLED)
-    counts = rng.multinomial(300, rng.dirichlet(np.full(3, 5.0), 40) @ M.T)
-    found = corrected_mean_gap(counts, LABELLED, EVEN)
-    judged = counts / 300
-    values = bias(true_shares(judged, M), EVEN)
-    drawn = [
-        bias(true_shares(judged, confusion_matrix(labelled)), EVEN).mean()
-        for labelled in drawn_judges(300, rng)
-    ]
-    expected = np.sqrt(np.var(drawn) + values.var(ddof=1) / 40)
-    assert found["value"] == pytest.approx(values.mean())
-    assert found["high"] - found["value"] == pytest.approx(Z * expected, rel=0.1)
-    assert np.std(drawn) > 0.5 * expected / 2
+def test_what_Ms_noise_adds_to_the_gap_of_few_images_is_taken_off():
+    """Σ_k p_k² times the noise of column k; p_k² is without the images' noise. For two classes the gap is 2 p - 1."""
+    labelled, n = np.array([[80, 20], [25, 75]]), 5
+    few, exact = (
+        corrected_gap(np.array([[3, 2]]), m, np.array([0.5, 0.5])) for m in (labelled, 10**9 * labelled)
+    )
+    p, noise = (0.6 - 0.25) / 0.55, 0.6 * 0.4 / (n - 1) / 0.55**2
+    of_M = [a * (1 - a) / 102 / 0.55**2 for a in (81 / 102, 76 / 102)]
+    expected = 4 * ((p**2 - noise) * of_M[0] + ((1 - p) ** 2 - noise) * of_M[1])
+    assert exact.value - few.value == pytest.approx(expected, rel=1e-6)
+
+
+TWO = np.array([[95, 5], [30, 70]])
+
+
+@pytest.mark.parametrize(
+    ("labelled", "p", "target"),
+    [(TWO, (0.7, 0.3), (0.5, 0.5)), (TWO, (0.5, 0.5), (0.75, 0.25)), (LABELLED, (0.5, 0.3, 0.2), EVEN)],
+    ids=str,
+)
+def test_the_mean_gap_takes_Ms_error_along(labelled, p, target):
+    """By the slope that another program finds; and the shares' scatter over prompts, whatever the edges cut off."""
+    M, noise = confusion_matrix(labelled), judge_errors.confusion_noise(labelled)
+    counts = np.random.default_rng(0).multinomial(60, M @ p, 40)
+
+    def values(flat):
+        return bias(np.linalg.solve(flat.reshape(M.shape), counts.T / 60).T, target)
+
+    slope = approx_fprime(M.ravel(), lambda flat: values(flat).mean(), 1e-7).reshape(M.shape)
+    variance = np.var(values(M), ddof=1) / 40
+    variance += sum(column @ of_column @ column for column, of_column in zip(slope.T, noise, strict=True))
+    found = corrected_mean_gap(counts, labelled, np.array(target))
+    assert found["value"] == pytest.approx(bias(true_shares(counts / 60, M), target).mean())
+    assert found["high"] - found["value"] == pytest.approx(Z * variance**0.5, rel=1e-4)
+    assert found["low"] == pytest.approx(max(found["value"] - Z * variance**0.5, 0), rel=1e-4)
+
+
+def test_intervals_at_an_edge_are_not_of_no_width():
+    """All prompts are where M ends: the judge can say no more of one class."""
+    labelled, target = np.array([[190, 10], [20, 180]]), np.array([0.5, 0.5])
+    counts = np.array([[58, 2]] * 30 + [[57, 3]] * 10)
+    mean = corrected_mean_gap(counts, labelled, target)
+    assert mean["value"] > 0.99 and 0.8 < mean["low"] < 0.95 and mean["high"] == 1
+    gap = replace(corrected_gap(counts, labelled, target), value=1.19)
+    low, high = corrected_rms(gap)[1:]
+    assert low < 0.97 and high == 1
+    useless = corrected_mean_gap(counts[:, ::-1], np.array([[51, 49], [49, 51]]), target)
+    assert (useless["low"], useless["high"]) == (0, 1)
 
 
 def test_prediction_powered_shares_are_ppi_pythons():
@@ -164,6 +233,10 @@ def test_prediction_powered_shares_are_ppi_pythons():
         assert mine == pytest.approx(peers, rel=1e-12)
     report = prediction_powered(others, labelled, ["a", "b", "c"])
     assert [v for v, *_ in report["share"].values()] == pytest.approx(values)
+    _, low, high = judge_errors.powered_shares(others, labelled + Z**2 / 9)
+    assert [ends for _, *ends in report["share"].values()] == [
+        pytest.approx(e) for e in zip(low, high, strict=True)
+    ]
     assert all(low < value < high for value, low, high in report["share"].values())
     assert report["labelled"] == [47, 34, 19]
     all_labelled = prediction_powered(np.zeros(3, int), labelled, ["a", "b", "c"])["share"]
@@ -173,20 +246,74 @@ def test_prediction_powered_shares_are_ppi_pythons():
 def test_what_a_report_gets():
     classes, counts = ["a", "b", "c"], np.random.default_rng(0).multinomial(80, [0.5, 0.3, 0.2], 30)
     found = corrected(counts, LABELLED, "somewhere", classes, EVEN)
-    assert set(found) == {"confusion", "labelled", "source", "mean_gap", "rms_gap", "share", "method"}
+    assert set(found) == {
+        "confusion",
+        "labelled",
+        "source",
+        "mean_gap",
+        "rms_gap",
+        "upper",
+        "share",
+        "method",
+    }
     assert found["confusion"] == confusion_matrix(LABELLED).tolist() and found["labelled"] == [200, 100, 300]
     assert all(low <= value <= high for value, low, high in found["share"].values())
     assert sum(value for value, *_ in found["share"].values()) == pytest.approx(1)
-    assert found["rms_gap"]["low"] < found["rms_gap"]["value"] < found["rms_gap"]["high"]
+    assert found["rms_gap"]["low"] < found["rms_gap"]["value"] < found["upper"] < found["rms_gap"]["high"]
+    more = corrected(np.vstack([counts, [[1, 0, 0]]]), LABELLED, "", classes, EVEN)
+    assert more["rms_gap"] == found["rms_gap"]  # a prompt with one image says nothing of its gap
     assert corrected(counts[:29], LABELLED, "", classes, EVEN)["mean_gap"] is None
     few = corrected(counts, LABELLED // 10, "", classes, EVEN)
     assert (
         few["rms_gap"] is None and few["share"]["a"][1:] == [None, None] and "fewer than 50" in few["method"]
     )
-    alike = corrected(counts, np.full((3, 3), 60), "", classes, EVEN)
+    alike = corrected(np.full((30, 3), 20), np.full((3, 3), 60), "", classes, EVEN)
     assert alike["rms_gap"] is None and alike["share"]["b"][1:] == [0, 1]
+    assert is_told(np.array([[0.51, 0.49], [0.49, 0.51]]) + 0.0098 * (1 - 2 * np.eye(2)))
     assert corrected(counts, np.diag([60, 60, 0]), "", classes, EVEN) is None
     assert corrected(0 * counts, LABELLED, "", classes, EVEN) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "labelled"),
+    [
+        ([[58, 2]] * 50, [[900, 100], [100, 900]]),
+        ([[40, 20]] * 35, [[51, 49], [50, 50]]),
+        ([[58, 2], [2, 58]] * 25, [[900, 100], [100, 900]]),  # only the prompts are beyond what M allows
+        ([[30, 30, 20]] * 35, [[60, 0, 0], [0, 60, 0], [0, 60, 0]]),
+    ],
+    ids=str,
+)
+def test_where_no_shares_explain_the_counts_there_is_no_interval(counts, labelled):
+    classes = list("abc")[: len(labelled)]
+    found = corrected(
+        np.array(counts), np.array(labelled), "", classes, np.full(len(classes), 1 / len(classes))
+    )
+    assert (
+        found["method"] == judge_errors.MISFIT
+        and found["mean_gap"] is found["rms_gap"] is found["upper"] is None
+    )
+    assert sum(v for v, *_ in found["share"].values()) == pytest.approx(1)
+    assert all(ends == [None, None] for _, *ends in found["share"].values())
+
+
+def test_true_shares_are_called_unexplained_in_less_than_1_of_20():
+    """Of a model with one class alone, the farthest at an edge that there is."""
+    rng, M = np.random.default_rng(0), confusion_matrix(LABELLED)
+    judges, counts = drawn_judges(100, rng), rng.multinomial(3000, M[:, 0], 100)
+    said = [
+        judge_errors.is_explained(c, of, true_shares(c / 3000, confusion_matrix(of)))
+        for c, of in zip(counts, judges, strict=True)
+    ]
+    assert 0.95 < np.mean(said) < 1
+
+
+def test_a_judge_that_says_the_contrary_is_not_corrected():
+    found = corrected(
+        np.array([[40, 20]] * 35), np.array([[40, 60], [60, 40]]), "", ["a", "b"], np.full(2, 0.5)
+    )
+    assert found["share"] == {"a": [None] * 3, "b": [None] * 3} and found["method"] == judge_errors.SWAPPED
+    assert found["rms_gap"] is found["mean_gap"] is None
 
 
 def test_corrected_intervals_hold_95_percent():
