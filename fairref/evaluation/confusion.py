@@ -6,6 +6,7 @@ prompts that name it, where the template judge confirms that the image shows it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from scipy.stats import random_table
@@ -13,6 +14,7 @@ from scipy.stats import random_table
 from fairref.evaluation.statistics import JudgedImages
 
 TEMPLATES = "templates"
+MOST_JOINT = 8  # joint classes that are counted; of more there are too few labelled images
 EXPLICIT = "the model's own images of prompts that name a class, where the template judge confirms it"
 
 
@@ -48,15 +50,25 @@ def confusions(
     classes: Mapping[str, Sequence[str]],
     source: str,
 ) -> Confusions:
-    """The same of every judge and attribute: truth attribute -> (n,), judged judge -> attribute -> (n,)."""
-    return {
-        judge: {
-            name: confusion(truth[name], np.asarray(rows), len(classes[name]), source)
-            for name, rows in of_judge.items()
-            if name in truth
-        }
-        for judge, of_judge in judged.items()
-    }
+    """The same of every judge and attribute: truth attribute -> (n,), judged judge -> attribute -> (n,). Where both
+    know all of several attributes, that of up to 8 joint classes, too, under the attributes' names with commas."""
+    sizes = {name: len(of) for name, of in classes.items()}
+    whole, K = ",".join(classes), prod(sizes.values())
+    found = {}
+    for judge, of_judge in judged.items():
+        rows = {name: np.asarray(of) for name, of in of_judge.items() if name in truth}
+        found[judge] = {name: confusion(truth[name], of, sizes[name], source) for name, of in rows.items()}
+        if 1 < len(sizes) == len(rows) and K <= MOST_JOINT:
+            known, said = (
+                joint_classes([of[name] for name in classes], tuple(sizes.values())) for of in (truth, rows)
+            )
+            found[judge][whole] = confusion(known, said, K, source)
+    return found
+
+
+def joint_classes(rows: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Class indices (n,) of each attribute -> those of the joint classes; -1 where one is not known."""
+    return np.where(np.min(rows, 0) >= 0, np.ravel_multi_index(np.maximum(rows, 0), shape), -1)
 
 
 def of_explicit(

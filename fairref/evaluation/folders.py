@@ -18,9 +18,8 @@ from fairref.errors import UserError
 from fairref.evaluation.confusion import Confusions, confusions
 from fairref.evaluation.judging import EvaluationSettings, judge
 from fairref.evaluation.labels import BY_HAND, Labels, on_labels, read_labels
-from fairref.evaluation.paired import paired_by_judge
-from fairref.evaluation.parts import Evaluated, Report, correct, report_on, with_confusions
-from fairref.evaluation.statistics import JudgedImages, flips, likeness
+from fairref.evaluation.parts import Evaluated, Report, correct, put_beside, report_on, with_confusions
+from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import wanted_target
 from fairref.files.datasets import read_labelled
 from fairref.files.images import read_square
@@ -131,9 +130,8 @@ def evaluate_folder(
             if shared
         ]
         originals = _judged(settings, before, [[file for _, file in shared] for shared in pairs if shared])
-        report |= {"pairs": sum(map(len, pairs)), **likeness(after, originals)}
-        report["paired"] = paired_by_judge(after, originals, settings.target)
-        report["flips"] = flips(after, originals, settings.target.classes)
+        report["pairs"] = sum(map(len, pairs))
+        put_beside(report, after, originals, settings.target)
     return Evaluated(report, judged)
 
 

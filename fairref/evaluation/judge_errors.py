@@ -25,13 +25,19 @@ from fairref.evaluation.gaps import (
 from fairref.fairness.metrics import bias
 
 MIN_LABELLED = 50  # images of each class, from which on the intervals hold
+MIN_POWERED = 200  # of all classes, for prediction-powered ones
 WORST_CONDITION = 1e6  # of M; beyond, it says nothing of some classes
 ADDED_TO_M, ADDED_TO_NOISE = 0.5, 1.0  # images in each cell: a count of 0 is no certainty
 STEPS, TOLERANCE = 10_000, 1e-8  # of EM
 COMMON = "M's error is common to all prompts"
 SHARES = f"maximum likelihood (EM); delta method on counts to which images are added, {COMMON}"
 RMS = f"score interval: other images of these prompts, other labelled images; {COMMON}"
-POWERED = "prediction-powered inference (PPI++): other images of these prompts, other labelled images"
+POWERED = (
+    "prediction-powered inference (PPI++), each class on its own: other images of these prompts, other labels"
+)
+FEW_POWERED = (
+    f"prediction-powered (PPI++), each class on its own; no interval with fewer than {MIN_POWERED} labels"
+)
 MEAN = f"delta method: other prompts of this kind, other images, other labelled images; {COMMON}"
 FEW = f"no interval with fewer than {MIN_LABELLED} labelled images of a class"
 MISFIT = "no interval: no shares explain what the judge says, so it errs otherwise here than on the labelled images"
@@ -231,15 +237,17 @@ def corrected(
 def prediction_powered(counts: np.ndarray, labelled: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
     """Shares of generated images of which some, a random sample, are labelled: no M from elsewhere is believed.
 
-    The labelled ones in `labelled` (K, K), the others as judged in counts (K,); intervals with Z² images added.
+    The labelled ones in `labelled` (K, K), the others as judged in counts (K,); intervals with Z² images added, from
+    200 labels on. Every class has its own weight of judge and labels, so the shares may not add up to 1.
     """
     value, _, _ = powered_shares(counts, labelled)
     _, low, high = powered_shares(counts, labelled + Z**2 / labelled.size)
-    ends = np.clip([value, np.minimum(low, value), np.maximum(high, value)], 0, 1)
+    ends = np.clip([value, np.minimum(low, value), np.maximum(high, value)], 0, 1).T.tolist()
+    few = labelled.sum() < MIN_POWERED
     return {
         "labelled": labelled.sum(1).tolist(),
-        "share": dict(zip(classes, ends.T.tolist(), strict=True)),
-        "method": POWERED,
+        "share": {k: [v[0], None, None] if few else v for k, v in zip(classes, ends, strict=True)},
+        "method": FEW_POWERED if few else POWERED,
     }
 
 

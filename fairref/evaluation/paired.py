@@ -6,6 +6,7 @@ import numpy as np
 from scipy.spatial.distance import pdist
 from scipy.stats import permutation_test, ttest_1samp
 
+from fairref.evaluation.confusion import joint_classes
 from fairref.evaluation.gaps import LEVEL, squared_gaps
 from fairref.evaluation.statistics import JudgedImages, counts_by_judge
 from fairref.fairness.attributes import JointTarget
@@ -70,9 +71,8 @@ def diversities(
 ) -> dict[str, float | None]:
     """The diversity of CLIP's and DINO's features within a joint class, as the first judge sees it."""
     judge = next(iter(counts_by_judge(judged, classes)))
-    rows = [np.stack([np.asarray(s.classes[judge][name]) for name in classes]) for s in judged]  # (A, n)
     shape = tuple(map(len, classes.values()))
-    joint = [np.where((r >= 0).all(0), np.ravel_multi_index(tuple(r.clip(0)), shape), -1) for r in rows]
+    joint = [joint_classes([np.asarray(s.classes[judge][a]) for a in classes], shape) for s in judged]
     return {
         name: diversity([np.asarray(s.features[name]) for s in judged], joint) for name in judged[0].features
     }

@@ -124,22 +124,50 @@ def with_confusions(report: Report, *known: Confusions) -> None:
 
 
 def correct(report: Report, target: JointTarget) -> None:
-    """Puts beside each judge's counts of an attribute what they are without its errors, where its confusion is known.
+    """Puts beside each judge's counts, of an attribute or of joint classes, what they are without its errors, where its
+    confusion is known.
 
     Of images that are labelled by hand, the shares are prediction-powered: these labels are a sample of the images.
     """
-    for name, classes in target.classes.items():
-        view = report["attributes"][name] if len(target.classes) > 1 else report
-        shares = np.array(target.marginal(name).target)
+    for name, view, of in views(report, target):
         for judge, of_judge in view["judges"].items():
-            known, *_ = report["confusion"].get(judge, {}).get(name, [None])
-            if known is None:
+            several = report["confusion"].get(judge, {}).get(name)
+            if not several:
                 continue
-            counts, labelled = np.array(list(of_judge["counts"].values())), np.array(known["counts"])
-            of_judge["corrected"] = corrected(counts, labelled, known["source"], classes, shares)
-            if known["source"] == BY_HAND and of_judge["corrected"]:
-                others = counts.sum(0) - labelled.sum(0)
-                of_judge["corrected"] |= prediction_powered(others, labelled, classes)
+            known, classes = several[0], list(of_judge["share"])
+            counts = np.array(list(of_judge["counts"].values()))
+            found = corrected(
+                counts, np.array(known["counts"]), known["source"], classes, of.table.reshape(-1)
+            )
+            for by_hand in (one for one in several if one["source"] == BY_HAND):
+                labelled = np.array(by_hand["counts"])
+                powered = prediction_powered(counts.sum(0) - labelled.sum(0), labelled, classes)
+                source = BY_HAND
+                if found and found["rms_gap"]:
+                    source += f"; for the gaps the confusion M on {known['source']}, which assumes equal errors here"
+                found = {
+                    **(found or {"mean_gap": None, "rms_gap": None, "upper": None}),
+                    **powered,
+                    "source": source,
+                }
+            of_judge["corrected"] = found
+
+
+def views(report: Report, target: JointTarget) -> Iterator[tuple[str, Report, JointTarget]]:
+    """The name, the numbers and the target of all classes of a report, and of each attribute of several."""
+    yield report["attribute"], report, target
+    for name, view in report.get("attributes", {}).items():
+        yield name, view, JointTarget({name: target.classes[name]}, np.array(target.marginal(name).target))
+
+
+def put_beside(
+    report: Report, judged: list[JudgedImages], originals: list[JudgedImages], target: JointTarget
+) -> None:
+    """Puts into a report how like the original's images of the same noise its images are, and what has changed."""
+    report.update(likeness(judged, originals))
+    for _, view, of in views(report, target):
+        view["paired"] = paired_by_judge(judged, originals, of)
+        view["flips"] = flips(judged, originals, of.classes)
 
 
 def how_made(settings: EvaluationSettings, source: ImageSource, prompts: str) -> Report:
@@ -210,9 +238,7 @@ def compare(
         if original is None:
             original = evaluated
         else:
-            evaluated.report.update(likeness(evaluated.judged, original.judged))
-            evaluated.report["paired"] = paired_by_judge(evaluated.judged, original.judged, settings.target)
-            evaluated.report["flips"] = flips(evaluated.judged, original.judged, settings.target.classes)
+            put_beside(evaluated.report, evaluated.judged, original.judged, settings.target)
             for judge, of_judge in evaluated.confusions.items():
                 for name, seen in of_judge.items():
                     for known in evaluated.report["confusion"].get(judge, {}).get(name, []):

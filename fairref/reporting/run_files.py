@@ -55,7 +55,13 @@ JUDGE = {
     "sure?": (SURE, None),
     "corrected?": (CORRECTED, None),
 }
-VIEW = {"noise_floor": SPREAD, "target_floor?": SPREAD, "judges": {str: JUDGE}}  # of classes by each judge
+VIEW = {  # of classes by each judge
+    "noise_floor": SPREAD,
+    "target_floor?": SPREAD,
+    "judges": {str: JUDGE},
+    "paired?": {str: ({"p": N, "difference": N, "low": N, "high": N, "method?": str}, None)},
+    "flips?": {str: ({"changed": N, "least": N, "needless": N}, None)},
+}
 ABOUT = {
     "concept": str,
     "part": str,
@@ -81,8 +87,6 @@ REPORT = {
     "clip_t?": ({"matched": N, "shuffled": N}, None),
     "explicit?": {str: N},
     **dict.fromkeys(("clip_i?", "dino?", "background?", "clothes?"), N),
-    "paired?": {str: ({"p": N, "difference": N, "low": N, "high": N}, None)},
-    "flips?": {str: ({"changed": N, "least": N, "needless": N}, None)},
     "diversity?": {str: N},
     "confusion?": {str: {str: [{"counts": [[int]], "untold": [int], "source": str, "p_as_before?": N}]}},
 }

@@ -231,14 +231,17 @@ def test_prediction_powered_shares_are_ppi_pythons():
     found = judge_errors.powered_shares(others, labelled)
     for mine, peers in zip(found, (values, lows, highs), strict=True):
         assert mine == pytest.approx(peers, rel=1e-12)
-    report = prediction_powered(others, labelled, ["a", "b", "c"])
-    assert [v for v, *_ in report["share"].values()] == pytest.approx(values)
-    _, low, high = judge_errors.powered_shares(others, labelled + Z**2 / 9)
-    assert [ends for _, *ends in report["share"].values()] == [
-        pytest.approx(e) for e in zip(low, high, strict=True)
-    ]
+    report = prediction_powered(others, 2 * labelled, ["a", "b", "c"])
+    value, _, _ = judge_errors.powered_shares(others, 2 * labelled)
+    _, low, high = judge_errors.powered_shares(others, 2 * labelled + Z**2 / 9)
+    assert list(report["share"].values()) == [pytest.approx(e) for e in zip(value, low, high, strict=True)]
     assert all(low < value < high for value, low, high in report["share"].values())
-    assert report["labelled"] == [47, 34, 19]
+    assert report["labelled"] == [94, 68, 38]
+    few = prediction_powered(others, labelled, ["a", "b", "c"])  # 100 labels
+    assert [v for v, *_ in few["share"].values()] == pytest.approx(values) and "fewer than 200" in few[
+        "method"
+    ]
+    assert all(ends == [None, None] for _, *ends in few["share"].values())
     all_labelled = prediction_powered(np.zeros(3, int), labelled, ["a", "b", "c"])["share"]
     assert [v for v, *_ in all_labelled.values()] == pytest.approx([0.47, 0.34, 0.19])
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from fairref.evaluation.certainty import certainty
-from fairref.evaluation.judge_errors import prediction_powered
+from fairref.evaluation.confusion import confusions
+from fairref.evaluation.judge_errors import corrected, prediction_powered
 from fairref.evaluation.labels import BY_HAND
 from fairref.evaluation.paired import diversities, paired, paired_by_judge
-from fairref.evaluation.parts import correct
+from fairref.evaluation.parts import correct, put_beside, with_confusions
 from fairref.evaluation.sentences import lines
-from fairref.evaluation.statistics import JudgedImages, bias_report
+from fairref.evaluation.statistics import JudgedImages, bias_report, flips, joint_names
 from fairref.fairness.attributes import JointTarget
 
 BOTH = {"gender": ("woman", "man"), "skin_tone": ("light", "medium", "dark")}
@@ -71,7 +72,7 @@ def test_every_judge_of_every_attribute_is_as_sure_as_its_counts(before, report_
 
 def test_what_is_corrected_and_by_what(report_of_both):
     target = JointTarget(BOTH, TABLE)
-    report = deepcopy(report_of_both)
+    report = {**deepcopy(report_of_both), "attribute": "gender,skin_tone"}
     known = {"counts": [[180, 20], [30, 170]], "untold": [0, 0], "source": "labelled pictures"}
     report["confusion"] = {"classifier": {"gender": [known, {**known, "counts": [[1, 0], [0, 1]]}]}}
     correct(report, target)
@@ -81,12 +82,56 @@ def test_what_is_corrected_and_by_what(report_of_both):
     share = of_judge["share"]["woman"]
     assert found["share"]["woman"][0] == pytest.approx((share - 0.15) / 0.75)
     assert "corrected" not in report["attributes"]["skin_tone"]["judges"]["classifier"]
+    assert found["rms_gap"] == corrected_rms_gap(of_judge, [0.4, 0.6])
     # labels of 60 of the 90 images themselves: the others are what the judge counts in all, less those
     labelled, (women, men) = np.array([[33, 2], [1, 24]]), np.sum(list(of_judge["counts"].values()), 0)
-    known |= {"source": BY_HAND, "counts": labelled.tolist()}
+    by_hand = {**known, "source": BY_HAND, "counts": labelled.tolist()}
+    report["confusion"]["classifier"]["gender"] = [known, by_hand]
     correct(report, target)
     expected = prediction_powered(np.array([women - 34, men - 26]), labelled, BOTH["gender"])
-    assert {key: of_judge["corrected"][key] for key in expected} == expected
+    powered = of_judge["corrected"]
+    assert {key: powered[key] for key in expected} == expected and powered["rms_gap"] == found["rms_gap"]
+    assert (
+        powered["source"].startswith(f"{BY_HAND}; for the gaps") and "labelled pictures" in powered["source"]
+    )
+    # a class without a label: they need no M
+    report["confusion"]["classifier"]["gender"] = [{**by_hand, "counts": [[30, 4], [0, 0]]}]
+    correct(report, target)
+    assert of_judge["corrected"]["share"]["woman"][0] > 0.5 and of_judge["corrected"]["rms_gap"] is None
+
+
+def corrected_rms_gap(of_judge, target):
+    """That of the pictures by which `known` says how often the judge errs."""
+    counts = np.array(list(of_judge["counts"].values()))
+    return corrected(counts, np.array([[180, 20], [30, 170]]), "", BOTH["gender"], np.array(target))[
+        "rms_gap"
+    ]
+
+
+def test_joint_classes_are_corrected_where_pictures_have_labels_of_all_attributes(report_of_both):
+    rng = np.random.default_rng(0)
+    truth = {"gender": rng.choice(2, 900), "skin_tone": rng.choice([-1, 0, 1, 2], 900)}
+    judged = {name: np.where(rng.random(900) < 0.95, of, np.maximum(of - 1, 0)) for name, of in truth.items()}
+    by_judge = {"classifier": judged, "templates": {"gender": judged["gender"]}}
+    known = confusions(truth, by_judge, BOTH, "pictures")
+    joint, told = known["classifier"]["gender,skin_tone"], truth["skin_tone"] >= 0
+    assert joint.counts.sum() == told.sum() and set(known["templates"]) == {"gender"}
+    at = (
+        (truth["gender"] == 1)
+        & (truth["skin_tone"] == 2)
+        & (judged["gender"] == 0)
+        & (judged["skin_tone"] == 2)
+    )
+    assert joint.counts[5, 2] == at.sum() > 0
+    report = {**deepcopy(report_of_both), "attribute": "gender,skin_tone", "confusion": {}}
+    with_confusions(report, known)
+    correct(report, JointTarget(BOTH, TABLE))
+    found = report["judges"]["classifier"]
+    counts = np.array(list(found["counts"].values()))
+    expected = corrected(counts, joint.counts, "pictures", joint_names(BOTH), TABLE.reshape(-1))
+    assert found["corrected"] == expected and expected["rms_gap"]
+    many = {"gender": tuple("abc"), "skin_tone": tuple("xyz")}
+    assert set(confusions(truth, by_judge, many, "pictures")["classifier"]) == set(BOTH)
 
 
 def test_a_report_says_it_in_one_line_more(before):
@@ -108,6 +153,20 @@ def test_before_and_after_by_each_judge_that_knows_all_attributes(before, after)
     assert found == {"classifier": paired(*counts, TABLE.reshape(-1))}
     gender = JointTarget({"gender": BOTH["gender"]}, np.array([0.5, 0.5]))
     assert all(of_judge["difference"] < 0 for of_judge in paired_by_judge(after, before, gender).values())
+
+
+def test_beside_the_original_each_attribute_has_its_own_test_and_flips(before, after, report_of_both):
+    """By the judge that knows it alone, too."""
+    report = {**deepcopy(report_of_both), "attribute": "gender,skin_tone"}
+    put_beside(report, after, before, JointTarget(BOTH, TABLE))
+    gender = {"gender": BOTH["gender"]}
+    alone = report["attributes"]["gender"]
+    assert alone["paired"] == paired_by_judge(after, before, JointTarget(gender, np.array([0.4, 0.6])))
+    assert alone["flips"] == flips(after, before, gender) and set(alone["flips"]) == {
+        "classifier",
+        "templates",
+    }
+    assert set(report["paired"]) == set(report["flips"]) == {"classifier"}
 
 
 def test_diversity_of_joint_classes(before):
