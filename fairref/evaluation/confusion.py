@@ -5,11 +5,10 @@ prompts that name it, where the template judge confirms that the image shows it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from scipy.stats import random_table
 
 from fairref.evaluation.statistics import JudgedImages
 
@@ -26,14 +25,15 @@ class Confusion:
     untold: np.ndarray  # (K,) int64: images of class k that it leaves out, as without a face
     source: str  # where the images' classes are known from
 
-    def __add__(self, other: "Confusion") -> "Confusion":
-        return replace(self, counts=self.counts + other.counts, untold=self.untold + other.untold)
-
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON."""
         return {"counts": self.counts.tolist(), "untold": self.untold.tolist(), "source": self.source}
 
 
+Asked = tuple[str, str, int]  # a prompt that names a class, the attribute, the class's index
+Told = Mapping[
+    str, Mapping[str, tuple[np.ndarray, np.ndarray]]
+]  # judge -> attribute -> (truth, judged), (n,) each
 Confusions = Mapping[str, Mapping[str, Confusion]]  # judge -> attribute -> its confusion
 
 
@@ -71,40 +71,54 @@ def joint_classes(rows: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndar
     return np.where(np.min(rows, 0) >= 0, np.ravel_multi_index(np.maximum(rows, 0), shape), -1)
 
 
-def of_explicit(
-    judged: Sequence[JudgedImages],
-    asked: Sequence[tuple[str, str, int]],
-    classes: Mapping[str, Sequence[str]],
-) -> Confusions:
-    """Each classifier on images of prompts that name a class, asked (prompt, attribute, class index), where the
-    template judge sees this class, too; {} without it."""
-    found: dict[str, dict[str, Confusion]] = {}
+def on_explicit(judged: Sequence[JudgedImages], asked: Sequence[Asked]) -> Told:
+    """What each classifier says of images of prompts that name a class, and the class, where the template judge sees
+    this class, too; {} without it."""
+    found = {}
     for s, (_, name, k) in zip(judged, asked, strict=True):
         if name not in s.classes.get(TEMPLATES, {}):
             continue
         confirmed = np.where(s.classes[TEMPLATES][name] == k, k, -1)
-        classifiers = {
-            j: {name: rows[name]} for j, rows in s.classes.items() if j != TEMPLATES and name in rows
-        }
-        for judge, of_judge in confusions({name: confirmed}, classifiers, classes, EXPLICIT).items():
-            before = found.setdefault(judge, {}).get(name)
-            found[judge][name] = of_judge[name] if before is None else before + of_judge[name]
-    return found
+        for judge, rows in s.classes.items():
+            if judge != TEMPLATES and name in rows:
+                told = found.setdefault(judge, {}).setdefault(name, ([], []))
+                told[0].append(confirmed)
+                told[1].append(np.asarray(rows[name]))
+    return {j: {a: tuple(map(np.concatenate, told)) for a, told in of.items()} for j, of in found.items()}
 
 
-def difference(one: Confusion, other: Confusion, tables: int = 2000, seed: int = 0) -> float | None:
-    """p of the hypothesis that a judge errs alike on both kinds of images; None where no class has some of both.
+def of_explicit(told: Told, classes: Mapping[str, Sequence[str]]) -> Confusions:
+    """The confusions of what `on_explicit` found."""
+    return {
+        judge: {name: confusion(*rows, len(classes[name]), EXPLICIT) for name, rows in of_judge.items()}
+        for judge, of_judge in told.items()
+    }
 
-    The sum over true classes of Pearson's statistic of kind x judged class, against tables with the same margins.
+
+def difference(
+    before: tuple[np.ndarray, np.ndarray],
+    after: tuple[np.ndarray, np.ndarray],
+    swaps: int = 4999,
+    seed: int = 0,
+) -> float | None:
+    """p of the hypothesis that a judge errs alike before and after, on images of the same noise: (truth, judged) each,
+    (n,). None without an image that has the same true class and is judged both times.
+
+    The change of the counts M is made of, squared, against what it is after swaps of before and after in images: of one
+    class, McNemar's test.
     """
-    rng = np.random.default_rng(seed)
-    seen, drawn = None, np.zeros(tables)
-    for pair in np.stack([one.counts, other.counts], 1):  # (2, K) of each true class
-        pair = pair[:, pair.any(0)]
-        if not pair.any(1).all():  # of one kind alone nothing is known
-            continue
-        expected = pair.sum(1)[:, None] * pair.sum(0) / pair.sum()
-        seen = (seen or 0.0) + ((pair - expected) ** 2 / expected).sum()
-        by_chance = random_table(pair.sum(1), pair.sum(0)).rvs(tables, random_state=rng)
-        drawn += ((by_chance - expected) ** 2 / expected).sum((1, 2))
-    return None if seen is None else float((1 + (drawn >= seen - 1e-9).sum()) / (1 + tables))
+    (truth, one), (same, other) = before, after
+    known = (truth >= 0) & (truth == same) & (one >= 0) & (other >= 0)
+    if not known.any():
+        return None
+    turned = known & (one != other)
+    K = 1 + max(truth.max(), one.max(), other.max())
+    change = np.zeros((turned.sum(), K, K))
+    rows = np.arange(len(change))
+    change[rows, truth[turned], one[turned]] = 1
+    change[rows, truth[turned], other[turned]] = -1
+    signs = np.random.default_rng(seed).choice([-1, 1], (swaps, len(change)))
+    seen, swapped = (
+        np.square(np.tensordot(sign, change, 1)).sum((-1, -2)) for sign in (np.ones(len(change)), signs)
+    )
+    return float((1 + (swapped >= seen - 1e-9).sum()) / (1 + swaps))

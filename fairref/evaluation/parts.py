@@ -12,7 +12,15 @@ import numpy as np
 import torch
 
 from fairref.bundle.loading import Bundle
-from fairref.evaluation.confusion import Confusions, difference, of_explicit
+from fairref.evaluation.confusion import (
+    EXPLICIT,
+    Asked,
+    Confusions,
+    Told,
+    difference,
+    of_explicit,
+    on_explicit,
+)
 from fairref.evaluation.judge_errors import corrected, prediction_powered
 from fairref.evaluation.judging import EvaluationSettings, ImageSource, drawn_by, judge_prompts
 from fairref.evaluation.labels import BY_HAND, Labels, on_labels
@@ -23,7 +31,6 @@ from fairref.prompts.sets import Prompts
 
 EXPLICIT_IMAGES = 4  # of each occupation and class that the prompt names
 Report = dict[str, object]
-Asked = tuple[str, str, int]  # a prompt that names a class, the attribute, the class's index
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Evaluated:
     judged: list[JudgedImages]  # of each prompt
     asked: list[Asked] = field(default_factory=list)  # prompts that name a class
     explicit: list[JudgedImages] = field(default_factory=list)  # of each of them
-    confusions: Confusions = field(default_factory=dict)  # of the judges on the latter
+    told: Told = field(default_factory=dict)  # what judges say of the latter
 
 
 def clip_t(
@@ -216,10 +223,10 @@ def evaluate_part(
     texts = [prompt for prompt, *_ in asked]
     explicit = judge_prompts(settings, source, texts, part.of_explicit(classes), f"{words}, explicit prompts")
     report["explicit"] = obedience(explicit, asked)
-    seen = of_explicit(explicit, asked, classes)
-    with_confusions(report, seen)
+    told = on_explicit(explicit, asked)
+    with_confusions(report, of_explicit(told, classes))
     correct(report, settings.target)
-    return Evaluated(report, judged, asked, explicit, seen)
+    return Evaluated(report, judged, asked, explicit, told)
 
 
 def compare(
@@ -239,9 +246,9 @@ def compare(
             original = evaluated
         else:
             put_beside(evaluated.report, evaluated.judged, original.judged, settings.target)
-            for judge, of_judge in evaluated.confusions.items():
-                for name, seen in of_judge.items():
+            for judge, of_judge in evaluated.told.items():
+                for name, told in of_judge.items():
                     for known in evaluated.report["confusion"].get(judge, {}).get(name, []):
-                        if known["source"] == seen.source:
-                            known["p_as_before"] = difference(original.confusions[judge][name], seen)
+                        if known["source"] == EXPLICIT:
+                            known["p_as_before"] = difference(original.told[judge][name], told)
         yield source.label, evaluated

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import fisher_exact
+from scipy.stats import binomtest
 
-from fairref.evaluation.confusion import Confusion, confusion, difference, of_explicit
+from fairref.evaluation.confusion import Confusion, confusion, difference, of_explicit, on_explicit
 from fairref.evaluation.folders import LabelledPictures, judge_labelled
 from fairref.evaluation.judging import EvaluationSettings
 from fairref.evaluation.parts import PromptPart, compare, with_confusions
@@ -52,13 +52,13 @@ def test_explicit_prompts_count_where_the_template_judge_confirms_the_class():
         ),
     ]
     asked = [("a woman", "gender", 0), ("a man", "gender", 1), ("a dark person", "skin_tone", 2)]
-    (judge,) = found = of_explicit(images, asked, CLASSES)
+    (judge,) = found = of_explicit(on_explicit(images, asked), CLASSES)
     assert judge == "classifier"
     assert found[judge]["gender"].counts.tolist() == [[1, 1], [1, 1]]
     assert found[judge]["gender"].untold.tolist() == [1, 0]
     assert found[judge]["skin_tone"].counts.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
     alone = [JudgedImages({"classifier": s.classes["classifier"]}) for s in images]
-    assert of_explicit(alone, asked, CLASSES) == {}
+    assert on_explicit(alone, asked) == {}
 
 
 def test_labelled_pictures_are_judged_as_drawn_images_are(loaded_tiny, tmp_path):
@@ -83,24 +83,25 @@ def test_labelled_pictures_are_judged_as_drawn_images_are(loaded_tiny, tmp_path)
     assert found["classifier"]["gender"].counts.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("table", [[[18, 2], [9, 11]], [[50, 0], [47, 3]], [[10, 10], [10, 10]]])
-def test_whether_a_judge_errs_alike_before_and_after(table):
-    """Of one class, this is Fisher's exact test, where both order tables alike."""
-    rows = np.array(table)
-    counts = np.zeros((2, 2, 2), np.int64)
-    counts[:, 0] = rows
-    one, other = (Confusion(c, np.zeros(2, int), "") for c in counts)
-    expected = fisher_exact(rows).pvalue
-    assert difference(one, other) == pytest.approx(expected, abs=0.02)
-    # a second class, on which it errs in the same way, only adds noise
-    counts[:, 1] = [[5, 45], [5, 45]]
-    one, other = (Confusion(c, np.zeros(2, int), "") for c in counts)
-    assert difference(one, other) >= expected - 0.02
-    # of no class there are images of both kinds: nothing is known
-    assert (
-        difference(Confusion(counts[0] * [[1], [0]], None, ""), Confusion(counts[1] * [[0], [1]], None, ""))
-        is None
-    )
+@pytest.mark.parametrize(("worse", "better"), [(9, 2), (3, 3), (6, 0), (0, 0)])
+def test_whether_a_judge_errs_alike_before_and_after(worse, better):
+    """Of one class, this is McNemar's exact test, however many images are judged as before."""
+    before = np.array([0] * worse + [1] * better + [0] * 90)
+    after = np.array([1] * worse + [0] * better + [0] * 90)
+    truth = np.zeros_like(before)
+    expected = binomtest(worse, worse + better).pvalue if worse + better else 1
+    assert difference((truth, before), (truth, after)) == pytest.approx(expected, abs=0.02)
+
+
+def test_errors_that_move_from_one_class_to_another_are_seen_and_unknown_ones_are_left_out():
+    truth = np.repeat([0, 1], 50)
+    before, after = truth.copy(), truth.copy()
+    before[:10], after[50:60] = 1, 0
+    assert difference((truth, before), (truth, after)) < 0.01
+    untold = np.where(np.arange(100) % 50 < 10, -1, after)
+    other = np.where(np.arange(100) % 50 < 10, 1 - truth, truth)
+    assert difference((truth, before), (truth, untold)) == difference((truth, before), (other, after)) == 1
+    assert difference((truth, before), (1 - truth, after)) is None
 
 
 @pytest.mark.parametrize("first", [[[0, 0], [0, 0]], [[5, 0], [0, 0]]])
