@@ -56,16 +56,23 @@ def share_covariance(shares: np.ndarray, n: np.ndarray) -> np.ndarray:
     return (shares[..., None] * np.eye(shares.shape[-1]) - outer) / np.asarray(n)[..., None, None]
 
 
-def gap_of(shares: np.ndarray, covariance: np.ndarray, fair: np.ndarray, target: np.ndarray) -> SquaredGap:
+def gap_of(
+    shares: np.ndarray,
+    covariance: np.ndarray,
+    fair: np.ndarray,
+    target: np.ndarray,
+    noise: np.ndarray | None = None,
+) -> SquaredGap:
     """The squared gap of shares (..., P, K) with the covariances (..., P, K, K) of their noise, each prompt's own.
 
     Σ_{i<j} (d_i - d_j)² is K Σ d² where Σ d = 0, d = shares - target; noise adds its trace to Σ d². `fair`: the
-    covariances of a model that meets the target.
+    covariances of a model that meets the target; `noise`: those to take for the variance (None: `covariance`).
     """
     P, K = shares.shape[-2:]
     scale, d = 2 / (K - 1), shares - target
-    square = np.square(covariance).sum((-1, -2))  # tr C²
-    along = np.einsum("...i,...ij,...j->...", d, covariance, d)  # its mean is d C d + tr C²
+    noise = covariance if noise is None else noise
+    square = np.square(noise).sum((-1, -2))  # tr C²
+    along = np.einsum("...i,...ij,...j->...", d, noise, d)  # its mean is d C d + tr C²
     trace, fair_trace = (np.trace(C, axis1=-2, axis2=-1) for C in (covariance, fair))
     return SquaredGap(
         value=scale * (np.square(d).sum(-1) - trace).mean(-1),
@@ -91,12 +98,16 @@ def told(counts: np.ndarray) -> np.ndarray:
 
 
 def squared_gap(counts: np.ndarray, target: np.ndarray) -> SquaredGap:
-    """The same of counts (..., P, K); every prompt has two images or more."""
-    n = counts.sum(-1)
+    """The same of counts (..., P, K); every prompt has two images or more.
+
+    The variance is that of K/2 images more, of the target's shares: few images, all of a class, are no certainty.
+    """
+    n, K = counts.sum(-1), len(target)
     shares = counts / n[..., None]
     possible = np.where(target > 0, target, 1 / n[..., None])  # what is ruled out may have been missed
     fair = share_covariance(possible, n)
-    return gap_of(shares, share_covariance(shares, n - 1), fair, target)
+    noise = share_covariance((counts + K / 2 * target) / (n + K / 2)[..., None], n - 1)
+    return gap_of(shares, share_covariance(shares, n - 1), fair, target, noise)
 
 
 def squared_gaps(counts: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -49,18 +49,20 @@ def test_the_squared_gap_is_unbiased_and_its_variance_is_known(target):
 
 
 def test_the_squared_gap_of_two_classes_as_it_is_printed():
-    """(n ĝ² - 1)/(n - 1), variance 4g²(1 - g²)/n + 2(1 - g²)²/n²; several prompts count alike, whatever their n."""
+    """(n ĝ² - 1)/(n - 1), variance 4g²(1 - g²)/n + 2(1 - g²)²/n², 1 - g² of half an image more of each class; several
+    prompts count alike, whatever their n."""
     counts = np.array([[45, 15], [10, 20]])
     n, gap = np.array([60, 30]), np.array([0.5, -1 / 3])
     assert squared_gaps(counts, HALF) == pytest.approx((n * gap**2 - 1) / (n - 1), rel=1e-12)
     found = squared_gap(counts[:1], HALF)
     assert found.value == pytest.approx((60 * 0.25 - 1) / 59)
-    assert found.alone == pytest.approx(2 * 0.75**2 / 59**2)
-    assert found.with_gap == pytest.approx(4 * 0.25 * 0.75 / 59 - 2 * 2 * 0.75**2 / 59**2)
+    one, other = 1 - (30 / 61) ** 2, 1 - (10 / 31) ** 2
+    assert found.alone == pytest.approx(2 * one**2 / 59**2)
+    assert found.with_gap == pytest.approx(4 * 0.25 * one / 59 - 2 * 2 * one**2 / 59**2)
     assert found.fair_alone == pytest.approx(2 / 60**2) and found.fair_slope == pytest.approx(4 / 60)
     assert squared_gap(counts, HALF).value == pytest.approx(squared_gaps(counts, HALF).mean())
     assert squared_gap(counts, HALF).alone == pytest.approx(
-        (2 * 0.75**2 / 59**2 + 2 * (8 / 9) ** 2 / 29**2) / 4
+        (2 * one**2 / 59**2 + 2 * other**2 / 29**2) / 4
     )
     i, j = np.triu_indices(4, 1)  # (n Σ d² - (K - 1)) / ((n - 1) K(K - 1)/2)
     p = np.array([0.4, 0.3, 0.2, 0.1])
