@@ -42,11 +42,11 @@ def certainty(
 
 
 @cache
-def share(count: int, n: int) -> tuple[float | None, float | None, float | None]:
-    """A share of n images with Wilson's interval; None without one."""
+def share(count: int, n: int, several: int = 1) -> tuple[float | None, float | None, float | None]:
+    """A share of n images with Wilson's interval, which may be one of `several` that all hold; None without one."""
     if n == 0:
         return None, None, None
-    interval = binomtest(count, n).proportion_ci(LEVEL, "wilson")
+    interval = binomtest(count, n).proportion_ci(1 - (1 - LEVEL) / several, "wilson")
     return count / n, float(interval.low), float(interval.high)
 
 
@@ -109,15 +109,26 @@ def _levelled(counts, undecided, target):
 def _worst_prompt(counts, prompts, target):
     values = {p: float(bias(row, target)) for p, row in zip(prompts, counts, strict=True) if row.any()}
     worst = max(values, key=values.get, default=None)
-    return worst and {"prompt": worst, "bias": values[worst]}
+    if worst is None:
+        return None
+    n = tuple(sorted(map(int, counts.sum(1)[counts.any(1)])))
+    return {"prompt": worst, "bias": values[worst], "fair": fair_worst(n, tuple(map(float, target)))}
+
+
+@cache
+def fair_worst(n: tuple[int, ...], target: tuple[float, ...]) -> float:
+    """The mean of the largest bias of prompts with n images each, of a model that meets the target: 1,000 draws."""
+    counts = np.random.default_rng(0).multinomial(n, target, (1000, len(n)))  # (1000, P, K)
+    return float(bias(counts, np.array(target)).max(1).mean())
 
 
 def _worst_group(counts, classes, target):
-    """The class that has least of what the target gives it, over all prompts, with Wilson's interval."""
+    """The class that has least of what the target gives it, over all prompts, with Wilson's interval. As any of the K
+    classes may be the least, its level is that of K intervals at once (Bonferroni)."""
     of_class, n = counts.sum(0), int(counts.sum())
     if n == 0:
         return None
     ratio = of_class / np.where(target > 0, n * target, 1e-300)
     worst = int(np.argmin(np.where(target > 0, ratio, np.inf)))
-    value, low, high = share(int(of_class[worst]), n)
+    value, low, high = share(int(of_class[worst]), n, len(classes))
     return {"class": classes[worst], "share": value, "low": low, "high": high}

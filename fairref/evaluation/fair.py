@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import chi2, ncx2, norm
 
-from fairref.evaluation.gaps import LEVEL, Z_ONE_SIDED, Z, squared_gap
+from fairref.evaluation.gaps import LEVEL, Z_ONE_SIDED, Z, largest_square, squared_gap, told
 
 NEAR_FAIR = 0.3  # up to this rms gap T bounds it
 POWER = 0.8  # with which the test sees the smallest gap that it is said to see
@@ -16,8 +16,8 @@ POWER = 0.8  # with which the test sees the smallest gap that it is said to see
 def fair_statistic(counts: np.ndarray, target: np.ndarray) -> tuple[float, int]:
     """Of counts (P, K) what is χ² for a model that meets the target, and its degrees of freedom.
 
-    T = Σ_P n (asin(2p̂ - 1) - asin(2t - 1))² for two classes, else the sum of Pearson's statistics. Infinite for an
-    image that the target rules out.
+    The sum of Pearson's statistics, Σ n (p̂ - t)² / t over classes and prompts: near χ² for few images, too, where
+    the sum of squared angles is not. Infinite for an image that the target rules out.
     """
     counts = counts[counts.sum(1) > 0]
     possible = target > 0
@@ -25,39 +25,23 @@ def fair_statistic(counts: np.ndarray, target: np.ndarray) -> tuple[float, int]:
     if counts[:, ~possible].any():
         return np.inf, df
     counts, target = counts[:, possible], target[possible]
-    n = counts.sum(1)
-    if len(target) == 2:
-        return float((n * angles(counts, target) ** 2).sum()), df
-    expected = n[:, None] * target
+    expected = counts.sum(1, keepdims=True) * target
     return float((np.square(counts - expected) / expected).sum()), df
-
-
-def angles(counts: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """asin(2p̂ - 1) - asin(2t - 1) of counts (P, 2) -> (P,): its variance is 1/n, whatever the share.
-
-    For equal shares, asin of the gap.
-    """
-    return np.arcsin(2 * counts[:, 0] / counts.sum(1) - 1) - np.arcsin(2 * target[0] - 1)
-
-
-def gap_at(angle: float, target: np.ndarray) -> float:
-    """The larger of the two gaps that are this angle away from the target of two classes."""
-    start = np.arcsin(2 * target[0] - 1)
-    ends = np.clip([start - angle, start + angle], -np.pi / 2, np.pi / 2)
-    return float(np.abs(np.sin(ends) - np.sin(start)).max())
 
 
 def upper_bound(counts: np.ndarray, target: np.ndarray) -> float:
     """The rms gap of counts (P, K) is below this, with 95 % confidence; every prompt has two images or more.
 
-    By T ~ noncentral χ²(P, n Σ angle²) for two classes near the target, else the score interval's.
+    For two classes of equal shares and small gaps by T = Σ_P n asin(gap)², which is noncentral χ²(P, n Σ asin(gap)²);
+    else the score interval's. (From an unequal target angles do not bound gaps.)
     """
-    if len(target) == 2 and target.all():
-        n = 1 / (1 / counts.sum(1)).mean()
-        T, P = n * np.square(angles(counts, target)).sum(), len(counts)
-        bound = gap_at(np.sqrt(_noncentrality(max(T, P), P, 1 - LEVEL) / (n * P)), target)
-        if bound <= NEAR_FAIR:
-            return bound
+    if len(target) == 2 and target[0] == target[1]:
+        n, P = counts.sum(1), len(counts)
+        n_mean = 1 / (1 / n).mean()
+        T = n_mean * np.square(np.arcsin((counts[:, 0] - counts[:, 1]) / n)).sum()
+        angle = np.sqrt(_noncentrality(max(T, P), P, 1 - LEVEL) / (n_mean * P))
+        if np.sin(min(angle, np.pi / 2)) <= NEAR_FAIR:
+            return float(np.sin(angle))
     return float(squared_gap(counts, target).rms(Z_ONE_SIDED)[2])
 
 
@@ -70,11 +54,13 @@ def _noncentrality(x, df, probability):
 def fair_test(counts: np.ndarray, target: np.ndarray) -> dict[str, object]:
     """Whether counts (P, K) may be those of a model that meets the target, and how far from it they may be.
 
-    Keys statistic, df, p, upper and said, ready for JSON; None without a prompt of two images.
+    Keys statistic, df, p, upper and said, ready for JSON; None where there is no image to say it of.
     """
+    if not counts.any():
+        return {"statistic": None, "df": 0, "p": None, "upper": None, "said": "no image is known"}
     statistic, df = fair_statistic(counts, target)
     p = float(chi2.sf(statistic, df)) if df else float(statistic == 0)
-    counts = counts[counts.sum(1) > 1]
+    counts = told(counts)
     upper = upper_bound(counts, target) if len(counts) else None
     verdict = "rejected" if p < 1 - LEVEL else "not rejected, which is not fair"
     said = f'"fair" is {verdict} (p {f"= {p:.3f}" if p >= 0.001 else "< 0.001"})'
@@ -92,16 +78,33 @@ def smallest_gap(P: int, n: float, target: np.ndarray) -> float | None:
     K = len(target)
     if not target.all():
         return None
-    df = P * (K - 1)
-    critical = chi2.ppf(LEVEL, df)
-    nc = _noncentrality(critical, df, 1 - POWER) / (n * P)  # of each image
     if K == 2:
-        angle = np.sqrt(nc)
-        return gap_at(angle, target) if angle < np.pi / 2 else None
+        return _smallest_of_two(P, n, float(target[0]))
+    df = P * (K - 1)
+    nc = _noncentrality(chi2.ppf(LEVEL, df), df, 1 - POWER) / (n * P)  # of each image
     basis = np.linalg.svd(np.ones((1, K)))[2][1:]  # of what sums to 0
     least = np.linalg.eigvalsh(basis @ np.diag(1 / target) @ basis.T)[0]  # of Σ δ²/t / Σ δ²
-    gap = float(np.sqrt(2 / (K - 1) * nc / least))
-    return gap if gap < np.sqrt(2 / K) else None
+    square = 2 / (K - 1) * nc / least
+    return float(np.sqrt(square)) if square < largest_square(target) else None
+
+
+def _smallest_of_two(P, n, t):
+    """Of a first class's share t: the gap from which on both directions are seen, as far as they go."""
+    gaps, unseen = [], 0.0
+    for sign, room in ((-1, t), (1, 1 - t)):
+        if _power_of_two(t + sign * room, t, P, n) < POWER:
+            unseen = max(unseen, 2 * room)  # not even at its end
+        else:
+            gaps.append(2 * brentq(lambda d, s=sign: _power_of_two(t + s * d, t, P, n) - POWER, 0, room))
+    return max(gaps) if gaps and max(gaps) > unseen else None
+
+
+def _power_of_two(share, t, P, n):
+    """How often the test rejects a first class's `share` in all prompts: n (p̂ - t)² is n times a noncentral χ²."""
+    critical, noise, d = chi2.ppf(LEVEL, P) * t * (1 - t), share * (1 - share), share - t
+    if noise < 1e-12:
+        return float(P * n * d**2 > critical)
+    return float(ncx2.sf(critical / noise, P, P * n * d**2 / noise))
 
 
 def normal_gap(P: int, n: float, K: int) -> float:
@@ -113,9 +116,10 @@ def normal_gap(P: int, n: float, K: int) -> float:
 
 def power(gap: float, P: int, n: float, K: int) -> float:
     """How often the test rejects a model of this rms gap from equal shares."""
-    angle = np.arcsin(min(gap, 1)) if K == 2 else gap * np.sqrt(K * (K - 1) / 2)
+    if K == 2:
+        return _power_of_two(0.5 + gap / 2, 0.5, P, n)
     df = P * (K - 1)
-    return float(ncx2.sf(chi2.ppf(LEVEL, df), df, n * P * angle**2))
+    return float(ncx2.sf(chi2.ppf(LEVEL, df), df, n * P * gap**2 * K * (K - 1) / 2))
 
 
 def images_for(half_width: float) -> int:

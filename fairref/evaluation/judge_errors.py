@@ -21,6 +21,7 @@ from fairref.evaluation.gaps import (
     as_interval,
     gap_of,
     share_covariance,
+    told,
 )
 from fairref.fairness.metrics import bias
 
@@ -138,7 +139,9 @@ def corrected_gap(counts: np.ndarray, labelled: np.ndarray, target: np.ndarray) 
     shares = (of_prompts @ judged[..., None])[..., 0]
     noise = through(share_covariance(judged, n - 1))
     fair = np.broadcast_to((M @ target)[..., None, :], judged.shape)
-    gap = gap_of(shares, noise, through(share_covariance(fair, n)), target)
+    added = (counts + K / 2 * fair) / (n + K / 2)[..., None]  # as in squared_gap
+    of_images = through(share_covariance(added, n - 1))
+    gap = gap_of(shares, noise, through(share_covariance(fair, n)), target, of_images)
 
     column = through(confusion_noise(labelled))  # (..., k, K, K): of M⁻¹ dM_k
     overlap = np.einsum("...kij,...lij->...kl", column, column)
@@ -202,7 +205,7 @@ def corrected(
     if not counts.any() or not n_k.all():
         return None
     M, of_class = confusion_matrix(labelled), counts.sum(0)
-    two, some = counts[counts.sum(1) > 1], counts[counts.any(1)]
+    two, some = told(counts), counts[counts.any(1)]
     value = true_shares(of_class / of_class.sum(), M)
     gap = corrected_gap(two, labelled, target) if len(two) and is_told(M) else None
     mean = rms = upper = None

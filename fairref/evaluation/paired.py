@@ -12,7 +12,10 @@ from fairref.evaluation.statistics import JudgedImages, counts_by_judge
 from fairref.fairness.attributes import JointTarget
 
 MIN_PAIRS = 30  # prompts, for an interval; with fewer it is too short
-METHOD = "p: permutation test of before and after within prompts; Student's t over prompts: other prompts, other images"
+SWAPS = "p: permutation test, before and after swapped within prompts"
+METHOD = f"{SWAPS}; interval: Student's t over prompts: other prompts of this kind, other images"
+TOO_SHORT = f"no interval with fewer than {MIN_PAIRS} prompts, where it is too short"
+FEW = f"{SWAPS}, with 5 prompts or fewer never below .05; {TOO_SHORT}"
 
 
 def paired(before: np.ndarray, after: np.ndarray, target: np.ndarray) -> dict[str, object] | None:
@@ -37,7 +40,7 @@ def paired(before: np.ndarray, after: np.ndarray, target: np.ndarray) -> dict[st
     if len(change) >= MIN_PAIRS:
         low, high = map(float, ttest_1samp(change, 0).confidence_interval(LEVEL))
     found = {"p": float(test.pvalue), "difference": float(change.mean()), "low": low, "high": high}
-    return {**found, "method": METHOD}
+    return {**found, "method": FEW if low is None else METHOD}
 
 
 def diversity(features: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -> float | None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from fairref.evaluation.confusion import TEMPLATES
 from fairref.evaluation.statistics import COLOURED
+from fairref.fairness.attributes import apparent
 from fairref.fairness.metrics import BLEND
 
 
@@ -13,8 +14,10 @@ def lines(report: dict[str, object]) -> list[str]:
     n = f"{min(n.values())} to {max(n.values())}" if isinstance(n, dict) else n
     kind = "prompts of" if report["part"] == "images" else report["part"]
     about = f"{report['prompts']} {kind} {report['concept']} x {n} images"
-    text = [f"{report['attribute']} bias, {about}: {_said(report)}"]
-    text += [f"{name} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()]
+    text = [f"{apparent(report['attribute'])} bias, {about}: {_said(report)}"]
+    text += [
+        f"{apparent(name)} bias alone: {_said(alone)}" for name, alone in report.get("attributes", {}).items()
+    ]
     views = {report["attribute"]: report, **report.get("attributes", {})}
     text += [line for name, view in views.items() for line in _said_of_rms(name, view["judges"])]
     if report.get("none") is not None:
@@ -42,9 +45,9 @@ def lines(report: dict[str, object]) -> list[str]:
     for judge, of_judge in report.get("confusion", {}).items():
         for attribute, (known, *_) in of_judge.items():
             right, images = np.trace(known["counts"]), np.sum(known["counts"])
-            text.append(f"{judge} right about {attribute}: {right} of {images}, {known['source']}")
+            text.append(f"{judge} right about {apparent(attribute)}: {right} of {images}, {known['source']}")
     unknown = [
-        f"{judge} about {name}"
+        f"{judge} about {apparent(name)}"
         for name, view in (report.get("attributes") or views).items()
         for judge in view["judges"]
         if judge != TEMPLATES and name not in report.get("confusion", {}).get(judge, {})
@@ -70,15 +73,21 @@ def _said(biases):
 
 
 def _said_of_rms(name, judges):
-    """The gap without the images' noise, raw and corrected, by each judge; what it is fair within."""
+    """The gap without the images' noise and its upper bound, raw and corrected, by each judge."""
     found = []
     for judge, values in judges.items():
         sure, fixed = values.get("sure"), values.get("corrected")
         if sure and sure["rms_gap"]:
-            within = "" if sure["fair"]["upper"] is None else f", fair within {sure['fair']['upper']:.3f}"
-            right = f", corrected {_interval(fixed['rms_gap'])}" if fixed and fixed["rms_gap"] else ""
-            found.append(f"{_interval(sure['rms_gap'])}{right}{within} ({judge})")
-    return [f"{name} rms gap without the images' noise: {', '.join(found)}"] if found else []
+            said = _with_bound(sure["rms_gap"], sure["fair"]["upper"])
+            if fixed and fixed["rms_gap"]:
+                said += f", corrected {_with_bound(fixed['rms_gap'], fixed['upper'])}"
+            found.append(f"{said} ({judge})")
+    of = "of other images of these prompts, as this judge sees them"
+    return [f"{apparent(name)} rms gap without the images' noise, {of}: {', '.join(found)}"] if found else []
+
+
+def _with_bound(gap, upper):
+    return _interval(gap) + ("" if upper is None else f", upper 95% bound {upper:.3f}")
 
 
 def _interval(v):

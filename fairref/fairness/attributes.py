@@ -14,6 +14,12 @@ from fairref.errors import UserError
 from fairref.files.paths import read_json
 
 SUM_TOLERANCE = 1e-6  # how far the numbers of a target may sum from 1
+APPARENT = ("gender", "race", "age")  # of people, not of pictures
+
+
+def apparent(names: str) -> str:
+    """An attribute, or several with commas, as a judge of pictures sees it: apparent gender."""
+    return ",".join(f"apparent {name}" if name in APPARENT else name for name in names.split(","))
 
 
 @dataclass(frozen=True)

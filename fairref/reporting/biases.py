@@ -1,6 +1,8 @@
 """What a report says of the bias: by each judge, raw and corrected, with intervals, tests and bounds."""
 
 import re
+from collections.abc import Mapping
+from itertools import product
 
 from fairref.reporting import charts
 from fairref.reporting.evaluated import Part, bias, floor, mean_gap, of_judge, rms_gap, sure, view
@@ -19,7 +21,10 @@ from fairref.reporting.tables import (
     sentence,
     short,
     spread,
+    triple,
 )
+
+MOST_UNFAIR = 5  # prompts that are named
 
 
 def bias_tables(part: Part) -> list[Table]:
@@ -31,7 +36,7 @@ def bias_tables(part: Part) -> list[Table]:
         "rms gap",
         "corrected rms gap",
         "p of “fair”",
-        "fair within",
+        "upper 95% bound; corrected",
     )
     tables = []
     for name in part.views:
@@ -50,7 +55,7 @@ def bias_tables(part: Part) -> list[Table]:
                         interval(rms_gap(found)),
                         interval(rms_gap(found, corrected=True)),
                         probability(fair["p"]),
-                        number(fair["upper"]),
+                        f"{number(fair['upper'])}; {number((found.get('corrected') or {}).get('upper'))}",
                     )
                 )
         what = "distance from the target" if "target_floor" in (view(part.first, name) or {}) else "bias"
@@ -69,7 +74,10 @@ def said(part: Part) -> list[str]:
                 words = (sure(of_judge(report, name, judge)).get("fair") or {}).get("said")
                 if words:
                     words = re.sub(r"\b0(?=\.\d)", "", short(words))  # numbers as elsewhere on the page
-                    sentences.append(f"{sentence(attribute_words(name))}, {judge}, {label}: {words}")
+                    about = f"{sentence(attribute_words(name))}, {judge}, {label}"
+                    sentences.append(
+                        f"{about}: {words}; of other images of these prompts, as this judge sees them"
+                    )
     return sentences
 
 
@@ -103,7 +111,7 @@ def bias_chart(part: Part, name: str) -> Chart:
 
 def more_of_each_judge(part: Part) -> Table | None:
     """The worst prompt and group, the prompts whose own test finds a lean, and the bounds."""
-    rows = []
+    rows, how = [], {}
     for name in part.views:
         for judge in part.judges:
             for label, report in part.reports.items():
@@ -111,10 +119,12 @@ def more_of_each_judge(part: Part) -> Table | None:
                 values = sure(found)
                 names = short_names(list(found["counts"])) if values else {}
                 if values:
+                    corrected = found.get("corrected") or {}
+                    how |= dict.fromkeys(methods(values, corrected))
                     rows.append(
                         (
                             f"{attribute_words(name)}, {judge}, {label}",
-                            *_more(values, report["prompts"], names),
+                            *_more(values, corrected, report["prompts"], names),
                         )
                     )
     head = (
@@ -122,31 +132,52 @@ def more_of_each_judge(part: Part) -> Table | None:
         "prompts unfair by a test of their own",
         "worst prompt: bias",
         "worst class: share",
-        "bounds of the bias",
-        "smallest gap seen",
-        "intervals",
+        "bounds of the mean bias",
+        "smallest gap seen with 80% power",
+        "corrected bias",
     )
-    return Table(f"Each judge in more detail, {part.name}, {part.size}", head, rows) if rows else None
+    caption = "; ".join([f"Each judge in more detail, {part.name}, {part.size}", *how])
+    return Table(caption, head, rows) if rows else None
 
 
-def _more(values, P, names):
+def _more(values, corrected, P, names):
     unfair, bounds = values.get("unfair_prompts"), values.get("bounds")
     worst, group = values.get("worst_prompt"), values.get("worst_group")
     return (
-        NONE if unfair is None else f"{unfair} of {P}",
-        f"{short(names.get(worst['prompt'], worst['prompt']))}: {number(worst['bias'])}" if worst else NONE,
+        NONE if unfair is None else f"{unfair} of {P}{_unfair(values, names)}",
+        _worst(worst, names) if worst else NONE,
         f"{short(group['class'])}: {interval((group['share'], group['low'], group['high']))}"
         if group
         else NONE,
         f"{number(bounds['low'])} to {number(bounds['high'])}" if bounds else NONE,
         number(values.get("smallest_gap_seen")),
-        "; ".join(f"{what}: {short(of['method'])}" for what, of in _gaps(values) if of and "method" in of)
-        or NONE,
+        interval(triple(corrected.get("mean_gap"))),
     )
 
 
-def _gaps(values):
-    return ("rms gap", values.get("rms_gap")), ("bias", values.get("mean_gap"))
+def _worst(worst, names):
+    """The worst prompt beside the worst of a fair model: the largest of many is large by chance alone."""
+    fair = f" (a fair model: {number(worst['fair'])})" if "fair" in worst else ""
+    return f"{short(names.get(worst['prompt'], worst['prompt']))}: {number(worst['bias'])}{fair}"
+
+
+def _unfair(values, names):
+    """The prompts that a test of their own calls unfair, and their p; those of the smallest first."""
+    found = {k: of for k, of in values.get("prompts", {}).items() if of.get("unfair")}
+    least = sorted(found, key=lambda k: found[k].get("p") or 0)[:MOST_UNFAIR]
+    said = [f"{short(names.get(k, k))} ({probability(found[k].get('p'))})" for k in least]
+    return f": {', '.join(said)}{', …' if len(found) > len(least) else ''}" if said else ""
+
+
+def methods(values: Mapping[str, object], corrected: Mapping[str, object]) -> list[str]:
+    """How the intervals of the gaps were made."""
+    raw, fixed = (
+        {f"{kind}{name}": of.get(key) for key, name in (("rms_gap", "rms gap"), ("mean_gap", "bias"))}
+        for kind, of in (("", values), ("corrected ", corrected))
+    )
+    return [
+        f"{what}: {short(of['method'])}" for what, of in {**raw, **fixed}.items() if of and "method" in of
+    ]
 
 
 def errors_table(part: Part) -> Table | None:
@@ -200,20 +231,23 @@ def corrections_table(part: Part) -> Table | None:
                     n = ", ".join(number(n, 0) for n in corrected.get("labelled", [])) or NONE
                     about = (short(corrected.get(key, NONE)) for key in ("source", "method"))
                     rows.append((f"{attribute_words(name)}, {judge}, {label}", n, *about))
-    head = ("judge, model", "labelled images of each class", "labelled by", "intervals")
+    head = ("judge, model", "labelled images of each class", "labelled by", "intervals of the shares")
     return Table(f"What corrected numbers are corrected with, {part.name}", head, rows) if rows else None
 
 
 def paired_table(part: Part) -> Table | None:
     """Before against after on the same noise: the paired test, and how many pictures changed class."""
-    rows = []
-    for label, report in part.reports.items():
-        for judge in {**report.get("paired", {}), **report.get("flips", {})}:
-            paired, flips = (report.get(key, {}).get(judge) or {} for key in ("paired", "flips"))
+    rows, how = [], {}
+    for name, (label, report) in product(part.views, part.reports.items()):
+        found = view(report, name) or {}
+        for judge in {**found.get("paired", {}), **found.get("flips", {})}:
+            paired, flips = (found.get(key, {}).get(judge) or {} for key in ("paired", "flips"))
             difference = tuple(paired.get(key) for key in ("difference", "low", "high"))
+            how |= {short(paired["method"]): None} if "method" in paired else {}
+            about = f"{attribute_words(name)}, " if len(part.views) > 1 else ""
             rows.append(
                 (
-                    f"{judge}, {label}",
+                    f"{about}{judge}, {label}",
                     interval(difference),
                     probability(paired.get("p")),
                     *(percent(flips.get(key)) for key in ("changed", "least", "needless")),
@@ -227,6 +261,5 @@ def paired_table(part: Part) -> Table | None:
         "least that would do",
         "needless",
     )
-    return (
-        Table(f"Before against after, {part.name}, {part.size}, the same noise", head, rows) if rows else None
-    )
+    caption = "; ".join([f"Before against after, {part.name}, {part.size}, the same noise", *how])
+    return Table(caption, head, rows) if rows else None

@@ -37,7 +37,7 @@ SURE = {  # null: there is no image to say it of
     "unfair_prompts?": int,
     "smallest_gap_seen?": N,
     "bounds?": ({"low": N, "high": N}, None),
-    "worst_prompt?": ({"prompt": str, "bias": N}, None),
+    "worst_prompt?": ({"prompt": str, "bias": N, "fair?": N}, None),
     "worst_group?": ({"class": str, "share": N, "low": N, "high": N}, None),
 }
 CORRECTED = {

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fairref.fairness.attributes import apparent
+
 WIDE, NARROW = 720, 340  # pixels of a chart on a screen or on paper, and on a telephone
 MOST_ROWS = 400  # of a table; a file has the rest
 MOST_LETTERS = 160  # of a name or a prompt
 NONE = "–"
 SLASH = "\u00a0/ "  # between numbers of several judges; no line begins with it
-ATTRIBUTES = {name: f"apparent {name}" for name in ("gender", "race", "age")}  # where a judge sees pictures
 Interval = tuple[float | None, float | None, float | None]
 
 
@@ -105,4 +106,4 @@ def sentence(text: str) -> str:
 
 def attribute_words(name: str) -> str:
     """An attribute as a judge sees it: apparent gender, skin tone."""
-    return " × ".join(ATTRIBUTES.get(one, short(one).replace("_", " ")) for one in name.split(","))
+    return " × ".join(short(one).replace("_", " ") for one in apparent(name).split(","))

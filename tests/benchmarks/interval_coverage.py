@@ -242,6 +242,35 @@ def tests(K: int, P: int, R: int, rng: np.random.Generator) -> Hits:
     }
 
 
+def aimed(share: float, P: int, n: int, gap: float | None, R: int, rng: np.random.Generator) -> Hits:
+    """Of a target (share, 1 - share), from which prompts lean to both sides in turn; None: the rate of rejections."""
+    target = np.array([share, 1 - share])
+    if gap is None:
+        return {
+            name: np.array([chi2.sf(*fair.fair_statistic(c, target)) < 1 - LEVEL for c in counts])
+            for at, name in (
+                (0.0, 'rejections of "fair" where it is (5 %)'),
+                (fair.smallest_gap(P, n, target), "rejections at the smallest gap seen (80 %)"),
+            )
+            if at is not None
+            for counts in [rng.multinomial(n, _two(share, np.full(P, -at / 2)), (R, P))]
+        }
+    shares = _two(share, gap / 2 * np.where(np.arange(P) % 2, 1, -1))
+    counts = rng.multinomial(n, shares, (R, P))
+    truth = float(np.sqrt(np.square(2 * (shares[:, 0] - share)).mean()))
+    bound = np.array([fair.upper_bound(c, target) for c in counts])
+    return {
+        "rms gap": within(squared_gap(counts, target).rms()[1:], truth),
+        "rms gap, upper bound": bound >= truth - 1e-9,
+    }
+
+
+def _two(share, lean):
+    """Shares (P, 2); what would leave [0, 1] leans the other way."""
+    first = share + np.where((share + lean < 0) | (share + lean > 1), -lean, lean)
+    return np.stack([first, 1 - first], 1)
+
+
 def cells() -> Iterator[tuple[str, list[Cell]]]:
     """A situation in words, and its cells, one for each point of the grid."""
     for n in (60, 160):
@@ -279,6 +308,11 @@ def cells() -> Iterator[tuple[str, list[Cell]]]:
             f"{of}, 50 prompts, target .75 for a class, of which a judge errs in 1 of 5, 200 labelled images a class",
             [partial(corrected_gap, K, 200, 50, gap=gap, **unlike) for gap in GAPS]
             + [partial(corrected_mean_gap, K, 200, population, **unlike) for population in POPULATIONS],
+        )
+    for share, P, n in ((0.75, 50, 60), (0.9, 50, 60), (0.5, 150, 6), (0.5, 30, 10)):
+        yield (
+            f"K = 2, a target of {share:g}, {P} prompts, {n} images a prompt",
+            [partial(aimed, share, P, n, gap) for gap in (None, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5)],
         )
 
 

@@ -6,7 +6,7 @@ import math
 import interval_coverage as coverage
 import numpy as np
 import pytest
-from scipy.stats import binom, chi2, multinomial, ncx2, norm, ttest_1samp
+from scipy.stats import binom, chi2, chisquare, multinomial, ncx2, norm, ttest_1samp
 
 from fairref.evaluation import certainty, fair, gaps
 from fairref.evaluation.certainty import bounds, p_value, share
@@ -49,19 +49,19 @@ def test_the_squared_gap_is_unbiased_and_its_variance_is_known(target):
 
 
 def test_the_squared_gap_of_two_classes_as_it_is_printed():
-    """(n ĝ² - 1)/(n - 1), variance 4g²(1 - g²)/n + 2(1 - g²)²/n²; several prompts count alike, whatever their n."""
+    """(n ĝ² - 1)/(n - 1), variance 4g²(1 - g²)/n + 2(1 - g²)²/n², 1 - g² of half an image more of each class; several
+    prompts count alike, whatever their n."""
     counts = np.array([[45, 15], [10, 20]])
     n, gap = np.array([60, 30]), np.array([0.5, -1 / 3])
     assert squared_gaps(counts, HALF) == pytest.approx((n * gap**2 - 1) / (n - 1), rel=1e-12)
     found = squared_gap(counts[:1], HALF)
     assert found.value == pytest.approx((60 * 0.25 - 1) / 59)
-    assert found.alone == pytest.approx(2 * 0.75**2 / 59**2)
-    assert found.with_gap == pytest.approx(4 * 0.25 * 0.75 / 59 - 2 * 2 * 0.75**2 / 59**2)
+    one, other = 1 - (30 / 61) ** 2, 1 - (10 / 31) ** 2
+    assert found.alone == pytest.approx(2 * one**2 / 59**2)
+    assert found.with_gap == pytest.approx(4 * 0.25 * one / 59 - 2 * 2 * one**2 / 59**2)
     assert found.fair_alone == pytest.approx(2 / 60**2) and found.fair_slope == pytest.approx(4 / 60)
     assert squared_gap(counts, HALF).value == pytest.approx(squared_gaps(counts, HALF).mean())
-    assert squared_gap(counts, HALF).alone == pytest.approx(
-        (2 * 0.75**2 / 59**2 + 2 * (8 / 9) ** 2 / 29**2) / 4
-    )
+    assert squared_gap(counts, HALF).alone == pytest.approx((2 * one**2 / 59**2 + 2 * other**2 / 29**2) / 4)
     i, j = np.triu_indices(4, 1)  # (n Σ d² - (K - 1)) / ((n - 1) K(K - 1)/2)
     p = np.array([0.4, 0.3, 0.2, 0.1])
     assert squared_gaps(p[None] * 80, np.full(4, 0.25)) == pytest.approx(
@@ -75,9 +75,10 @@ def test_the_score_interval_ends_where_a_gaps_own_noise_reaches_the_measured_one
     value, low, high = np.square(found.rms())
     weight = 3 * np.sqrt(found.fair_alone)
     slope = (found.with_gap + weight * found.fair_slope) / (found.value + weight)
+    alone = (found.value * found.alone + weight * max(found.alone, found.fair_alone)) / (found.value + weight)
     assert value == pytest.approx(found.value)
     for end in (low, high):
-        assert abs(end - value) / np.sqrt(found.alone + slope * end) == pytest.approx(Z)
+        assert abs(end - value) / np.sqrt(alone + slope * end) == pytest.approx(Z)
     assert low < value < high
     below = squared_gap(np.array([[30, 30]]), HALF)
     assert below.value < 0 and below.rms()[:2] == (0, 0)
@@ -91,6 +92,18 @@ def test_the_score_interval_ends_where_a_gaps_own_noise_reaches_the_measured_one
         > squared_gap(np.array([[60, 0]]), HALF).rms()[1]
         > 0.9
     )
+    # who has three images, all of one class, has measured no noise, and still knows little
+    _, low, high = squared_gap(np.array([[3, 0]]), HALF).rms()
+    assert 0.2 < low < 0.4 and high == 1
+
+
+def test_a_prompt_of_few_images_does_not_outweigh_the_others():
+    counts = np.array([[80, 80]] * 9 + [[20, 19], [39, 0], [2, 0], [0, 0]])
+    assert gaps.told(counts).tolist() == [[80, 80]] * 9  # 40 is a quarter of 160
+    assert gaps.told(np.array([[4, 2], [1, 1], [1, 0]])).tolist() == [[4, 2], [1, 1]]
+    assert gaps.told(np.zeros((2, 2))).shape == (0, 2)
+    assert gaps.rms_gap(counts, HALF) == gaps.rms_gap(counts[:9], HALF)
+    assert fair.fair_test(counts, HALF)["upper"] == fair.upper_bound(counts[:9], HALF)
 
 
 def test_shares_are_wilsons():
@@ -100,6 +113,7 @@ def test_shares_are_wilsons():
         assert value == count / n
         assert (low, high) == pytest.approx(peer.proportion_confint(count, n, method="wilson"), abs=1e-12)
     assert share(0, 0) == (None, None, None)
+    assert share(30, 60, 4)[1:] == pytest.approx(peer.proportion_confint(30, 60, 0.05 / 4, method="wilson"))
 
 
 def test_p_of_a_prompt_and_which_prompts_are_unfair():
@@ -108,6 +122,7 @@ def test_p_of_a_prompt_and_which_prompts_are_unfair():
     assert p_value(np.array([20, 10, 0]), even) == pytest.approx(chi2.sf((100 + 0 + 100) / 10, 2))
     assert p_value(np.zeros(2, int), HALF) is None
     assert p_value(np.array([1, 9, 5]), np.array([0, 0.5, 0.5])) == 0
+    assert p_value(np.array([0, 9, 0]), np.array([0, 1.0, 0])) == 1
     multitest = pytest.importorskip("statsmodels.stats.multitest", reason="the extra `test` brings it")
     rng = np.random.default_rng(0)
     counts = rng.multinomial(60, np.array([[0.5 + lean, 0.5 - lean] for lean in np.linspace(0, 0.3, 40)]))
@@ -120,37 +135,43 @@ def test_p_of_a_prompt_and_which_prompts_are_unfair():
 
 
 def test_the_statistic_of_fair_is_chi_squared_under_it():
+    """Of few images, too, and of targets far from equal."""
     rng = np.random.default_rng(0)
-    for target in TARGETS:
-        found = [fair.fair_statistic(c, target) for c in rng.multinomial(60, target, (2000, 10))]
+    for target, n in [*((target, 60) for target in TARGETS), (HALF, 6), (np.array([0.9, 0.1]), 20)]:
+        found = [fair.fair_statistic(c, target) for c in rng.multinomial(n, target, (2000, 10))]
         T = np.array([v for v, _ in found])
         assert {df for _, df in found} == {10 * (len(target) - 1)}
         assert (chi2.sf(T, found[0][1]) < 0.05).mean() == pytest.approx(0.05, abs=0.02)
-    assert fair.fair_statistic(np.array([[45, 15], [0, 0]]), HALF) == (
-        pytest.approx(60 * math.asin(0.5) ** 2),
-        1,
-    )
+    peer = chisquare([45, 15], [48, 12]).statistic + chisquare([8, 12], [16, 4]).statistic
+    counts = np.array([[45, 15], [0, 0], [8, 12]])
+    assert fair.fair_statistic(counts, np.array([0.8, 0.2])) == (pytest.approx(peer), 2)
     statistic, df = fair.fair_statistic(np.array([[20, 10, 0]]), np.array([0.5, 0.5, 0]))
-    assert (statistic, df) == (pytest.approx(30 * math.asin(1 / 3) ** 2), 1)
+    assert (statistic, df) == (pytest.approx(chisquare([20, 10]).statistic), 1)
+    assert fair.fair_test(np.array([[3, 0]]), np.array([1.0, 0.0]))["p"] == 1  # no other class is possible
     found = fair.fair_test(np.array([[20, 9, 1]]), np.array([0.5, 0.5, 0]))
     assert found["statistic"] is None and found["p"] == 0
 
 
 def test_what_fair_is_bounded_by_and_what_is_said():
     """T ~ noncentral χ²(P, n Σ asin(g)²): at the bound, T is as low as in 5 % of evaluations."""
-    counts = np.array([[36, 24], [28, 32], [33, 27], [30, 30]])
+    counts = np.array([[36, 24], [28, 32], [33, 27], [60, 60]])
     bound = fair.upper_bound(counts, HALF)
-    T, df = fair.fair_statistic(counts, HALF)
-    assert bound < fair.NEAR_FAIR
-    assert ncx2.cdf(max(T, 4), df, 4 * 60 * math.asin(bound) ** 2) == pytest.approx(0.05)
+    n = 4 / (3 / 60 + 1 / 120)  # the harmonic mean
+    T = n * sum(math.asin(gap) ** 2 for gap in (12 / 60, 4 / 60, 6 / 60))
+    assert bound < 0.3
+    assert ncx2.cdf(max(T, 4), 4, 4 * n * math.asin(bound) ** 2) == pytest.approx(0.05)
+    # farther away, and from unequal shares, it is the score interval's
+    for wide, target in (([[41, 19]] * 4, HALF), (counts, np.array([0.55, 0.45]))):
+        wide = np.array(wide)
+        assert fair.upper_bound(wide, target) == squared_gap(wide, target).rms(norm.ppf(0.95))[2]
     leaning = np.array([[50, 10]] * 4)
     assert fair.upper_bound(leaning, HALF) == squared_gap(leaning, HALF).rms(norm.ppf(0.95))[2] > 0.6
     said = fair.fair_test(counts, HALF)["said"]
     assert "not rejected, which is not fair" in said and f"{bound:.3f}" in said
     assert '"fair" is rejected (p < 0.001)' in fair.fair_test(leaning, HALF)["said"]
-    assert fair.gap_at(math.asin(0.3), HALF) == pytest.approx(0.3)
-    # from .75 the share can fall farther than it can rise
-    assert fair.gap_at(0.4, np.array([0.75, 0.25])) == pytest.approx(0.5 - math.sin(math.asin(0.5) - 0.4))
+    at_3_percent = fair.fair_test(np.array([[38, 22]]), HALF)  # (38 - 22)² / 60
+    assert at_3_percent["p"] == pytest.approx(chi2.sf(256 / 60, 1)) and 0.01 < at_3_percent["p"] < 0.05
+    assert at_3_percent["said"].startswith('"fair" is rejected (p = 0.039)')
 
 
 @pytest.mark.parametrize(("P", "n", "by_formula"), [(50, 60, 0.091), (50, 160, 0.056), (10, 60, 0.136)])
@@ -177,6 +198,21 @@ def test_planning_of_shares_and_of_targets_that_are_not_equal():
         chi2.sf(*fair.fair_statistic(c, target)) < 0.05 for c in rng.multinomial(80, shares, (500, 20))
     ]
     assert np.mean(rejected) > 0.76
+    # from .9 the share can fall, and hardly rise: both are seen with 80 %
+    target = np.array([0.9, 0.1])
+    gap = fair.smallest_gap(50, 60, target)
+    for lean in (-gap / 2, gap / 2):
+        counts = rng.multinomial(60, target + np.array([lean, -lean]), (500, 50))
+        assert np.mean([chi2.sf(*fair.fair_statistic(c, target)) < 0.05 for c in counts]) > 0.76
+    assert fair.smallest_gap(1, 60, target) == pytest.approx(
+        0.242, abs=5e-4
+    )  # above there is no room: down alone
+    assert fair.smallest_gap(50, 2, target) is None
+    # there can be a gap of √(2/K) at most: one class alone
+    assert fair.smallest_gap(1, 2, even := np.full(8, 1 / 8)) is None and fair.smallest_gap(1, 8, even) < 0.5
+    assert gaps.largest_square(even) == pytest.approx(2 / 8) and gaps.largest_square(target) == pytest.approx(
+        1.8**2
+    )
     assert fair.smallest_gap(20, 80, np.array([1.0, 0.0])) is None and fair.smallest_gap(1, 1, HALF) is None
 
 
@@ -209,25 +245,47 @@ def test_the_mean_gap_resamples_prompts_alone():
     width = found["high"] - found["low"]
     assert width == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.15)
     assert gaps.mean_gap(counts[:29], HALF) is None
-    assert gaps.over_prompts(np.full(40, 0.3)) == (0.3, 0.3)
+    assert gaps.mean_gap(np.tile([45, 15], (40, 1)), HALF) is None  # no scatter to resample
+    lean = np.array([0.7, 0.3])
+    assert gaps.mean_gap(counts, lean)["value"] == pytest.approx(bias(counts, lean).mean())
     # of a symmetric sample it is Student's t, but for the scatter of the bootstrap itself
     half = np.random.default_rng(1).random(15)
     low, high = gaps.over_prompts(symmetric := np.concatenate([half, -half]))
     assert (low, high) == pytest.approx(ttest_1samp(symmetric, 0).confidence_interval(0.95), rel=0.03)
+    # of a skewed sample it reaches farther on the long side than the percentiles do
+    skewed = np.r_[np.zeros(36), np.ones(4)]
+    low, high = gaps.over_prompts(skewed)
+    assert high - 0.1 > 1.6 * (0.1 - low)
 
 
 def test_the_worst_prompt_and_the_worst_group():
     counts = np.array([[50, 10, 20], [30, 20, 30], [10, 30, 40]])
     sure = certainty.certainty(counts, np.zeros(3, int), ["x", "y", "z"], ["a", "b", "c"])
-    assert sure["worst_prompt"] == {"prompt": "x", "bias": pytest.approx((40 + 30 + 10) / 80 / 3)}
-    assert sure["worst_group"]["class"] == "b" and sure["worst_group"]["share"] == 60 / 240
+    worst, group = sure["worst_prompt"], sure["worst_group"]
+    assert (worst["prompt"], worst["bias"]) == ("x", pytest.approx((40 + 30 + 10) / 80 / 3))
+    assert (group["class"], group["share"], group["low"], group["high"]) == ("b", *share(60, 240, 3))
+    # the largest of 50 gaps |2 x - 60| / 60 of fair models, exactly: Σ P(max > g)
+    x = np.arange(61)
+    below = np.array([binom.pmf(x[np.abs(2 * x - 60) <= g], 60, 0.5).sum() for g in range(60)])
+    assert certainty.fair_worst((60,) * 50, (0.5, 0.5)) == pytest.approx((1 - below**50).sum() / 60, rel=0.02)
+    assert worst["fair"] == certainty.fair_worst((80, 80, 80), (1 / 3, 1 / 3, 1 / 3))
     target = np.array([0.2, 0.2, 0.6])  # "c" has most, and least of what it should have
     sure = certainty.certainty(counts, np.zeros(3, int), ["x", "y", "z"], ["a", "b", "c"], target)
     assert sure["worst_group"]["class"] == "c" and sure["worst_prompt"]["prompt"] == "x"
     nothing = certainty.certainty(np.zeros((2, 2), int), np.zeros(2, int), ["x", "y"], ["a", "b"])
     for key in ("rms_gap", "mean_gap", "smallest_gap_seen", "bounds", "worst_prompt", "worst_group"):
         assert nothing[key] is None, key
-    assert nothing["fair"]["p"] == 1 and nothing["fair"]["upper"] is None
+    assert nothing["fair"] == {
+        "statistic": None,
+        "df": 0,
+        "p": None,
+        "upper": None,
+        "said": "no image is known",
+    }
+    lean, of_few = np.array([0.75, 0.25]), np.array([[9, 7], [30, 10], [0, 0]])
+    some = certainty.certainty(of_few, np.array([4, 0, 0]), list("xyz"), ["a", "b"], lean)
+    assert some["smallest_gap_seen"] == fair.smallest_gap(2, 2 / (1 / 16 + 1 / 40), lean)
+    assert some["bounds"] == bounds(np.array([[9, 7], [30, 10]]), np.array([4, 0]), lean)
 
 
 def test_before_against_after_swaps_within_prompts():

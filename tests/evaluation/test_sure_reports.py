@@ -10,7 +10,7 @@ from fairref.evaluation.certainty import certainty
 from fairref.evaluation.confusion import confusions
 from fairref.evaluation.judge_errors import corrected, prediction_powered
 from fairref.evaluation.labels import BY_HAND
-from fairref.evaluation.paired import diversities, paired, paired_by_judge
+from fairref.evaluation.paired import diversities, diversity, paired, paired_by_judge
 from fairref.evaluation.parts import correct, put_beside, with_confusions
 from fairref.evaluation.sentences import lines
 from fairref.evaluation.statistics import JudgedImages, bias_report, flips, joint_names
@@ -141,9 +141,11 @@ def test_a_report_says_it_in_one_line_more(before):
     (line,) = [line for line in lines(report) if "rms gap" in line]
     gap, within = sure["rms_gap"], sure["fair"]["upper"]
     ends = f"[{gap['low']:.3f}, {gap['high']:.3f}]"
-    assert f"{gap['value']:.3f} {ends}, fair within {within:.3f} (classifier)" in line
-    report["judges"]["classifier"]["corrected"] = {"rms_gap": {"value": 0.5, "low": 0.25, "high": 0.75}}
-    assert "corrected 0.500 [0.250, 0.750]" in "\n".join(lines(report))
+    assert f"{gap['value']:.3f} {ends}, upper 95% bound {within:.3f} (classifier)" in line
+    assert "as this judge sees them" in line and line.startswith("apparent gender")
+    fixed = {"rms_gap": {"value": 0.5, "low": 0.25, "high": 0.75}, "upper": 0.7}
+    report["judges"]["classifier"]["corrected"] = fixed
+    assert "corrected 0.500 [0.250, 0.750], upper 95% bound 0.700 (classifier)" in "\n".join(lines(report))
 
 
 def test_before_and_after_by_each_judge_that_knows_all_attributes(before, after):
@@ -167,6 +169,23 @@ def test_beside_the_original_each_attribute_has_its_own_test_and_flips(before, a
         "templates",
     }
     assert set(report["paired"]) == set(report["flips"]) == {"classifier"}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_prompt_with_one_image_before_or_after_is_no_pair(first):
+    """And a gap is that from the target."""
+    target, pair = np.array([0.75, 0.25]), [np.array([[30, 30]] * 3), np.array([[45, 15]] * 3)]
+    found = paired(*pair, target)
+    assert found["difference"] < -0.2 and "never below .05" in found["method"]
+    pair[first], pair[1 - first] = (
+        np.vstack([pair[first], [[1, 0]]]),
+        np.vstack([pair[1 - first], [[45, 15]]]),
+    )
+    assert paired(*pair, target) == found
+
+
+def test_images_of_no_known_class_are_not_alike():
+    assert diversity([np.array([[1.0, 0], [0, 1], [1, 0]])], [np.array([-1, -1, 0])]) is None
 
 
 def test_diversity_of_joint_classes(before):

@@ -117,10 +117,16 @@ def test_it_says_what_the_files_say(page):
     assert read.row("judge, model", "classifier, before")[1:5] == [
         ".83\u00a0±\u00a0.17 [.77,\u00a0.87]",
         ".10\u00a0±\u00a0.08",
-        ".84\u00a0[.83,\u00a0.86]",
+        ".84\u00a0[.82,\u00a0.86]",
         ".89\u00a0[.84,\u00a0.95]",
     ]
     assert read.row("judge, model", f"templates, {AFTER}")[1].startswith(".23\u00a0±\u00a0.15")
+    assert read.row("judge, model", "classifier, before")[6] == ".86; .94"
+    more = read.row("judge, model", f"apparent gender, classifier, {AFTER}")
+    assert more[1].startswith("9 of 50: firefighter (< .001), ") and "toolmaker (.001), …" in more[1]
+    assert "firefighter: .63 (a fair model: .3" in more[2] and more[6].startswith(".23\u00a0[.1")
+    for how in ("permutation test", "corrected rms gap: score interval", "corrected bias: delta method"):
+        assert how in text
     assert read.row("judge, prompts, file", "classifier, unseen occupations, evaluation.json") == [
         "classifier, unseen occupations, evaluation.json",
         "400",
