@@ -169,7 +169,8 @@ def test_a_terminal_that_hangs_up_leaves_a_run_that_can_go_on(tiny_folder, tmp_p
     count = "1000000" if signals else "6"
     command = [sys.executable, str(ROOT / "train.py"), "--weights", str(tiny_folder), "--out", str(out)]
     command += ["--attr", "gender", "--evaluate", "none", "--device", "cpu", "--iterations", count]
-    code = "import fcntl, os, sys, termios\nif sys.argv[1] == 'True':\n    os.setsid()\n"
+    code = "import fcntl, os, signal, sys, termios\nif sys.argv[1] == 'True':\n    os.setsid()\n"
+    code += "    signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup it would be ignored
     code += "    fcntl.ioctl(0, termios.TIOCSCTTY, 0)\nos.execv(sys.argv[2], sys.argv[2:])"
     command = [sys.executable, "-c", code, str(signals), *command]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT)
