@@ -375,9 +375,9 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "a judge errs alike where its errors differ": (
         CONFUSION,
-        "drawn >= seen - 1e-9",
-        "drawn <= seen + 1e-9",
-        f"{CONFUSIONS}::test_whether_a_judge_errs_alike_before_and_after[table0]",
+        "swapped >= seen - 1e-9",
+        "swapped <= seen + 1e-9",
+        f"{CONFUSIONS}::test_whether_a_judge_errs_alike_before_and_after[9-2]",
     ),
     "CLIP's logits are cosines times the logarithm of their scale": (
         ZERO_SHOT,
@@ -427,6 +427,12 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "counts = labelled + ADDED_TO_NOISE",
         "counts = np.swapaxes(labelled, -1, -2) + ADDED_TO_NOISE",
         f"{ERRING}::test_its_covariance_is_that_of_drawn_judges_and_images",
+    ),
+    "what no shares explain has an interval": (
+        JUDGE_ERRORS,
+        "elif not is_explained(of_class, labelled, value)",
+        "elif not is_explained(of_class, labelled, value) and False",
+        f"{ERRING}::test_where_no_shares_explain_the_counts_there_is_no_interval",
     ),
     "M's error is each prompt's own": (
         JUDGE_ERRORS,

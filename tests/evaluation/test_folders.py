@@ -167,7 +167,7 @@ def test_labels_of_some_images(tmp_path):
     path.write_text(
         "prompt,image,gender,glasses\npilot,2,man,\na photo of a pilot,0,woman,with\nnurse,1,,without\n"
     )
-    (found,) = read_labels(path, CLASSES, prompts, images).values()
+    found = read_labels(path, CLASSES, prompts, images, ["before", "after"])["after"]  # the last model's
     assert [row.tolist() for row in found["gender"]] == [[0, -1, 1], [-1, -1]]
     assert [row.tolist() for row in found["glasses"]] == [[0, -1, -1], [-1, 1]]
     path.write_text("model,prompt,image,gender\nafter,nurse,1,man\nbefore,nurse,1,woman\n")
