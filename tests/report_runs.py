@@ -142,9 +142,11 @@ def add_news(report, before):
         report["confusion"] = {"classifier": {"gender": [seen]}}
     if before is not None:
         report["made"]["strength"] = 1.0
-        counts = [table_of_counts(of["judges"]["classifier"]) for of in (before, report)]
-        report["paired"] = {"classifier": paired(*counts, targets[report["attribute"]])}
-        report["flips"] = {"classifier": {"changed": 0.39, "least": 0.36, "needless": 0.03}}
+        for name, target in targets.items():
+            pair = [of.get("attributes", {}).get(name, of) for of in (before, report)]
+            counts = [table_of_counts(of["judges"]["classifier"]) for of in pair]
+            pair[1]["paired"] = {"classifier": paired(*counts, target)}
+            pair[1]["flips"] = {"classifier": {"changed": 0.39, "least": 0.36, "needless": 0.03}}
 
 
 def add_certainty(judge, n, target, alone):

@@ -81,6 +81,8 @@ def _said_of_rms(name, judges):
             said = _with_bound(sure["rms_gap"], sure["fair"]["upper"])
             if fixed and fixed["rms_gap"]:
                 said += f", corrected {_with_bound(fixed['rms_gap'], fixed['upper'])}"
+            elif fixed and fixed["method"].startswith("no"):  # and why
+                said += f", corrected: {fixed['method']}"
             found.append(f"{said} ({judge})")
     of = "of other images of these prompts, as this judge sees them"
     return [f"{apparent(name)} rms gap without the images' noise, {of}: {', '.join(found)}"] if found else []

@@ -13,6 +13,7 @@ from fairref.reporting.evaluated import (
     rms_gap,
     same_noise,
     size,
+    view,
 )
 from fairref.reporting.run_files import Run
 from fairref.reporting.tables import (
@@ -63,10 +64,10 @@ def _table(how, named, evaluated):
 
 
 def _way(report: Report, attribute: str, judges: Sequence[str]) -> list[str]:
-    """A row of the table. Flips and explicit prompts of a report on more attributes are not of this one alone."""
+    """A row of the table. Explicit prompts of a report on more attributes are not of this one alone."""
     found = [of_judge(report, attribute, judge) for judge in judges]
-    alone = report if report["attribute"] == attribute else {}
-    flips, asked = alone.get("flips", {}), alone.get("explicit", {})
+    flips = (view(report, attribute) or {}).get("flips", {})
+    asked = report.get("explicit", {}) if report["attribute"] == attribute else {}
     return [
         SLASH.join(spread(bias(of)) for of in found),
         SLASH.join(interval(rms_gap(of, corrected=True)) for of in found),

@@ -8,7 +8,7 @@ import torch
 
 from fairref.evaluation.certainty import certainty
 from fairref.evaluation.confusion import confusions
-from fairref.evaluation.judge_errors import corrected, prediction_powered
+from fairref.evaluation.judge_errors import MISFIT, corrected, prediction_powered
 from fairref.evaluation.labels import BY_HAND
 from fairref.evaluation.paired import diversities, diversity, paired, paired_by_judge
 from fairref.evaluation.parts import correct, put_beside, with_confusions
@@ -146,6 +146,8 @@ def test_a_report_says_it_in_one_line_more(before):
     fixed = {"rms_gap": {"value": 0.5, "low": 0.25, "high": 0.75}, "upper": 0.7}
     report["judges"]["classifier"]["corrected"] = fixed
     assert "corrected 0.500 [0.250, 0.750], upper 95% bound 0.700 (classifier)" in "\n".join(lines(report))
+    report["judges"]["classifier"]["corrected"] = {"rms_gap": None, "method": MISFIT}
+    assert f", corrected: {MISFIT} (classifier)" in "\n".join(lines(report))
 
 
 def test_before_and_after_by_each_judge_that_knows_all_attributes(before, after):

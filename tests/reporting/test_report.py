@@ -484,7 +484,11 @@ def test_beside_a_baseline_a_run_for_more_attributes_has_its_numbers_of_that_att
     ours, coin = (read.row("way", name) for name in (f"fairref, {AFTER}", "coin"))
     assert ours[1] == coin[1] and ours[1].startswith(number(gender["mean"]))
     assert coin[3].startswith("3.0%") and coin[7] != ours[7]
-    assert ours[3] == ours[7] == "–\u00a0/ –"  # flips and explicit prompts are of both attributes
+    assert ours[3] == coin[3] and ours[7] == "–\u00a0/ –"  # explicit prompts are of both attributes
+    changes = next(table for table in read.tables if table[0][1] == "change of the squared gap")
+    of = ("apparent gender × skin tone", "apparent gender", "skin tone")
+    assert [row[0] for row in changes[1:]] == [f"{name}, classifier, {AFTER}" for name in of]
+    assert len({row[1] for row in changes}) == 4  # each has its own
 
 
 def test_what_is_drawn_is_what_all_have(runs):
