@@ -230,9 +230,7 @@ def corrected(
         "mean_gap": mean,
         "rms_gap": rms,
         "upper": upper,
-        "share": dict(
-            zip(classes, map(list, zip(*(v.tolist() for v in (value, low, high)), strict=True)), strict=True)
-        ),
+        "share": dict(zip(classes, np.stack([value, low, high], 1).tolist(), strict=True)),
         "method": method,
     }
 

@@ -149,14 +149,10 @@ def correct(report: Report, target: JointTarget) -> None:
             for by_hand in (one for one in several if one["source"] == BY_HAND):
                 labelled = np.array(by_hand["counts"])
                 powered = prediction_powered(counts.sum(0) - labelled.sum(0), labelled, classes)
-                source = BY_HAND
-                if found and found["rms_gap"]:
-                    source += f"; for the gaps the confusion M on {known['source']}, which assumes equal errors here"
-                found = {
-                    **(found or {"mean_gap": None, "rms_gap": None, "upper": None}),
-                    **powered,
-                    "source": source,
-                }
+                no_M = {**dict.fromkeys(("mean_gap", "rms_gap", "upper")), "method": "none without M"}
+                found = found or no_M
+                of_gaps = f"M on {known['source']}" if found["rms_gap"] else found["method"]
+                found |= {**powered, "source": f"{BY_HAND}; for the gaps: {of_gaps}"}
             of_judge["corrected"] = found
 
 

@@ -97,7 +97,9 @@ def test_what_is_corrected_and_by_what(report_of_both):
     # a class without a label: they need no M
     report["confusion"]["classifier"]["gender"] = [{**by_hand, "counts": [[30, 4], [0, 0]]}]
     correct(report, target)
-    assert of_judge["corrected"]["share"]["woman"][0] > 0.5 and of_judge["corrected"]["rms_gap"] is None
+    powered = of_judge["corrected"]
+    assert powered["share"]["woman"][0] > 0.5 and powered["rms_gap"] is None
+    assert powered["source"] == f"{BY_HAND}; for the gaps: none without M"
 
 
 def corrected_rms_gap(of_judge, target):
