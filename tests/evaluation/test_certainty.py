@@ -61,9 +61,7 @@ def test_the_squared_gap_of_two_classes_as_it_is_printed():
     assert found.with_gap == pytest.approx(4 * 0.25 * one / 59 - 2 * 2 * one**2 / 59**2)
     assert found.fair_alone == pytest.approx(2 / 60**2) and found.fair_slope == pytest.approx(4 / 60)
     assert squared_gap(counts, HALF).value == pytest.approx(squared_gaps(counts, HALF).mean())
-    assert squared_gap(counts, HALF).alone == pytest.approx(
-        (2 * one**2 / 59**2 + 2 * other**2 / 29**2) / 4
-    )
+    assert squared_gap(counts, HALF).alone == pytest.approx((2 * one**2 / 59**2 + 2 * other**2 / 29**2) / 4)
     i, j = np.triu_indices(4, 1)  # (n Σ d² - (K - 1)) / ((n - 1) K(K - 1)/2)
     p = np.array([0.4, 0.3, 0.2, 0.1])
     assert squared_gaps(p[None] * 80, np.full(4, 0.25)) == pytest.approx(
