@@ -8,6 +8,7 @@ can be. Rows marked "not used" are what else was tried. Of tests it is how often
 
 import argparse
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -316,11 +317,11 @@ def cells() -> Iterator[tuple[str, list[Cell]]]:
         )
 
 
-def situation(of_grid: list[Cell], runs: int, seed: int, number: int) -> dict[str, list[float]]:
-    """Interval -> how often it holds the truth, of each cell."""
+def situation(of_grid: list[Cell], runs: int, seed: int, key: int) -> dict[str, list[float]]:
+    """Interval -> how often it holds the truth, of each cell. Draws follow from (seed, key, the cell's place)."""
     found = {}
     for point, cell in enumerate(of_grid):
-        rng, parts = np.random.default_rng((seed, number, point)), {}
+        rng, parts = np.random.default_rng((seed, key, point)), {}
         for start in range(0, runs, PART):
             for name, hits in cell(min(PART, runs - start), rng).items():
                 parts.setdefault(name, []).append(hits)
@@ -334,11 +335,12 @@ def rows(runs: int, seed: int = 0, every: int = 1, kept: Path | None = None) -> 
     from there."""
     found = []
     for number, (said, of_grid) in list(enumerate(cells()))[::every]:
-        path = kept / f"{runs}-{seed}-{number}.json" if kept else None
+        key = zlib.crc32(f"{of_grid[0].func.__name__}, {said}".encode())
+        path = kept / f"{runs}-{seed}-{key}.json" if kept else None
         if path and path.exists():
             of_one = read_json(path)
         else:
-            of_one = situation(of_grid, runs, seed, number)
+            of_one = situation(of_grid, runs, seed, key)
             if path:
                 write_json(path, of_one)
                 print(f"{number + 1}: {said}", flush=True)
