@@ -2,10 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from fairref import settings
 from fairref.bundle.loading import load_bundle
@@ -14,7 +11,6 @@ from fairref.commands import cli
 from fairref.errors import UserError
 from fairref.evaluation.evaluation import EvaluationOptions, prepare
 from fairref.evaluation.judging import SEED
-from fairref.fairness.attributes import JointTarget
 from fairref.files.paths import check_new_folder
 from fairref.generation.adapters import load_adapters
 from fairref.generation.strengths import choose_adapters
@@ -150,7 +146,7 @@ def _figures(options: argparse.Namespace) -> Iterator[Figure]:
     if "6a" in wanted and bundle.clip is None:
         raise UserError(f"{bundle.path}: has no CLIP, which figure 6a needs; use a bundle that names one.")
     adapters = choose_adapters(options.adapter, options.strength)
-    evaluation = _evaluation(options, bundle, adapters) if wanted & {"8", "9"} else None
+    evaluation = _evaluation(options, bundle) if wanted & {"8", "9"} else None
     model = load_adapters(bundle, adapters, options.any_base) if wanted & {"6a", "6b"} else None
     first, second = _two_prompts(options, bundle)
     if "6a" in wanted:
@@ -178,34 +174,23 @@ def _two_prompts(options, bundle):
     return (texts * 2)[:2]
 
 
-def _evaluation(options, bundle, adapters):
-    """What figures 8 and 9 draw; the target is the first adapter's where no other is given. Raises UserError."""
+def _evaluation(options, bundle):
+    """What figures 8 and 9 draw. Raises UserError."""
     prompts = options.prompts or OCCUPATIONS
-    aim = _aim(adapters[0][0].info) if adapters and not options.attr and not options.target else None
-    asked = EvaluationOptions(
-        options.adapter,
-        options.strength,
-        options.any_base,
-        ",".join(aim.classes) if aim else options.attr or (None if options.target else "gender"),
-        options.target,
-        prompts,
-        options.part or ("train" if is_file(prompts) else "test"),
-        options.num_images,
-        explicit_images=0,
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
+    return prepare(
+        bundle,
+        EvaluationOptions(
+            options.adapter,
+            options.strength,
+            options.any_base,
+            options.attr,
+            options.target,
+            prompts,
+            options.part or ("train" if is_file(prompts) else "test"),
+            options.num_images,
+            explicit_images=0,
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed,
+        ),
     )
-    evaluation = prepare(bundle, asked)
-    if aim is None or aim.classes != evaluation.settings.target.classes:
-        return evaluation
-    return replace(evaluation, settings=replace(evaluation.settings, target=aim))
-
-
-def _aim(info):
-    """What an adapter's file says that it was made for; None of another tool's."""
-    try:
-        classes = {name: tuple(names) for name, names in info["classes"].items()}
-        return JointTarget(classes, np.array(info["target"], dtype=float)) if classes else None
-    except (AttributeError, LookupError, TypeError, ValueError):
-        return None
