@@ -111,9 +111,9 @@ def content(out: Path) -> dict[str, object]:
     lines = [json.loads(line) for line in (out / checkpoints.METRICS).read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
     files = {name: (out / name).read_bytes() for name in EQUAL}
-    files["settings.json"] = json.loads(
-        files["settings.json"].replace(bytes(out), b"RUN")
-    )  # its own name differs
+    for name in ("settings.json", "evaluation.json"):  # both tell the run's own name, which differs
+        told = files[name].replace(bytes(out), b"RUN").replace(f'"{out.name}/'.encode(), b'"RUN/')
+        files[name] = json.loads(told)
     left = sorted(path.name for path in out.rglob("*") if ".part" in path.name or "so-far" in path.name)
     return {**files, "metrics": metrics, "left": left, "names": sorted(path.name for path in out.iterdir())}
 
