@@ -34,15 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--half-width",
-        type=cli.positive(0.5),
+        type=cli.number(0.0001, 0.5),
         default=0.03,
-        help="half of the interval that a share may have; from 0.0001",
+        help="half of the interval that a share may have, from 0.0001 to 0.5",
     )
     options = parser.parse_args(argv)
-    if options.half_width < 0.0001:
-        parser.error(
-            f"argument --half-width: is {options.half_width:g}, expected a number from 0.0001 to 0.5"
-        )
     images = options.images or (60 if options.classes == 2 else 80 if options.classes <= 4 else 160)
     print("\n".join(lines(options.classes, options.prompts, images, options.half_width)))
 
