@@ -3,6 +3,7 @@
 import ast
 import csv
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def name_of(document):
     return str(document.relative_to(ROOT))
 
 
+@cache
 def defined(folder):
     """Every function and class name, and every attribute that is assigned, under a folder."""
     names = set()

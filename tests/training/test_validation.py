@@ -273,6 +273,8 @@ def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch):
             again, other = compiled(asked, model)
             assert (other.unet is again.bundle.unet) == (component == "text_encoder")
             assert other.unet is not model.unet
+            if (component, name) == ("text_encoder", "compile"):
+                continue  # compiling takes long; `both` has this text encoder
             gradient, found = iteration_gradient(again, other, parameters, 0)
             assert found == {
                 k: pytest.approx(v, rel=1e-9) if type(v) is float else v for k, v in metrics.items()
