@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 from fairref.evaluation.certainty import certainty
 from fairref.evaluation.judge_errors import corrected
 from fairref.evaluation.paired import paired
+from fairref.files.weights import write as save_tensors
 from fairref.settings import Recipe
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -47,7 +49,28 @@ def write_run(
             write(folder / f"sweep-{name}.json", {"sweep": name, "values": values, "reports": reports})
         write(folder / "baselines.json", {"coin": {"test": evaluation[AFTER]["test"]}})
         write_pictures(folder / "pictures.png", attributes[0])
+        write_scores(folder, attributes)
     return folder
+
+
+PULL = ((3.0, 1.0, 0.0, 0.0), (0.5, 0.5, 0.5, 0.5), (0.0, 0.0, 2.0, 6.0))  # of the images of three iterations
+
+
+def write_scores(folder, attributes=("gender",), prompts=("prompt a", "prompt b", "prompt a")):
+    """What --scores leaves: of four images the classes 0, 0, 1, none, of which the first is told to change."""
+    told = {"shown": [0, 0, 1, -1], "target": [1, 0, -1, -1], "confidence": [0.9, 0.95, 0.6, 0.5]}
+    for i, (prompt, pull) in enumerate(zip(prompts, PULL, strict=True)):
+        tensors = {
+            "pull": torch.tensor(pull),
+            "pictures": torch.full((4, 8, 8, 3), 40 * i, dtype=torch.uint8),
+        }
+        tensors |= {f"{kind} {name}": torch.tensor(of) for name in attributes for kind, of in told.items()}
+        classes = {name: [f"{name} 0", f"{name} 1"] for name in attributes}
+        about = {"iteration": 10 * i, "prompt": prompt, "explicit": False, "apart": 0.0, "classes": classes}
+        (folder / "scores").mkdir(exist_ok=True)
+        save_tensors(
+            folder / "scores" / f"{i:06d}.safetensors", tensors, {**about, "format": "fairref-scores-1"}
+        )
 
 
 def finish(folder):

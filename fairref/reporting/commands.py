@@ -79,6 +79,13 @@ def lacks(run: Run) -> dict[str, Lack]:
         if run.is_finished
         else (f"There is no line in {FILES['metrics']} yet. This goes on with the run:", words["resume"])
     )
+    said = (
+        "This run recorded no scores, and can't do so afterwards. The same run with them, in another folder:"
+    )
+    found["pulled"] = (
+        said,
+        [*_without(_words(run.settings.get("command", "python train.py")), ("--out",)), "--scores"],
+    )
     found["components"] = ("", _with_other_component(run))
     return {key: Lack(said, short_paths(shlex.join(of))) for key, (said, of) in found.items()}
 
@@ -202,14 +209,15 @@ def _given(settings, option, ending=""):
 
 def _with_other_component(run):
     """The call of train.py that made the run, for another component."""
-    words = _words(run.settings.get("command", "")) or ["python", "train.py"]
-    kept = [
-        word
-        for word, before in zip(words, ["", *words], strict=False)
-        if word not in OF_COMPONENT and before not in OF_COMPONENT
-    ]
+    kept = _without(_words(run.settings.get("command", "")) or ["python", "train.py"], OF_COMPONENT)
     other = "text_encoder" if run.settings["recipe"].get("component") == "unet" else "unet"
     return [*kept, "--component", other]
+
+
+def _without(words, options):
+    """A command without these options and their values."""
+    pairs = zip(words, ["", *words], strict=False)
+    return [word for word, before in pairs if word not in options and before not in options]
 
 
 def place(path: Path) -> str:

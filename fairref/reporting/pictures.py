@@ -4,7 +4,7 @@ pictures.png holds them as tiles: a row of each model for each prompt, with a JS
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -77,7 +77,7 @@ def prompts_of(run: Run, budget: int = BYTES) -> list[Row]:
         for r in range(R)
         for i in range(len(of["rows"][r]))
     }
-    data = _encoded(tiles, SIDES, budget)
+    data = encoded(tiles, SIDES, budget)
     return [
         Row(short(of["prompt"]), [_pair(facts, of, p, i, data) for i in range(len(of["rows"][0]))])
         for p, of in enumerate(facts["prompts"])
@@ -102,7 +102,7 @@ def _facts(path):
     return facts
 
 
-def _encoded(tiles: Mapping[object, Image.Image], sides, budget) -> dict[object, str]:
+def encoded(tiles: Mapping[object, Image.Image], sides: Sequence[int], budget: int) -> dict[object, str]:
     """Data URIs of images, as large as the budget allows."""
     for side in sides:
         data = {key: data_uri(tile, side, "webp", quality=QUALITY) for key, tile in tiles.items()}
@@ -142,7 +142,7 @@ def sheet_of(run: Run, budget: int = BYTES) -> str:
     path = run.file("sheet")
     if not path.exists():
         return ""
-    return _encoded({path: read_image(path)}, SHEET, budget).get(path, "")
+    return encoded({path: read_image(path)}, SHEET, budget).get(path, "")
 
 
 def keys_of(run: Run) -> list[str]:

@@ -7,7 +7,18 @@ from pathlib import Path
 from fairref import __version__
 from fairref.errors import UserError
 from fairref.files.paths import write_file
-from fairref.reporting import about, baselines, biases, commands, course, kept, pictures, shares, sweeps
+from fairref.reporting import (
+    about,
+    baselines,
+    biases,
+    commands,
+    course,
+    kept,
+    pictures,
+    pulled,
+    shares,
+    sweeps,
+)
 from fairref.reporting.evaluated import (
     BEFORE,
     Part,
@@ -114,6 +125,7 @@ def facts_of(run: Run, number_of: int, budget: int) -> dict[str, object]:
         "terms": kept.terms_table(run.evaluations.get(FILES[OWN])),
         "concepts": kept.concepts_table([part for part in evaluated if not part.is_second]),
         "curves": course.curves(run),
+        "pulled": pulled.pulled(run, budget // 4),
         "guidance": sweeps.guidance_charts(run) if run.guidance else [],
         "strength": sweeps.pareto_chart(run) if run.strength else None,
         "baselines": baselines.tables(run, evaluated),

@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
-from fairref.errors import UserError
 from fairref.fairness.losses import confident_targets
-from fairref.files.images import save_png, to_image
-from fairref.files.sheets import COLOURS, enlarged, font
-from fairref.files.weights import read, read_info, write
+from fairref.files.images import save_png
+from fairref.files.scores import FOLDER, FORMAT, SHEET, by_pull, read_scores, score_sheet
+from fairref.files.weights import write
 from fairref.generation.rollout import embed
 from fairref.generation.views import scatter_to_images
 from fairref.progress import note
@@ -28,32 +25,10 @@ from fairref.training.setup import Setup, Task
 from fairref.training.step import Rollout, Watch, sampling_gradient
 from fairref.training.terms import ImagePair
 
-FOLDER, SHEET, FORMAT = "scores", "scores.png", "fairref-scores-1"
 SIDE = 64  # pixels of a thumbnail, at most
-SHOWN, COLUMNS = 24, 12  # images that pulled most, and least, on the sheet and in the report
 # of the rows' sum from the batch's gradient: both sum the same products in another order and other batches, with
 # mantissas of 10 bits (TF32), 7 and 10
 MOST_APART = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Score:
-    """The images of one recorded iteration."""
-
-    iteration: int
-    prompt: str
-    explicit: bool  # the prompt names a class
-    pull: np.ndarray  # (N,) norms of the rows of the gradient matrix
-    pictures: Tensor  # (N, 3, h, w) uint8
-    classes: dict[str, list[str]]
-    shown: dict[str, np.ndarray]  # attribute -> (N,) the class that the image shows; -1: no face
-    target: dict[str, np.ndarray]  # attribute -> (N,) the class that it is told; -1: none that is sure enough
-    confidence: dict[str, np.ndarray]  # attribute -> (N,) c, the largest q
-
-    @property
-    def share(self) -> np.ndarray:
-        """(N,) of the iteration's pull."""
-        return self.pull / max(self.pull.sum(), 1e-30)
 
 
 @dataclass(frozen=True)
@@ -128,10 +103,10 @@ def gradient_rows(
 
 
 def thumbnails(x: Tensor) -> Tensor:
-    """Images (n, 3, H, W) in [-1, 1] -> uint8, SIDE pixels at most."""
+    """Images (n, 3, H, W) in [-1, 1] -> (n, h, w, 3) uint8, SIDE pixels at most."""
     scale = min(1.0, SIDE / max(x.shape[-2:]))
     small = F.interpolate(x.float(), scale_factor=scale, mode="area") if scale < 1 else x.float()
-    return ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def seen_by_losses(setup: Setup, pair: ImagePair, q: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,71 +122,3 @@ def seen_by_losses(setup: Setup, pair: ImagePair, q: dict[str, Tensor]) -> dict[
         columns[f"target {name}"] = torch.where(confident, y, -1).cpu()
         columns[f"confidence {name}"] = of_attribute.max(1).values.cpu()
     return columns
-
-
-def read_scores(folder: Path) -> list[Score]:
-    """The recorded iterations of a run, in their order. Raises UserError, which names a damaged file."""
-    return [_read(path) for path in sorted((folder / FOLDER).glob("*.safetensors"))]
-
-
-def _read(path):
-    tensors, info = read(path), read_info(path)
-    try:
-        if info["format"] != FORMAT:
-            raise KeyError(info["format"])
-        classes = {str(name): [str(c) for c in of] for name, of in info["classes"].items()}
-        columns = [
-            {name: tensors[f"{kind} {name}"].numpy() for name in classes}
-            for kind in ("shown", "target", "confidence")
-        ]
-        pull, pictures = tensors["pull"].double().numpy(), tensors["pictures"]
-        score = Score(
-            int(info["iteration"]),
-            str(info["prompt"]),
-            bool(info["explicit"]),
-            pull,
-            pictures,
-            classes,
-            *columns,
-        )
-        N = len(pull)
-        if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[:2] != (N, 3):
-            raise ValueError(pictures.shape)
-        if any(of.shape != (N,) for column in columns for of in column.values()):
-            raise ValueError(N)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: is not what --scores writes; move it away.") from None
-    return score
-
-
-def by_pull(scores: Sequence[Score]) -> list[tuple[Score, int]]:
-    """All recorded images (score, n), the one with the largest share of its iteration's pull first."""
-    images = [(score, n) for score in scores for n in range(len(score.pull)) if np.isfinite(score.pull).all()]
-    return sorted(images, key=lambda image: (-image[0].share[image[1]], image[0].iteration, image[1]))
-
-
-def picture_of(score: Score, n: int) -> Image.Image:
-    """The thumbnail of image n."""
-    return to_image(score.pictures[n].float() / 127.5 - 1)
-
-
-def score_sheet(images: Sequence[tuple[Score, int]]) -> Image.Image:
-    """The images that pulled most and least; a bar below each is as long as its share of the pull is large."""
-    most = images[: min(SHOWN, -(-len(images) // 2))]
-    blocks = [("pulled most", most), ("pulled least", images[len(most) :][-SHOWN:])]
-    largest, tile = most[0][0].share[most[0][1]], enlarged(picture_of(*most[0]))
-    bar, size = max(4, tile.height // 16), max(12, tile.height // 6)
-    pitch, line = (tile.width + 4, tile.height + bar + 6), 2 * size
-    rows = [-(-len(of) // COLUMNS) for _, of in blocks]
-    sheet = Image.new("RGB", (COLUMNS * pitch[0] + 4, sum(rows) * pitch[1] + 2 * line), "white")
-    pen, top = ImageDraw.Draw(sheet), 0
-    for (title, of), count in zip(blocks, rows, strict=True):
-        pen.text((4, top + size // 2), title, fill="black", font=font(size))
-        top += line
-        for k, (score, n) in enumerate(of):
-            left, y = 4 + k % COLUMNS * pitch[0], top + k // COLUMNS * pitch[1]
-            sheet.paste(enlarged(picture_of(score, n)), (left, y))
-            width = score.share[n] / max(largest, 1e-30) * tile.width
-            pen.rectangle([left, y + tile.height + 1, left + width, y + tile.height + bar], fill=COLOURS[1])
-        top += count * pitch[1]
-    return sheet

@@ -186,7 +186,7 @@ def test_an_infinite_gradient_is_skipped_counted_and_shown(bundles, tmp_path, mo
     setup = make_setup(bundles[torch.float32], iterations=3)
     real = trainer.iteration_gradient
 
-    def spoiled(setup, model, parameters, i):
+    def spoiled(setup, model, parameters, i, watch):
         gradient, metrics = real(setup, model, parameters, i)
         return ([g * float("inf") for g in gradient] if i == 1 else gradient), metrics
 
@@ -207,7 +207,7 @@ def test_an_infinite_gradient_is_skipped_counted_and_shown(bundles, tmp_path, mo
 def test_a_run_without_a_finite_gradient_ends(bundles, tmp_path, monkeypatch):
     setup = make_setup(bundles[torch.float32], iterations=30)
 
-    def nan(setup, model, parameters, i):
+    def nan(setup, model, parameters, i, watch):
         return ([torch.full_like(p, torch.nan) for p in parameters], {})
 
     monkeypatch.setattr(trainer, "iteration_gradient", nan)

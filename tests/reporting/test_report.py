@@ -14,6 +14,7 @@ import report_runs
 from report_runs import AFTER, evaluation_of, finish, write, write_pictures, write_run
 
 from fairref.commands import cli, report, train
+from fairref.errors import UserError
 from fairref.evaluation import certainty
 from fairref.fairness.attributes import parse_target
 from fairref.files.weights import fingerprint
@@ -35,6 +36,7 @@ SECTIONS = (
     "kept",
     "explicit",
     "course",
+    "pulled",
     "guidance",
     "strength",
     "baselines",
@@ -601,7 +603,7 @@ JUDGE = ("before", "test", "judges", "classifier")
 def test_a_file_that_is_not_as_a_run_leaves_it_is_named(runs, tmp_path, capsys, name, change):
     folder = tmp_path / "run"
     folder.mkdir()
-    for file in runs["small"].iterdir():
+    for file in runs["small"].glob("*.*"):
         (folder / file.name).write_bytes(file.read_bytes())
     if isinstance(change, str):
         (folder / name).write_text(change)
@@ -788,3 +790,26 @@ def test_a_report_that_fails_leaves_a_finished_run_finished(tmp_path, monkeypatc
         )
     monkeypatch.setenv("RANK", "1")
     assert cli.run(train.main, ["--attr", "gender"]) == 0 and capsys.readouterr() == ("", "")
+
+
+def test_what_pulled(tmp_path):
+    """Shares within an iteration for groups, all recorded pull for prompts; 12 pictures, half of them the most."""
+    run = write_run(tmp_path / "run", new=False)
+    assert "--scores" in page_of(run)[0]  # how to record some
+    report_runs.write_scores(run, prompts=("a b", "a c", HOSTILE))
+    text, page = page_of(run)
+    groups, prompts = (
+        next(table for table in page.tables if table[0] == head)
+        for head in (["group", "of the pictures", "of the pull"], ["prompt", "of the pull"])
+    )
+    assert sorted(groups[1:], reverse=True) == [
+        ["no face", "25.0%", f"{(0 + 1 / 4 + 3 / 4) / 3:.1%}"],
+        ["gender 1, told nothing", "25.0%", f"{(0 + 1 / 4 + 1 / 4) / 3:.1%}"],
+        ["gender 0, told to stay", "25.0%", f"{(1 / 4 + 1 / 4) / 3:.1%}"],
+        ["gender 0, told gender 1", "25.0%", f"{(3 / 4 + 1 / 4) / 3:.1%}"],
+    ]
+    assert [row[1] for row in prompts[1:]] == [f"{of / 14:.1%}" for of in (8, 4, 2)]
+    assert "<script>" not in text
+    (run / "scores" / "000000.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="000000"):
+        write_report([run], tmp_path / "r.html")

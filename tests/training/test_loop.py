@@ -471,7 +471,7 @@ def test_unusable_gradients_in_a_row_end_a_run_also_across_a_resume(bundles, tmp
     """And a usable one between them starts the count again."""
     setup, usable = make_setup(bundles[torch.float32], rank=1), {1}
 
-    def gradient(setup, model, parameters, i):
+    def gradient(setup, model, parameters, i, watch):
         return [torch.full_like(p, 1.0 if i in usable else torch.inf) for p in parameters], {}
 
     monkeypatch.setattr(loop, "iteration_gradient", gradient)
@@ -508,7 +508,7 @@ def test_an_update_beyond_all_numbers_ends_a_run_before_anything_is_saved(bundle
     recipe = {"lr": 1e6, "weight_decay": 1e6, "iterations": 30, "checkpoint_every": 1}
     setup = make_setup(bundles[torch.float32], rank=1, **recipe)
     monkeypatch.setattr(
-        loop, "iteration_gradient", lambda s, m, ps, i: ([torch.ones_like(p) for p in ps], {})
+        loop, "iteration_gradient", lambda s, m, ps, i, watch: ([torch.ones_like(p) for p in ps], {})
     )
     with pytest.raises(
         UserError, match=r"iteration \d+ brought adapter.* beyond all numbers, and is not saved"
@@ -522,7 +522,9 @@ def test_an_update_beyond_all_numbers_ends_a_run_before_anything_is_saved(bundle
 def test_a_run_whose_gradients_were_all_skipped_has_failed(bundles, tmp_path, monkeypatch):
     setup = make_setup(bundles[torch.float32], rank=1, iterations=3)
     monkeypatch.setattr(
-        loop, "iteration_gradient", lambda s, m, ps, i: ([torch.full_like(p, math.nan) for p in ps], {})
+        loop,
+        "iteration_gradient",
+        lambda s, m, ps, i, watch: ([torch.full_like(p, math.nan) for p in ps], {}),
     )
     with pytest.raises(UserError, match="none of 3 gradients was finite, so nothing was trained"):
         finetune(setup, tmp_path, {})

@@ -12,11 +12,12 @@ from tiny_run import make_setup, moved
 from fairref.bundle.loading import load_bundle
 from fairref.diffusion.gradient import step_weights
 from fairref.errors import UserError
+from fairref.files.scores import by_pull, read_scores
 from fairref.files.weights import read, read_info, write
 from fairref.generation.rollout import embed
 from fairref.training import scores
 from fairref.training.loop import finetune, new_state
-from fairref.training.scores import Recorder, by_pull, gradient_rows, read_scores
+from fairref.training.scores import Recorder, gradient_rows
 from fairref.training.step import iteration_gradient
 from fairref.verification.derivation import gradient_matrix, importance
 
