@@ -2,13 +2,15 @@
 
     python tests/benchmarks/course.py [CHAPTER ...] [--check]
 
-A chapter is a number, as 2, or a notebook's path; none means all. Each runs in a kernel of its own, in an empty temporary
-folder, with this checkout's fairref. With --check nothing is written: the command fails where a cell raises, or where
-what a cell prints is not what the notebook has. Images are not compared. Needs the extra "course"; about a minute for all.
+A chapter is a number, as 2, or a notebook's path; none means all. Each runs in a kernel of its own, in an empty
+temporary folder, with this checkout's fairref. With --check nothing is written: the command fails where a cell raises,
+or where what a cell prints is not what the notebook has. Images are not compared. Needs the extra "course"; about a
+minute for all.
 """
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -39,6 +41,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Return a copy that was run, without what differs from run to run: times, versions, stderr."""
     notebook = nbformat.from_dict(notebook)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
@@ -49,7 +52,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": folder}},
         )
-        client.execute(env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+        client.execute(env=environment)
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -60,7 +63,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def printed(cell: nbformat.NotebookNode) -> str:
     """Return what a cell wrote to stdout."""
-    return "".join(o.text for o in cell.get("outputs", []) if o.output_type == "stream" and o.name == "stdout")
+    return "".join(output.text for output in cell.get("outputs", []) if output.get("name") == "stdout")
 
 
 def differing(committed: nbformat.NotebookNode, run: nbformat.NotebookNode) -> list[str]:
@@ -85,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             run = execute(committed)
         except CellExecutionError as error:
-            faults = [str(error)]
+            faults = [re.sub(r"\x1b\[[\d;]*m", "", str(error))]  # without colours
         else:
             faults = differing(committed, run) if options.check else []
             if not options.check:
