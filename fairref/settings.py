@@ -70,14 +70,16 @@ def setting(
     below: float = math.inf,
     choices: Sequence[str] = (),
     only_with: Mapping[str, Sequence[str]] | None = None,
+    alone: object = None,
 ) -> object:
     """A field with its option's help text, and what its values may be.
 
     `only_with`: it has an effect where one of these settings has one of the values, or without values any but 0;
-    "attr" is whether the run has an attribute.
+    "attr" is whether the run has an attribute. `alone`: what the option means without a value.
     """
     limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": explanation, "only_with": only_with or {}, **limits})
+    metadata = {"help": explanation, "only_with": only_with or {}, "alone": alone, **limits}
+    return field(default=default, metadata=metadata)
 
 
 TARGET = {"attr": ()}
@@ -225,6 +227,12 @@ class Recipe:
         2, "validations in a row that must find so little bias", low=1, only_with={"until_bias": ()}
     )
     grid_every: int = setting(200, "iterations between sample grids; 0: never")
+    scores: int = setting(
+        0,
+        "iterations between those that record how much each image pulled, with thumbnails (--scores alone: 20). Such an"
+        " iteration takes about half as long again. 0: never",
+        alone=20,
+    )
     tensorboard: bool = setting(False, "write the metrics for TensorBoard, too (extra log)")
     compile: bool = setting(False, "torch.compile the U-Net")
     recompute: bool = setting(
@@ -430,6 +438,8 @@ def add_recipe_options(parser: argparse._ActionsContainer) -> None:
         how = {"type": READERS.get(f.type, f.type)}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        if f.metadata["alone"] is not None:
+            how |= {"nargs": "?", "const": f.metadata["alone"]}
         explanation = f"{f.metadata['help']} (SD-1.5: {shown(f.default)})"
         parser.add_argument(_flag(f), dest=f.name, default=argparse.SUPPRESS, help=explanation, **how)
 

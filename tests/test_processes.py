@@ -30,6 +30,7 @@ from fairref.generation.drawing import Drawing
 from fairref.training import step as iteration
 from fairref.training.checkpoints import held
 from fairref.training.loop import iterate, new_state, update
+from fairref.training.scores import read_scores
 from fairref.training.step import iteration_gradient
 from fairref.training.validation import start_validation
 
@@ -326,8 +327,8 @@ from fairref.training.signals import StopRequest
 real, real_ask, asked = trainer.iteration_gradient, StopRequest._ask, []
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def iteration_gradient(setup, model, parameters, i):
-    found = real(setup, model, parameters, i)
+def iteration_gradient(setup, model, parameters, i, watch=None):
+    found = real(setup, model, parameters, i, watch)
     if i == {i}:
         {does}
     return found
@@ -427,6 +428,7 @@ def resumed(folder, count=1):
 FILES = ("adapter.safetensors", "adapter_raw.safetensors", "adapter_best.safetensors")
 ENDLESS = "1000000"  # iterations: far more than there is time for
 LONG = ("--iterations", "12", "--checkpoint-every", "3", "--validate-every", "4", "--validate-images", "3")
+LONG += ("--scores", "6")
 
 
 def adapters(run):
@@ -530,6 +532,20 @@ def test_torchrun_makes_the_same_run_and_hands_signals_on(folder, wholes, tmp_pa
     codes, (said,) = ends(start(1, *torchrun, ROOT / "train.py", "--resume", run, **PIPES))
     assert codes == [0], said
     assert adapters(run) == wholes[2]
+
+
+@pytest.mark.slow
+def test_what_pulled_is_the_same_on_two_processes(folder, tmp_path):
+    recorded = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        codes, said = ends(launch(count, folder, out, "--iterations", "2", "--batch", "5", "--scores", "1"))
+        assert codes == [0] * count, said
+        recorded.append(read_scores(out))
+    for one, two in zip(*recorded, strict=True):
+        np.testing.assert_allclose(two.pull, one.pull, rtol=1e-3, atol=1e-5 * one.pull.max())
+        assert torch.equal(one.pictures, two.pictures)
+        assert {k: v.tolist() for k, v in one.target.items()} == {k: v.tolist() for k, v in two.target.items()}
 
 
 @pytest.mark.slow

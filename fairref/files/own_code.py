@@ -52,17 +52,22 @@ def load_function(option: str, text: str) -> OwnFunction:
     if not colon or not name.isidentifier() or not file.endswith(".py"):
         raise UserError(f"{option} is {text!r}; expected path/to/file.py:name.")
     path = expanded(file).absolute()
-    if not path.is_file():
-        raise UserError(f"{option} names {path}, which is no file; correct the path.")
-    try:
-        sha256 = sha256_of(path)
-        module = _run(path, sha256)
-    except (Exception, SystemExit) as error:  # whatever a user's file does
-        raise UserError(f"{option}: {path} can't be run ({said(error)}); correct the file.") from error
+    module, sha256 = load_file(option, path)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{option}: {path} has no function {name!r}; correct the name.")
     return OwnFunction(name, path, sha256, function)
+
+
+def load_file(option: str, path: Path) -> tuple[ModuleType, str]:
+    """Return the module of the file that `option` names, and the file's hash; it is run, once. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{option} names {path}, which is no file; correct the path.")
+    try:
+        sha256 = sha256_of(path)
+        return _run(path, sha256), sha256
+    except (Exception, SystemExit) as error:  # whatever a user's file does
+        raise UserError(f"{option}: {path} can't be run ({said(error)}); correct the file.") from error
 
 
 @cache
@@ -91,4 +96,4 @@ def describe(value: object) -> str:
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {describe(item)}" for name, item in value.items()) + "}"
-    return f"a {type(value).__name__}"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -22,6 +22,7 @@ from fairref.training import checkpoints
 from fairref.training.checkpoints import State
 from fairref.training.grids import draw_grid
 from fairref.training.logs import Log
+from fairref.training.scores import Recorder
 from fairref.training.setup import Setup
 from fairref.training.signals import StopRequest
 from fairref.training.step import Metrics, iteration_gradient
@@ -92,14 +93,15 @@ def finetune(setup: Setup, folder: Path, info: dict[str, object]) -> dict[str, P
     if (said := checkpoints.restore(folder, state)) and processes.first:
         print(said, file=sys.stderr)
     setup, model = compiled(setup, model)
-    validator = Validator(setup, folder, info)
+    validator, recorder = Validator(setup, folder, info), Recorder(setup, model, folder)
     with Log(setup, folder, state) as log, StopRequest() as stop:
         while state.iteration < recipe.iterations and not target_reached(recipe, state):
-            log.add(iterate(setup, model, state) | validator.validate_if_due(model, state), state)
+            log.add(iterate(setup, model, state, recorder) | validator.validate_if_due(model, state), state)
             stopping = processes.any(stop.asked)
             if processes.first and (stopping or state.iteration % recipe.checkpoint_every == 0):
                 checkpoints.save(folder, state, recipe.keep)
             if stopping:
+                recorder.write_sheet()
                 raise KeyboardInterrupt(
                     f"stopped after iteration {state.iteration}; go on with --resume {folder}"
                 )
@@ -114,18 +116,20 @@ def finetune(setup: Setup, folder: Path, info: dict[str, object]) -> dict[str, P
         info = {**info, "iterations": state.iteration}
         save_adapter(files["ema"], state.ema, {**info, "average": "ema"})
         save_adapter(files["raw"], state.parameters(), {**info, "average": "raw"})
+        recorder.write_sheet()
         print(*log.summary(recipe, state, folder / BEST_FILE), sep="\n")
     processes.wait()
     return {**files, "best": folder / BEST_FILE} if state.best else files
 
 
-def iterate(setup: Setup, model: Bundle, state: State) -> Metrics:
+def iterate(setup: Setup, model: Bundle, state: State, recorder: Recorder | None = None) -> Metrics:
     """One iteration, in `state` -> its metrics. Raises UserError where gradients stay useless."""
     began = time.monotonic()
     metrics = {"iteration": state.iteration, "lr": learning_rate(setup.recipe, state.iteration)}
     parameters = list(state.adapter.parameters())
     with torch.enable_grad():
-        gradient, of_iteration = iteration_gradient(setup, model, parameters, state.iteration)
+        watch = recorder and recorder.watch(parameters, state.iteration)
+        gradient, of_iteration = iteration_gradient(setup, model, parameters, state.iteration, watch)
     norm, finite = update(setup.recipe, state, gradient)
     state.unusable = 0 if finite else state.unusable + 1
     if broken := state.not_finite():

@@ -4,7 +4,7 @@ N images of one prompt over all processes, n of them here, K_a classes of an att
 d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,14 +27,16 @@ from fairref.training.terms import STATISTICS, ImagePair, image_gradient, judged
 # the class counts of the transport, where the run stops
 ORDER, STEPS, GRAD_STEPS, EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7
 Metrics = dict[str, object]
+Watch = Callable[..., None]  # of (task, drawn, pair, q, g, this process's gradient)
 
 
 def iteration_gradient(
-    setup: Setup, model: Bundle, parameters: Sequence[nn.Parameter], i: int
+    setup: Setup, model: Bundle, parameters: Sequence[nn.Parameter], i: int, watch: Watch | None = None
 ) -> tuple[list[Tensor], Metrics]:
     """dL/dparameters of iteration i, summed over processes, and its metrics.
 
-    `model` is the adapted bundle; grad mode must be on. Without finite logits the gradient is NaN.
+    `model` is the adapted bundle; grad mode must be on. Without finite logits the gradient is NaN and
+    `watch` sees nothing.
     """
     task = draw_task(setup, i)
     text = embed(model, task.prompt)  # [c, c_empty] (2, T, d), with graph
@@ -46,6 +48,8 @@ def iteration_gradient(
         return [torch.full_like(p, torch.nan) for p in parameters], about
     g, sums = image_gradient(setup, task, pair, targets.q)  # (n, 4, h, w)
     gradient = sampling_gradient(setup, drawn, g, text, parameters, i)
+    if watch:
+        watch(task, drawn, pair, targets.q, g, gradient)
     *gradient, sums = setup.processes.total([*gradient, sums.to(gradient[0])])  # one message, all of one type
     return gradient, {**about, **_means(setup, sums), **targets.metrics}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fairref.progress import Progress
 from fairref.verification import fairness, gradients, published, sampling
-from fairref.verification.checks import CHECKS
+from fairref.verification.checks import CHECKS, Check
 
 MODULES = (sampling, gradients, published, fairness)  # in the order of the equations
 
@@ -29,10 +29,15 @@ class Result:
         )
 
 
+def all_checks() -> list[Check]:
+    """Every check, in the order of the equations."""
+    return [check for module in MODULES for check in CHECKS[module.__name__]]
+
+
 def verify(shown: bool = False) -> list[Result]:
     """Run every check and return the results. A check that raises has failed. `shown`: with a progress bar."""
     results = []
-    checks = [check for module in MODULES for check in CHECKS[module.__name__]]
+    checks = all_checks()
     with Progress(len(checks), "verifying", shown) as progress:
         for c in checks:
             try:

@@ -1,0 +1,160 @@
+"""A quantity's formula with one part changed, or two: what an answer that is nearly right may be.
+
+A part may be left out, be that of the next index, have another sign, give its place to another quantity, ...
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import combinations, product
+
+import numpy as np
+
+from fairref.verification.quantities import QUANTITIES, Of, Quantity, Values
+
+RESULT = ""  # the name of what a formula gives, beside its parts'
+
+# What may have happened to an array, in words of {part}. None: not to this one.
+Change = Callable[[np.ndarray], np.ndarray | None]
+
+
+def _ones(x):
+    """Left out of a product; a matrix is the identity there."""
+    is_square = x.ndim > 2 and x.shape[-1] == x.shape[-2]
+    return np.broadcast_to(np.eye(x.shape[-1]), x.shape) if is_square else np.ones_like(x)
+
+
+def _filled(x, by, fill):
+    """Each entry is the one before it (by 1), or after it (-1); what is missing at the end is `fill`."""
+    if x.ndim == 0 or len(x) < 2:
+        return None
+    y = np.roll(x, by, axis=0)
+    edge = 0 if by > 0 else -1
+    y[edge] = {"wrapped": y[edge], "kept": x[edge], "zero": np.zeros_like(x[0]), "one": _ones(x)[0]}[fill]
+    return y
+
+
+def _without(x, edge, by):
+    """The first entry or the last one is left out, of a sum or of a product."""
+    if x.ndim == 0:
+        return None
+    y = x.copy()
+    y[edge] = by(x)[edge]
+    return y
+
+
+def _transposed(x):
+    return x.swapaxes(-1, -2) if x.ndim > 1 and x.shape[-1] == x.shape[-2] else None
+
+
+def _is_whole(x):
+    return np.array_equal(x, np.round(x))
+
+
+CHANGES: list[tuple[str, Change]] = [
+    ("{part} has the wrong sign", np.negative),
+    ("{part} is left out", _ones),
+    ("{part} is 0", np.zeros_like),
+    *(
+        (f"{{part}} is that of the index {words} (an index shift)", partial(_filled, by=by, fill=fill))
+        for (by, words), fill in product(((1, "before"), (-1, "after")), ("one", "wrapped", "kept", "zero"))
+    ),
+    *(
+        (f"the {words} of {{part}} is left out", partial(_without, edge=edge, by=by))
+        for (words, edge), by in product((("last", -1), ("first", 0)), (np.zeros_like, _ones))
+    ),
+    ("{part} is one too large", lambda x: x + 1 if x.ndim == 0 or _is_whole(x) else None),
+    ("{part} is one too small", lambda x: x - 1 if x.ndim == 0 or _is_whole(x) else None),
+    ("{part} is in reverse order", lambda x: x[::-1] if x.ndim else None),
+    ("{part} has its columns swapped", lambda x: x[..., ::-1] if x.ndim == 2 else None),
+    ("{part} is transposed (the order of a product)", _transposed),
+    ("{part} is squared (a root is missing)", np.square),
+    ("a root of {part} is taken too often", lambda x: x**0.5 if (x >= 0).all() else None),
+    ("{part} is upside down (one over it)", lambda x: 1 / x if (x != 0).all() else None),
+    ("1 less {part} stands for it", lambda x: 1 - x),
+    ("{part} is summed up along its axis", lambda x: x.cumsum(0) if x.ndim else None),
+    ("{part} is in the order of its size", lambda x: np.sort(x, 0) if x.ndim else None),
+]
+
+
+@dataclass(frozen=True)
+class PartChange:
+    """One part that is not as it should be; or the result."""
+
+    part: str
+    words: str = ""  # "": a statement that does not hold
+    change: Change | None = None  # the row of CHANGES with these words
+    by: str = ""  # the quantity that stands in its place
+    inner: tuple["PartChange", ...] = ()  # what is changed in a part that is a quantity of its own
+
+    def __str__(self) -> str:
+        if self.inner:
+            return f"in {self.part}, {' and '.join(map(str, self.inner))}"
+        part = self.part or "the result"
+        if self.by:
+            return f"{self.by} stands for {part}"
+        return self.words.format(part=part) if self.words else f"this does not hold: {self.part}"
+
+
+class Apart:
+    """A quantity taken apart on one example; what its parts become is kept, for each change is tried with many."""
+
+    def __init__(self, quantity: Quantity, arguments: Values) -> None:
+        self.formula = quantity.formula
+        self.parts = quantity.parts(**arguments)
+        self.others = {name: np.asarray(of) for name, of in quantity.others(**arguments).items()}
+        self.inner = {
+            name: Apart(QUANTITIES[part.name], part.arguments)
+            for name, part in self.parts.items()
+            if isinstance(part, Of)
+        }
+        self.part = cache(self._part)
+
+    def value(self, changes: tuple[PartChange, ...] = ()) -> np.ndarray | None:
+        """What the formula gives with changed parts; None where a part can't be changed so."""
+        values = [self.part(name, tuple(c for c in changes if c.part == name)) for name in self.parts]
+        if any(value is None for value in values):
+            return None
+        return self._changed(np.asarray(self.formula(*values)), [c for c in changes if c.part == RESULT])
+
+    def _part(self, name, changes):
+        part = self.parts[name]
+        if isinstance(part, bool):
+            return part != bool(changes)
+        if name in self.inner:
+            part = self.inner[name].value(tuple(of for c in changes for of in c.inner))
+            changes = [c for c in changes if not c.inner]
+        return self._changed(None if part is None else np.asarray(part), changes)
+
+    def _changed(self, value, changes):
+        for change in changes:
+            if value is None:
+                return None
+            if change.by:
+                other = self.others[change.by] if change.by in self.others else self.part(change.by, ())
+                value = other if other is not None and other.shape == value.shape else None
+            else:
+                value = change.change(value)
+        return value
+
+    def changes(self) -> Iterator[PartChange]:
+        """All single changes of the parts, and what may stand in the place of one, or of the result."""
+        yield from (PartChange(RESULT, by=name) for name in self.others)
+        for name, part in self.parts.items():
+            if isinstance(part, bool):
+                yield PartChange(name)
+                continue
+            yield from (PartChange(name, *row) for row in CHANGES)
+            known = {**self.others, **{k: of for k, of in self.parts.items() if not isinstance(of, bool)}}
+            yield from (PartChange(name, by=other) for other in known if other != name)
+
+
+def candidates(apart: Apart) -> Iterator[tuple[PartChange, ...]]:
+    """The changes to try: one at a time first, then two, of which one may be inside of a part."""
+    own, of_result = list(apart.changes()), [PartChange(RESULT, *row) for row in CHANGES]
+    nested = [PartChange(name, inner=(of,)) for name, inner in apart.inner.items() for of in inner.changes()]
+    yield from ((change,) for change in (*of_result, *own, *nested))
+    pairs = combinations([*nested, *of_result, *own], 2)
+    yield from (
+        pair for pair in pairs if pair[0].part != pair[1].part or (pair[0].inner and not pair[1].inner)
+    )

@@ -1,0 +1,142 @@
+"""`fairref verify --mine` says how an answer is wrong; `--explain` names places that exist."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mistakes import MISTAKES
+
+from fairref.commands import verify as command
+from fairref.errors import UserError
+from fairref.verification.changes import Apart
+from fairref.verification.explain import PLACES, explain
+from fairref.verification.mine import check_answer
+from fairref.verification.quantities import QUANTITIES
+from fairref.verification.verify import all_checks
+
+ROOT = Path(__file__).resolve().parents[2]
+# What is said of each of the mistakes, in their order. They were written before, and not by whoever wrote the check.
+SAID = (
+    ("alpha_bar", "a root of the result is taken too often"),
+    ("sigma_t", "the result is squared \\(a root is missing\\)"),
+    ("sigma_t", "it is nan at index 0; expected 0"),
+    ("epsilon", "s is one too large"),
+    ("A_t", "the result has the wrong sign"),
+    ("A_t", "√α_t stands for √ᾱ_t"),
+    ("A_t", "the last of the result is left out"),
+    ("A_t", r"√ᾱ_t is that of the index before \(an index shift\)"),
+    ("z_0", "in σ_t, the root is left out and √ᾱ_t stands for √ᾱ_{t-1}"),
+    ("z_0", "no change of one or two parts explains it"),  # another thought, not a slip
+    ("z_0", "the last of σ_t is left out"),
+    ("B_t", "this does not hold: the factor of s = 1 is leftmost"),
+    ("B_t", "the time of the first factor is one too large"),
+    ("B_t", "it is I less the sum of all .*, without their products"),
+    ("gradient", "the result has the wrong sign"),
+    ("gradient", r"the shape \(7, 3, 4\); expected \(3, 4\) \(it was not summed over the first axis\)"),
+    ("gradient", "no change of one or two parts explains it"),
+    ("gradient", r"in B_t, √\(1 - ᾱ_s\) is squared .* and B_t is transposed"),
+    ("C_i", "the mean is geometric"),
+    ("C_i", "it raises IndexError: .*; it is right but for this: A_t is that of the index after"),
+    ("C_i", "this does not hold: the mean is over the sampler's times"),
+    ("k_i", "s_i is 0"),
+    ("k_i", "r_i is that of the index before"),
+    ("k_i", "no change of one or two parts explains it"),
+    ("adjusted", "k_i is left out"),
+    ("adjusted", r"it is n\^-1 times what it should be"),
+    ("q", "it is the softmax of the logits"),
+    ("q", "the rank from the other end stands for the rank r"),
+    ("q", "it is one fixed set of N times the target, rounded"),
+    ("q", "the result has its columns swapped and the rank r is one too small"),
+    ("L_align", "the number of images that are sure stands for N"),
+    ("L_align", "the mask c > C stands for the mask c ≥ C"),
+    ("L_align", "q stands for y, the class of the larger q"),
+    ("L_align", "N is left out"),
+    ("L_img", "the dot product in CLIP .* and the dot product in DINO"),
+    ("L_img", "it changes its argument clip_x in place"),
+    ("bias", r"it is n\^-1 \(n - 1\) times what it should be"),
+)
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_a_quantity_that_is_put_together_again_is_that_of_fairref(name):
+    for seed in range(20):
+        arguments, expected = QUANTITIES[name].example(np.random.default_rng(seed))
+        value = Apart(QUANTITIES[name], arguments).value()
+        np.testing.assert_allclose(value, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("i", range(len(MISTAKES)))
+def test_each_mistake_is_named(i):
+    (quantity, what, answer), (name, said) = MISTAKES[i], SAID[i]
+    verdict = check_answer(quantity, answer)
+    assert quantity == name and re.search(said, verdict.how), what
+    assert verdict.is_right == ("in place" in what)
+
+
+def test_all_mistakes_have_a_row():
+    assert len(SAID) == len(MISTAKES) >= 12
+
+
+ANSWERS = """
+import numpy as np
+
+def A_t(beta, alpha_bar):
+    return beta / np.sqrt(alpha_bar * (1 - alpha_bar))
+"""
+LEFT_OUT = """
+def sigma_t(beta, alpha_bar):
+    return np.sqrt(beta)
+"""
+
+
+def test_the_command_checks_what_a_file_defines(tmp_path, capsys):
+    file = tmp_path / "my_answers.py"
+    file.write_text(ANSWERS)
+    assert command.main(["--mine", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("right  A_t\n1 right, 0 wrong; not defined: alpha_bar, sigma_t,")
+    file.write_text(ANSWERS + LEFT_OUT)
+    assert command.main(["--mine", str(file)]) == 1
+    assert "WRONG  sigma_t: it is √β_t." in capsys.readouterr().out
+    file.write_text("x = 1")
+    assert command.main(["--mine", str(file)]) == 1
+    assert capsys.readouterr().out.startswith("0 right, 0 wrong; not defined: ")
+    file.write_text("1 / 0")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        command.main(["--mine", str(file)])
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        (None, "it gives None"),
+        ("text", "it gives a str"),
+        ([[1, 2], [3]], "it gives a list"),
+        (1j, "it gives a complex"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_said(value, said):
+    assert said in check_answer("bias", lambda shares: value).how
+
+
+def test_every_equation_of_verify_is_explained():
+    assert set(PLACES) == {check.equation for check in all_checks()}
+    assert explain("9") == explain("eq 9") == explain("Eq  9") and explain("C_i") == explain("A_t, C_i")
+    assert "coupling" in explain("eq 9") and "eqs 4, 5" in explain("5")
+    with pytest.raises(UserError, match="expected one of eq 1, eq 2"):
+        explain("eq 12")
+
+
+@pytest.mark.parametrize("equation", PLACES)
+def test_the_places_of_an_equation_exist(equation):
+    place = PLACES[equation]
+    for test in place.tests:
+        file, function = test.split("::")
+        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8")
+    file, heading = place.page.split("#")
+    titles = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert heading in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    for file, first, last, name in re.findall(r"(?:code|check) +(\S+):(\d+)-(\d+) (\S+)", explain(equation)):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
+        assert any(re.search(rf"(def|class) {name.split('.')[-1]}\b", line) for line in lines)
