@@ -41,7 +41,11 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Return a copy that was run, without what differs from run to run: times, versions, stderr."""
     notebook = nbformat.from_dict(notebook)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
