@@ -5,7 +5,7 @@ recorded at every so many iterations, beside thumbnails and what the losses saw.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
+from fairref.diffusion.model import network_dtype, scaled_vjp
 from fairref.fairness.losses import confident_targets
 from fairref.files.images import save_png
 from fairref.files.scores import FOLDER, FORMAT, SHEET, by_pull, read_scores, score_sheet
@@ -51,7 +52,7 @@ class Recorder:
         apart = float(
             torch.linalg.vector_norm(rows.sum(0) - batch) / torch.linalg.vector_norm(batch).clamp(min=1e-30)
         )
-        if apart > MOST_APART.get(_dtype_of(self.model), 1e-6) and torch.isfinite(batch).all():
+        if apart > MOST_APART.get(network_dtype(drawn.model.unet, g), 1e-6) and torch.isfinite(batch).all():
             note(
                 f"iteration {i}: the images' gradients miss the batch's by {apart:.2g} of it: its scores are unsure."
             )
@@ -75,11 +76,6 @@ class Recorder:
             save_png(score_sheet(images), self.folder / SHEET, text)
 
 
-def _dtype_of(model: Bundle) -> torch.dtype:
-    """Of the networks' numbers."""
-    return next(model.unet.parameters()).dtype
-
-
 def gradient_rows(
     setup: Setup,
     model: Bundle,
@@ -91,15 +87,34 @@ def gradient_rows(
 ) -> Tensor:
     """(n, P): each image's part of dL/dparameters, by the run's own gradient mode, from the stored path.
 
-    Row n is what `sampling_gradient` makes of image n alone; the rows sum to the batch's gradient.
+    Row n is what `sampling_gradient` makes of image n alone; the rows sum to the batch's gradient. Where the U-Net is
+    not trained, each image gets a text leaf of its own, so that the U-Net sees all of them at once.
     """
-    rows = []
-    for n in range(len(g)):
-        path = [step._replace(z=step.z[n : n + 1]) for step in drawn.path]
-        text = embed(model, task.prompt)  # its graph serves once
-        of_image = sampling_gradient(setup, drawn._replace(path=path), g[n : n + 1], text, parameters, i)
-        rows.append(torch.cat([part.flatten() for part in of_image]))
-    return torch.stack(rows) if rows else torch.zeros(0, sum(p.numel() for p in parameters), device=g.device)
+    n = len(g)
+    if not n:
+        return torch.zeros(0, sum(p.numel() for p in parameters), device=g.device)
+    if not drawn.model.parameters and not setup.recipe.micro_batch:
+        text = embed(model, task.prompt).detach()
+        leaf = text.repeat_interleave(n, 0).requires_grad_(True)  # (2n, T, d)
+        own = replace(drawn.model, c=leaf[:n], c_empty=leaf[n:])
+        (cotangents,) = sampling_gradient(setup, drawn._replace(model=own), g, leaf, [leaf], i)
+        of_images = (
+            scaled_vjp(embed(model, task.prompt), parameters, cotangents[k::n].to(text.dtype))
+            for k in range(n)
+        )
+    else:
+        of_images = (
+            sampling_gradient(
+                setup,
+                drawn._replace(path=[step._replace(z=step.z[k : k + 1]) for step in drawn.path]),
+                g[k : k + 1],
+                embed(model, task.prompt),  # its graph serves once
+                parameters,
+                i,
+            )
+            for k in range(n)
+        )
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in of_images])
 
 
 def thumbnails(x: Tensor) -> Tensor:
