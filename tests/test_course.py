@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_docs import headings
+from documents import headings, text_of
 
 from fairref.verification.mine import check_answers
 from fairref.verification.quantities import QUANTITIES
@@ -20,10 +20,6 @@ def cells(path, kind):
     return [
         cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind
     ]
-
-
-def text_of(path):
-    return "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
 
 
 def test_each_exercise_has_one_right_solution(tmp_path):

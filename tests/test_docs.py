@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from documents import headings
 
 from fairref.bundle import inspection
 
@@ -60,12 +61,6 @@ def test_every_link_leads_somewhere(document):
         file = document.parent / target
         assert file.exists(), target
         assert not heading or heading[1:] in headings(file), f"{target}{heading}"
-
-
-def headings(document):
-    """As GitHub writes them in links."""
-    titles = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
 def test_the_readme_is_read_in_three_minutes():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import headings
 from mistakes import MISTAKES
 
 from fairref.commands import verify as command
@@ -135,8 +136,7 @@ def test_the_places_of_an_equation_exist(equation):
         file, function = test.split("::")
         assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8")
     file, heading = place.page.split("#")
-    titles = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
-    assert heading in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    assert heading in headings(ROOT / file)
     for file, first, last, name in re.findall(r"(?:code|check) +(\S+):(\d+)-(\d+) (\S+)", explain(equation)):
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
         assert any(re.search(rf"(def|class) {name.split('.')[-1]}\b", line) for line in lines)
