@@ -323,7 +323,7 @@ def situation(of_grid: list[Cell], runs: int, seed: int, key: int) -> dict[str, 
     for point, cell in enumerate(of_grid):
         rng, parts = np.random.default_rng((seed, key, point)), {}
         for start in range(0, runs, PART):
-            for name, hits in cell(min(PART, runs - start), rng).items():
+            for name, hits in cell(R=min(PART, runs - start), rng=rng).items():
                 parts.setdefault(name, []).append(hits)
         for name, hits in parts.items():
             found.setdefault(name, []).append(round(float(np.concatenate(hits).mean()), 4))
