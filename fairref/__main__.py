@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "say how many images an evaluation needs, and what it can see",
     "verify": "check every equation of the method",
     "figures": "draw the paper's figures: gradients, images and shares before and after",
+    "serve": "a page: a prompt's images by the original and the fair model, side by side",
     "bundle": "say what a folder of weights has and lacks",
     "export": "write an adapter for diffusers, ComfyUI and web UIs",
     "classifier": "train an attribute classifier on CelebA or FairFace",

@@ -11,6 +11,7 @@ import select
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ SECONDS = 120  # of silence, after which a test fails
 OPTIONS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 
 
@@ -75,49 +76,21 @@ class Browser:
         os.close(self.to_it)
         self.folder.cleanup()
 
+    def tab(self, width: int, dark: bool = False, scripts: bool = True, media: str = "screen") -> "Tab":
+        """A window of that width, on an empty page."""
+        return Tab(self, width, dark, scripts, media)
+
     def open(
         self, file: Path, width: int, dark: bool = False, media: str = "screen", height: int = 1000
     ) -> Page:
         """The page of a file in a window of that width, without scripts."""
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-
-        def ask(method, **parameters):
-            return self.ask(method, session, **parameters)
-
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        for method, parameters in (
-            *((f"{domain}.enable", {}) for domain in ("Page", "Network", "Log", "Runtime")),
-            ("Emulation.setScriptExecutionDisabled", {"value": True}),
-            ("Emulation.setEmulatedMedia", {"media": media, "features": scheme}),
-            (
-                "Emulation.setDeviceMetricsOverride",
-                {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
-            ),
-        ):
-            ask(method, **parameters)
-        self.events.clear()
-        ask("Page.navigate", url=file.resolve().as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.read())
-        size = ask("Page.getLayoutMetrics")["cssContentSize"]
-        image = base64.b64decode(ask("Page.captureScreenshot", format="png")["data"])
-        mine = [event for event in self.events if event.get("sessionId") == session]
-        requests = [e["params"]["request"]["url"] for e in mine if e["method"] == "Network.requestWillBeSent"]
-        logged = [e["params"]["entry"]["text"] for e in mine if e["method"] == "Log.entryAdded"]
-        thrown = [
-            str(e["params"])
-            for e in mine
-            if e["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-        ]
-        self.ask("Target.closeTarget", targetId=target)
-        return Page(
-            requests,
-            logged + thrown,
-            size["width"],
-            size["height"],
-            Image.open(io.BytesIO(image)).convert("RGB"),
-        )
+        tab = self.tab(width, dark, False, media)
+        tab.resize(width, height)
+        tab.go(file.resolve().as_uri())
+        size = tab.ask("Page.getLayoutMetrics")["cssContentSize"]
+        page = Page(tab.requests(), tab.complaints(), size["width"], size["height"], tab.image())
+        tab.close()
+        return page
 
     def ask(self, method: str, session: str | None = None, **parameters: object) -> dict:
         """The answer to a command of the protocol; events on the way are kept."""
@@ -144,3 +117,91 @@ class Browser:
             self.rest += data
         message, self.rest = self.rest.split(b"\0", 1)
         return json.loads(message)
+
+
+KEYS = {"Enter": ("\r", 13), "Tab": ("", 9), " ": (" ", 32), "Backspace": ("", 8), "ArrowRight": ("", 39)}
+
+
+class Tab:
+    """One page in a browser, which a test uses as somebody does who sits before it."""
+
+    def __init__(self, browser: Browser, width: int, dark: bool, scripts: bool, media: str) -> None:
+        self.browser = browser
+        self.target = browser.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = browser.ask("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime"):
+            self.ask(f"{domain}.enable")
+        self.ask("Emulation.setScriptExecutionDisabled", value=not scripts)
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.ask("Emulation.setEmulatedMedia", media=media, features=scheme)
+        self.resize(width, 1000)
+
+    def ask(self, method: str, **parameters: object) -> dict:
+        """What the browser answers for this page."""
+        return self.browser.ask(method, self.session, **parameters)
+
+    def resize(self, width: int, height: int) -> None:
+        """Makes the window so large."""
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+
+    def go(self, url: str) -> None:
+        """Opens an address, and waits until it is loaded."""
+        self.browser.events.clear()
+        self.ask("Page.navigate", url=url)
+        while not any(e["method"] == "Page.loadEventFired" for e in self._mine()):
+            self.browser.events.append(self.browser.read())
+
+    def js(self, expression: str) -> object:
+        """The value of an expression in the page."""
+        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = SECONDS) -> object:
+        """Its value as soon as it is true."""
+        ends = time.monotonic() + seconds
+        while not (value := self.js(expression)):
+            assert time.monotonic() < ends, f"never true: {expression}"
+            time.sleep(0.05)
+        return value
+
+    def type(self, text: str) -> None:
+        """Types into what has the focus."""
+        self.ask("Input.insertText", text=text)
+
+    def key(self, name: str, shift: bool = False) -> None:
+        """Presses a key of KEYS."""
+        text, code = KEYS[name]
+        about = {"key": name, "code": name, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        self.ask("Input.dispatchKeyEvent", type="keyDown", **about, **({"text": text} if text else {}))
+        self.ask("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def image(self) -> Image.Image:
+        """What the window shows."""
+        data = base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"])
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    def requests(self) -> list[str]:
+        """URLs that the page asked for since it was opened."""
+        return [
+            e["params"]["request"]["url"] for e in self._mine() if e["method"] == "Network.requestWillBeSent"
+        ]
+
+    def complaints(self) -> list[str]:
+        """Errors and warnings in its log."""
+        logged = [e["params"]["entry"]["text"] for e in self._mine() if e["method"] == "Log.entryAdded"]
+        thrown = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+        return logged + [str(e["params"]) for e in self._mine() if e["method"] in thrown]
+
+    def _mine(self):
+        return [event for event in self.browser.events if event.get("sessionId") == self.session]
+
+    def close(self) -> None:
+        """Closes the page."""
+        self.browser.ask("Target.closeTarget", targetId=self.target)

@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,11 +118,16 @@ def read_rgba(path: str | Path) -> "Tensor":
     return torch.from_numpy(np.asarray(read_image(path, "RGBA")).copy()).float() / 255
 
 
-def save_png(image: Image.Image, path: Path, texts: dict[str, str], optimize: bool = False) -> None:
-    """Write a PNG file with `texts` in it, by key, as `write_file` does."""
+def png_bytes(image: Image.Image, texts: Mapping[str, str], optimize: bool = False) -> bytes:
+    """Return a PNG file's content with `texts` in it, by key."""
     info = PngInfo()
     for key, value in texts.items():
         info.add_itxt(key, value)
     data = io.BytesIO()
     image.save(data, "png", pnginfo=info, optimize=optimize)
-    write_file(path, data.getvalue())
+    return data.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, texts: Mapping[str, str], optimize: bool = False) -> None:
+    """Write a PNG file with `texts` in it, by key, as `write_file` does."""
+    write_file(path, png_bytes(image, texts, optimize))

@@ -159,6 +159,7 @@ BASES = {  # command -> a command line that works, and is quick; {i} is the case
     "figures": "7 8 --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
     "report": "run --out out{i}.html",
     "plan": "--classes 8 --prompts 50 --half-width .03",
+    "serve": "--weights tiny --adapter run --device cpu --most-images 4",
     "bundle": "check tiny",
     "export": "run --to kohya --weights tiny --out out{i}",
     "import": "kohya/fairref-gender.safetensors --weights tiny --out out{i}.safetensors",
@@ -290,9 +291,12 @@ def little_work() -> Iterator[None]:
     from fairref.reporting import figures
     from fairref.tools import classifier
     from fairref.training import loop
+    from fairref.web import server
 
     with contextlib.ExitStack() as stack:
         for place, name, function in (
+            (server, "application", lambda *args: None),
+            (server, "run", lambda *args: None),
             (loop, "iterate", interrupt_after(loop.iterate)),
             (sampling, "draw", interrupt_after(sampling.draw)),
             (drawing, "draw", interrupt_after(drawing.draw, 4 * STEPS)),

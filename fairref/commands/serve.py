@@ -1,0 +1,100 @@
+"""fairref serve: a page where a prompt is drawn by the original and by the fair model, side by side."""
+
+import socket
+from collections.abc import Sequence
+
+from fairref.bundle.loading import load_bundle
+from fairref.commands import cli
+from fairref.errors import UserError
+from fairref.generation.adapters import read_adapter
+from fairref.processes import DTYPES, choose_device
+from fairref.settings import MAX_COUNT
+from fairref.web import server
+from fairref.web.page import need_gradio
+from fairref.web.studio import Studio
+from fairref.web.view import Limits
+
+ADAPTERS = "adapters"  # a bundle's folder of adapters that come with it
+EXAMPLE = "a photo of the face of a pilot, a person"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = cli.Parser(
+        prog="fairref serve",
+        description="Serve a page: a prompt's pictures by the original and by the fair model, from the same noise.",
+        example="fairref serve --adapter runs/gender",
+    )
+    cli.add_common(parser)
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        help="a run's folder or an adapter file; several are possible (None: those in the bundle's adapters/)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on all of the machine's networks"
+    )
+    parser.add_argument("--port", type=cli.whole(1, 65_535), default=7860, help="port to listen on")
+    parser.add_argument(
+        "--auth", action="append", metavar="NAME:PASSWORD", help="who may come in (None: everybody)"
+    )
+    parser.add_argument("--root-path", default="", help="path of the page behind a proxy, as /fairref")
+    parser.add_argument("--example", default=EXAMPLE, help="prompt that a first visit shows")
+    parser.add_argument(
+        "--most-images", type=cli.whole(1, MAX_COUNT), default=8, help="pictures by each model, at most"
+    )
+    parser.add_argument(
+        "--most-waiting", type=cli.whole(1, MAX_COUNT), default=32, help="requests that wait, at most"
+    )
+    options = parser.parse_args(argv)
+    auth = [_name_and_password(text) for text in options.auth or ()]
+    _check_free(options.host, options.port)
+    need_gradio()
+    bundle = load_bundle(options.weights, choose_device(options.device), DTYPES[options.dtype or "float32"])
+    limits = Limits(images=options.most_images, waiting=options.most_waiting)
+    paths = options.adapter or sorted((bundle.path / ADAPTERS).glob("*.safetensors"))
+    studio = Studio(bundle, _named([read_adapter(path) for path in paths]), limits)
+    drawing = studio.draw(studio.example(options.example))
+    while True:
+        try:
+            next(drawing)
+        except StopIteration as end:
+            example = end.value
+            break
+    print(
+        f"http://{'localhost' if options.host == '127.0.0.1' else options.host}:{options.port}{options.root_path}"
+    )
+    print("Ctrl-C stops it", flush=True)
+    server.run(
+        server.application(studio, example, auth, options.root_path),
+        options.host,
+        options.port,
+        options.root_path,
+    )
+
+
+def _named(adapters):
+    """Adapters by the names that visitors see: their folders', or their files'."""
+    named = {}
+    for adapter in adapters:
+        file = adapter.file.absolute()
+        name = file.parent.name if file.name == "adapter.safetensors" else file.stem
+        named[name if name not in named else f"{name} ({len(named) + 1})"] = adapter
+    return named
+
+
+def _name_and_password(text):
+    name, colon, password = text.partition(":")
+    if not (name and colon and password):
+        raise UserError("--auth is not NAME:PASSWORD; give both.")
+    return name, password
+
+
+def _check_free(host, port):
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: can't listen there ({error.strerror}); give another one."
+        ) from None

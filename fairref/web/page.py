@@ -1,0 +1,167 @@
+"""The page and its API, in gradio: fields -> a view -> the studio, one request at a time."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from types import ModuleType
+
+from fairref.errors import UserError
+from fairref.web import shown
+from fairref.web.studio import Drawn, Studio
+from fairref.web.view import MAX_GUIDANCE, MAX_SEED, read_view
+
+FIELDS = ("prompt", "negative", "seed", "n", "guidance", "steps", "adapter", "strength")
+MOST_HISTORY = 30
+INTRO = """# fairref
+Type a prompt. The original model and the fair one draw it from the same noise. The judge says what a picture looks
+like; nobody's gender, age or skin tone is known here, and the judge errs. Intervals hold the accident of the noise.
+"""
+# the address bar becomes the link to what is shown; the page is not loaded anew
+TO_LINK = "(query) => { if (query) history.replaceState(null, '', '?' + query); }"
+
+
+def need_gradio() -> ModuleType:
+    """gradio. Raises UserError where it is missing."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
+    try:
+        import gradio
+    except ImportError:
+        raise UserError('fairref serve needs gradio; install it with pip install "fairref[web]".') from None
+    return gradio
+
+
+def page(studio: Studio, example: Drawn) -> object:
+    """The page, gradio's Blocks. A first visit shows the example, a link what it asks for. Raises UserError."""
+    gr = need_gradio()
+    with gr.Blocks(title="fairref", analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(INTRO)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=280):
+                fields = _fields(studio)
+                with gr.Row():
+                    go, stop = gr.Button("Draw", variant="primary"), gr.Button("Cancel")
+            with gr.Column(scale=5, min_width=300):
+                out = gr.HTML(shown.shown(example))
+                with gr.Accordion("History of this browser", open=False):
+                    listed = gr.HTML(shown.history_of([]))
+        query, kept = gr.Textbox(visible=False), gr.BrowserState([], storage_key="fairref", secret="fairref")
+        _wire(studio, blocks, example, fields, (go, stop), (out, query, kept, listed))
+        _api(studio)
+    blocks.queue(max_size=studio.limits.waiting, default_concurrency_limit=1, api_open=False)
+    return blocks
+
+
+def _fields(studio):
+    """One component for each of FIELDS."""
+    gr = need_gradio()
+    default, limits = studio.default, studio.limits
+    names = list(studio.adapters)
+    prompt = gr.Textbox(label="Prompt", lines=2, max_length=limits.letters, elem_id="prompt")
+    with gr.Row():
+        seed = gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=100)
+        n = gr.Slider(1, limits.images, default.n, step=1, label="Pictures of each model", min_width=140)
+    adapter = gr.Dropdown(names, value=default.adapter or None, label="Fair model", visible=bool(names))
+    strength = gr.Slider(0, 1.5, 1.0, step=0.05, label="Its strength", visible=bool(names))
+    with gr.Accordion("More settings", open=False):
+        negative = gr.Textbox(label="Negative prompt", max_length=limits.letters)
+        guidance = gr.Slider(0, MAX_GUIDANCE, default.guidance, step=0.1, label="Guidance scale")
+        steps = gr.Slider(1, limits.steps, default.steps, step=1, label="Steps")
+    return [prompt, negative, seed, n, guidance, steps, adapter, strength]
+
+
+def _wire(studio, blocks, example, fields, buttons, places):
+    gr = need_gradio()
+    go, stop = buttons
+    out, query, kept, listed = places
+
+    def ask(*values):
+        yield from _drawing(studio, dict(zip(FIELDS, values, strict=True)))
+
+    def remember(query, says, kept):
+        kept = [{"query": query, "says": says}, *(kept or [])][:MOST_HISTORY] if query else kept or []
+        return kept, shown.history_of(kept)
+
+    def arrive(request: gr.Request):
+        """What a link asks for, and whether it is to be drawn."""
+        asked = {name: value for name, value in request.query_params.items() if name in FIELDS}
+        view = example.view
+        with suppress(UserError):  # it is said when it is drawn
+            view = read_view(asked, studio.default, studio.limits) if asked.get("prompt") else view
+        return [*(getattr(view, name) for name in FIELDS), asked if asked.get("prompt") else None]
+
+    def draw_link(asked):
+        if asked:
+            yield from _drawing(studio, asked)
+        else:
+            yield shown.shown(example), "", ""
+
+    says, asked = gr.Textbox(visible=False), gr.State(None)
+    limits = {
+        "concurrency_limit": 1,
+        "concurrency_id": "draw",
+        "api_visibility": "private",
+        "show_progress": "hidden",
+    }
+    quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    events = [
+        gr.on([go.click, fields[0].submit], ask, fields, [out, query, says], **limits),
+        blocks.load(arrive, None, [*fields, asked], **quiet).then(
+            draw_link, asked, [out, query, says], **limits
+        ),
+    ]
+    for event in events:
+        event.then(remember, [query, says, kept], [kept, listed], **quiet).then(None, query, None, js=TO_LINK)
+    blocks.load(lambda kept: shown.history_of(kept or []), kept, listed, **quiet)
+    stop.click(lambda: shown.refused("Cancelled."), None, out, cancels=events, **quiet)
+
+
+def _drawing(studio: Studio, values: dict[str, object]) -> Iterator[tuple[str, str, str]]:
+    """Progress, then the images or a sentence: (HTML, the link's query, a line for the history)."""
+    try:
+        drawing = studio.draw(read_view(values, studio.default, studio.limits))
+        while True:
+            try:
+                yield shown.progress(*next(drawing)), "", ""
+            except StopIteration as end:
+                drawn = end.value
+                break
+        line = shown.summary(drawn)
+        yield shown.shown(drawn), line["query"], line["says"]
+    except UserError as error:
+        yield shown.refused(str(error)), "", ""
+
+
+def _api(studio):
+    """`/draw` for programs: the same settings, JSON back."""
+    gr = need_gradio()
+
+    def draw(
+        prompt: str,
+        negative: str = "",
+        seed: int = 0,
+        n: int = 4,
+        guidance: float | None = None,
+        steps: int | None = None,
+        adapter: str = "",
+        strength: float = 1.0,
+    ) -> dict:
+        """Images of a prompt by the original and the fair model, from the same noise, and what the judge sees."""
+        values = dict(
+            zip(FIELDS, (prompt, negative, seed, n, guidance, steps, adapter, strength), strict=True)
+        )
+        try:
+            drawing = studio.draw(read_view(values, studio.default, studio.limits))
+            while True:
+                try:
+                    next(drawing)
+                except StopIteration as end:
+                    return shown.as_json(end.value)
+        except UserError as error:
+            raise gr.Error(str(error)) from None
+
+    def adapters() -> dict:
+        """The names of the fair models, the classes that the judge tells, and the limits of a request."""
+        return {"adapters": list(studio.adapters), "classes": studio.classes, "limits": vars(studio.limits)}
+
+    gr.api(draw, api_name="draw", concurrency_limit=1, concurrency_id="draw")
+    gr.api(adapters, api_name="about", queue=False)

@@ -1,0 +1,277 @@
+"""The page's parts: it draws what sample.py draws, a link holds a view, and the guard opens nothing else."""
+
+import asyncio
+import base64
+import io
+import re
+import zipfile
+from dataclasses import replace
+from urllib.parse import parse_qsl
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import make_setup, moved
+
+from fairref.commands import serve
+from fairref.errors import UserError
+from fairref.evaluation.certainty import share
+from fairref.files.images import to_image
+from fairref.generation.adapters import load_adapter, read_adapter, save_adapter
+from fairref.generation.sampling import SampleSettings, sample_tensor
+from fairref.web import shown
+from fairref.web.server import Guard
+from fairref.web.studio import AFTER, BEFORE, KEPT, Studio
+from fairref.web.view import Limits, View, read_view
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;{{7*7}} Ünï ✓"
+
+
+@pytest.fixture(scope="module")
+def adapter(loaded_tiny_faces, tmp_path_factory):
+    """The file of an adapter that changes pictures."""
+    file = tmp_path_factory.mktemp("fair") / "gender.safetensors"
+    _, state = moved(make_setup(loaded_tiny_faces))
+    info = {
+        "base": loaded_tiny_faces.fingerprints,
+        "component": "text_encoder",
+        "classes": {"gender": ["woman", "man"]},
+    }
+    save_adapter(file, state.parameters(), info)
+    return file
+
+
+@pytest.fixture(scope="module")
+def studio(loaded_tiny_faces, adapter):
+    return Studio(loaded_tiny_faces, {"fair": read_adapter(adapter)}, Limits(seconds=1e6))
+
+
+def drawn_by(studio, view):
+    """What it draws, and how often it said how far it is."""
+    drawing, told = studio.draw(view), []
+    while True:
+        try:
+            told.append(next(drawing))
+        except StopIteration as end:
+            return end.value, told
+
+
+def pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_it_draws_what_sample_draws(studio, loaded_tiny_faces, adapter):
+    view = replace(
+        studio.default, prompt="a photo of a pilot", negative="blue", seed=3, n=3, steps=2, guidance=2.0
+    )
+    drawn, told = drawn_by(studio, view)
+    assert told[0] == (0, 4) and told[-1] == (4, 4)
+    settings = SampleSettings(view.prompt, 3, 3, 2, 2.0, "blue")
+    models = {BEFORE: loaded_tiny_faces, AFTER: load_adapter(loaded_tiny_faces, adapter)}
+    for label, model in models.items():
+        for data, x in zip(drawn.sides[label].files, sample_tensor(model, settings), strict=True):
+            np.testing.assert_array_equal(pixels(data), np.asarray(to_image(x)))
+    assert pixels(drawn.sides[BEFORE].files[0]).tolist() != pixels(drawn.sides[AFTER].files[0]).tolist()
+    with Image.open(io.BytesIO(drawn.sides[AFTER].files[1])) as image:
+        assert image.text["prompt"] == view.prompt and image.text["image"] == "1"
+        assert (
+            '"negative_prompt": "blue"' in image.text["settings"]
+            and "gender.safetensors" in image.text["settings"]
+        )
+    again, _ = drawn_by(studio, view)
+    assert again == drawn
+
+
+def test_counts_are_of_faces_with_wilsons_intervals(studio):
+    drawn, _ = drawn_by(studio, replace(studio.default, prompt="a photo", n=8, steps=2))
+    for side in drawn.sides.values():
+        for name, seen in side.seen.items():
+            known = [k for k in seen.classes if k >= 0]
+            assert seen.counts == [known.count(k) for k in range(len(drawn.classes[name]))]
+            assert [p is None for p in seen.probabilities] == [k < 0 for k in seen.classes]
+            assert seen.shares == [share(count, len(known)) for count in seen.counts]
+            assert [box is None for box in side.boxes] == [k < 0 for k in seen.classes]
+
+
+def test_without_an_adapter_it_shows_the_original(loaded_tiny):
+    studio = Studio(loaded_tiny, {}, Limits())
+    drawn, _ = drawn_by(studio, replace(studio.default, prompt="a photo", n=1, steps=1))
+    assert list(drawn.sides) == [BEFORE] and "fair model" not in shown.shown(drawn)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({}, "no prompt"),
+        ({"prompt": "  "}, "no prompt"),
+        ({"prompt": "x" * 1001}, "1001 letters; expected at most 1000"),
+        ({"prompt": "a\nb"}, "line breaks"),
+        ({"prompt": "a", "seed": "-1"}, "seed is -1; expected 0 to 4.29497e"),
+        ({"prompt": "a", "seed": "1.5"}, "seed is '1.5'; expected a whole number"),
+        ({"prompt": "a", "seed": "nan"}, "expected a whole number"),
+        ({"prompt": "a", "n": 9}, "number of images is 9; expected 1 to 8"),
+        ({"prompt": "a", "n": 0}, "number of images is 0"),
+        ({"prompt": "a", "steps": 1e9}, "number of steps is 1e.09"),
+        ({"prompt": "a", "guidance": "inf"}, "guidance scale is inf"),
+        ({"prompt": "a", "guidance": {"a": 1}}, "guidance is .*; expected a number"),
+        ({"prompt": "a", "strength": 1.6}, "strength is 1.6"),
+        ({"prompt": "a", "negative": "x" * 2000}, "negative prompt has 2000 letters"),
+    ],
+)
+def test_what_a_request_may_ask_for(values, said):
+    with pytest.raises(UserError, match=said):
+        read_view(values, View(""), Limits())
+
+
+@pytest.mark.parametrize("prompt", ["a photo of a pilot", HOSTILE, "100 % = 1 + 1 & more?", "日本語"])
+def test_a_link_holds_a_view(prompt):
+    view = View(prompt, "not blue", 2**32 - 1, 8, 7.125, 33, "fair & more", 1.25)
+    assert read_view(dict(parse_qsl(view.query())), View(""), Limits()) == view
+
+
+def test_an_adapter_that_is_not_there_is_said(studio):
+    for name in ("../../etc/passwd", "other"):
+        with pytest.raises(UserError, match=f"no adapter '{name}' here; expected one of fair"):
+            drawn_by(studio, replace(studio.default, prompt="a", adapter=name))
+
+
+def test_few_adapted_models_are_kept(studio):
+    for strength in torch.linspace(0, 1, KEPT + 3).tolist():
+        studio.model("fair", strength)
+    assert len(studio.models) == KEPT
+
+
+def test_a_request_has_an_end(loaded_tiny):
+    studio = Studio(loaded_tiny, {}, Limits(seconds=0))
+    with pytest.raises(UserError, match="longer than 0 s and was stopped"):
+        drawn_by(studio, replace(studio.default, prompt="a", n=1))
+
+
+def test_what_is_cut_and_what_is_named_is_said(studio):
+    notes = studio.notes(replace(studio.default, prompt="a photo of a woman " + "very " * 90 + "tall"))
+    assert re.search(r"The prompt is too long for the model: its end is not used, “.*tall”", notes[0])
+    assert notes[1] == "This prompt names gender (“woman”): it is kept as it was asked for."
+    assert studio.notes(replace(studio.default, prompt="a photo of a pilot")) == []
+
+
+def test_the_page_escapes_what_it_is_told(studio):
+    drawn, _ = drawn_by(studio, replace(studio.default, prompt=HOSTILE, n=1, steps=1))
+    for html in (
+        shown.shown(drawn),
+        shown.refused(HOSTILE),
+        shown.history_of([shown.summary(drawn), {"query": '"><script>', "says": HOSTILE}]),
+    ):
+        assert "<script" not in html and "<img src=x" not in html
+
+
+def test_downloads_are_the_files(studio):
+    drawn, _ = drawn_by(studio, replace(studio.default, prompt="a", seed=7, n=2, steps=1))
+    html = shown.shown(drawn)
+    found = [base64.b64decode(data) for data in re.findall(r'<img src="data:image/png;base64,([^"]+)"', html)]
+    files = {label: side.files for label, side in drawn.sides.items()}
+    assert found == [files[label][i] for i in range(2) for label in (BEFORE, AFTER)]
+    (data,) = re.findall(r'href="data:application/zip;base64,([^"]+)"', html)
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(data))) as file:
+        held = {name: file.read(name) for name in file.namelist()}
+    assert held == {
+        f"seed7-{i:03d}-{label}.png": files[label][i] for i in range(2) for label in (BEFORE, AFTER)
+    }
+
+
+def answers(path, chunks=(b"",), limit=100, root_path=""):
+    """The guard's status for a request, and what the application behind it got; None: it got nothing."""
+    got, sent = [], []
+    messages = [
+        {"type": "http.request", "body": chunk, "more_body": i + 1 < len(chunks)}
+        for i, chunk in enumerate(chunks)
+    ]
+
+    async def app(scope, receive, send):
+        got.append((await receive())["body"])
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(app, limit)({"type": "http", "path": path, "root_path": root_path}, receive, send))
+    return sent[0]["status"], got[0] if got else None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/",
+            "/config",
+            "/theme.css",
+            "/gradio_api/info",
+            "/gradio_api/queue/join",
+            "/gradio_api/queue/data",
+        ),
+        *(
+            "/gradio_api/call/draw",
+            "/gradio_api/call/draw/0123abc",
+            "/gradio_api/run/predict",
+            "/login",
+            "/logout",
+        ),
+        *(
+            "/assets/index-x_1.js",
+            "/static/fonts/a/b.woff2",
+            "/gradio_api/heartbeat/abc",
+            "/gradio_api/cancel",
+        ),
+    ],
+)
+def test_the_guard_opens_what_the_page_needs(path):
+    assert answers(path, (b"ab", b"c")) == (200, b"abc")
+    assert answers(f"/fair{path}", root_path="/fair") == (200, b"")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/gradio_api/upload",
+            "/gradio_api/file=/etc/passwd",
+            "/file=/etc/passwd",
+            "/gradio_api/file/etc/passwd",
+        ),
+        *("/gradio_api/proxy=http://example.org/", "/gradio_api/stream/a/b/c/playlist.m3u8", "/monitoring"),
+        *("/gradio_api/process_recording", "/gradio_api/vibe-edit", "/gradio_api/upload_progress", "/docs"),
+        *(
+            "/assets/../../etc/passwd",
+            "/static/..",
+            "/gradio_api/dev/reload",
+            "/gradio_api/run-history/records",
+        ),
+        *("//etc/passwd", "/\x00", "/gradio_api/call/draw/../../upload", "/custom_component/a/b/c/d.py"),
+    ],
+)
+def test_the_guard_opens_nothing_else(path):
+    assert answers(path) == (404, None)
+
+
+def test_a_large_request_is_refused():
+    assert answers("/config", (b"x" * 60, b"x" * 40)) == (200, b"x" * 100)
+    assert answers("/config", (b"x" * 60, b"x" * 41)) == (413, None)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--auth", "name"], "--auth is not NAME:PASSWORD"),
+        (["--port", "0"], "--port"),
+        (["--host", "192.0.2.1"], "can't listen there"),
+        (["--adapter", "nowhere"], "nowhere: no such adapter"),
+    ],
+)
+def test_mistakes_are_one_sentence(tiny_folder, argv, said):
+    pytest.importorskip("gradio", reason='the extra "web" brings it')
+    with pytest.raises(UserError, match=said):
+        serve.main(["--weights", str(tiny_folder), *argv])
