@@ -12,6 +12,7 @@ from fairref.web.view import MAX_GUIDANCE, MAX_SEED, read_view
 
 FIELDS = ("prompt", "negative", "seed", "n", "guidance", "steps", "adapter", "strength")
 MOST_HISTORY = 30
+MOST_SESSIONS = 100  # whose state gradio keeps: each call of the API is one
 INTRO = """# fairref
 Type a prompt. The original model and the fair one draw it from the same noise. The judge says what a picture looks
 like; nobody's gender, age or skin tone is known here, and the judge errs. Intervals hold the accident of the noise.
@@ -47,6 +48,7 @@ def page(studio: Studio, example: Drawn) -> object:
         query, kept = gr.Textbox(visible=False), gr.BrowserState([], storage_key="fairref", secret="fairref")
         _wire(studio, blocks, example, fields, (go, stop), (out, query, kept, listed))
         _api(studio)
+    blocks.state_session_capacity = MOST_SESSIONS
     blocks.queue(max_size=studio.limits.waiting, default_concurrency_limit=1, api_open=False)
     return blocks
 
@@ -144,8 +146,11 @@ def _api(studio):
         steps: int | None = None,
         adapter: str = "",
         strength: float = 1.0,
-    ) -> dict:
-        """Images of a prompt by the original and the fair model, from the same noise, and what the judge sees."""
+    ) -> Iterator[dict]:
+        """Images of a prompt by the original and the fair model, from the same noise, and what the judge sees.
+
+        Before the result comes {"progress": [steps done, all steps]}.
+        """
         values = dict(
             zip(FIELDS, (prompt, negative, seed, n, guidance, steps, adapter, strength), strict=True)
         )
@@ -153,9 +158,10 @@ def _api(studio):
             drawing = studio.draw(read_view(values, studio.default, studio.limits))
             while True:
                 try:
-                    next(drawing)
+                    yield {"progress": list(next(drawing))}  # here a client that has gone frees its place
                 except StopIteration as end:
-                    return shown.as_json(end.value)
+                    yield shown.as_json(end.value)
+                    return
         except UserError as error:
             raise gr.Error(str(error)) from None
 

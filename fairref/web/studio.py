@@ -7,6 +7,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -75,6 +76,7 @@ class Studio:
 
     def __init__(self, bundle: Bundle, adapters: Mapping[str, AdapterFile], limits: Limits) -> None:
         self.bundle, self.adapters, self.limits = bundle, dict(adapters), limits
+        self.thread = ThreadPoolExecutor(1, "drawing")
         self.models: OrderedDict[tuple[str, float], Bundle] = OrderedDict()
         recipe = resolve((), bundle.recipe, {}, bundle.path, bundle.attributes)
         self.end = recipe.end
@@ -100,9 +102,20 @@ class Studio:
         self.models.move_to_end(key)
         return self.models[key]
 
-    @torch.no_grad()
     def draw(self, view: View) -> Generator[Progress, None, Drawn]:
-        """Yields the progress, and returns the images. Raises UserError, also where it takes too long."""
+        """Yields the progress, and returns the images. Raises UserError, also where it takes too long.
+
+        Whoever asks, one thread draws: each thread that torch sees keeps memory of its own.
+        """
+        drawing = self._draw(view)
+        while True:
+            step = self.thread.submit(next, drawing).result()
+            if isinstance(step, Drawn):
+                return step
+            yield step
+
+    @torch.no_grad()
+    def _draw(self, view):
         models = {BEFORE: self.bundle}
         if self.adapters:
             models[AFTER] = self.model(view.adapter, view.strength)
@@ -131,7 +144,7 @@ class Studio:
                 raise UserError(f"Guidance {view.guidance:g} draws what is no number; take a lower one.")
             sides[label] = self._side(view, label, x)
         made_fair = self.adapters[view.adapter].info.get("classes", {}) if self.adapters else {}
-        return Drawn(view, sides, self.classes, self.notes(view), tuple(made_fair))
+        yield Drawn(view, sides, self.classes, self.notes(view), tuple(made_fair))
 
     def _side(self, view: View, label: str, x: Tensor) -> Side:
         faces = faces_of(self.bundle, x)

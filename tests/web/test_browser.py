@@ -1,0 +1,191 @@
+"""The page in a real browser, as a visitor uses it: type, draw, compare, download, open the link anew."""
+
+import base64
+import io
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+from browser import Browser, need_browser
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = "[...document.querySelectorAll('.fr .one img')].map(i => i.src)"
+LINK = "document.querySelector('.fr a.view')?.getAttribute('href') ?? ''"
+FOCUS = "document.activeElement"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a server with the small bundle and its own adapter."""
+    need_browser()
+    pytest.importorskip("gradio", reason='the extra "web" brings it')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
+    argv = [sys.executable, "-m", "fairref", "serve", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    ends = time.monotonic() + 600
+    while True:
+        assert process.poll() is None and time.monotonic() < ends, Path(log.name).read_text()
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield address
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    need_browser()
+    with Browser() as running:
+        yield running
+
+
+@pytest.fixture
+def tab(browser):
+    tab = browser.tab(1280)
+    yield tab
+    tab.close()
+
+
+def arrive(tab, address):
+    tab.go(address)
+    tab.wait(f"{PICTURES}.length > 0 && document.querySelector('textarea')?.value")
+
+
+def press_until(tab, condition):
+    """Tab, until what has the focus is it."""
+    for _ in range(60):
+        if tab.js(condition):
+            return
+        tab.key("Tab")
+    raise AssertionError(condition)
+
+
+def ask(tab, prompt):
+    """Writes the prompt into its field and draws, with the keyboard alone."""
+    press_until(tab, f"{FOCUS}.tagName === 'TEXTAREA'")
+    tab.js(f"{FOCUS}.select()")
+    tab.type(prompt)
+    press_until(tab, f"{FOCUS}.innerText === 'Draw'")
+    tab.key("Enter")
+
+
+def drawn(tab, prompt):
+    """The pictures of a prompt as soon as they are there."""
+    tab.wait(f"decodeURIComponent(({LINK}).replaceAll('+', ' ')).includes({json.dumps(prompt)})")
+    return tab.js(PICTURES)
+
+
+@pytest.mark.slow
+def test_from_the_first_visit_to_the_link(server, tab, browser, tmp_path):
+    arrive(tab, server)
+    example = tab.js(PICTURES)
+    assert len(example) == 8  # 4 by each model
+    prompt = "a photo of the face of a nurse & a “friend”, 100 % sure"
+    ask(tab, prompt)
+    pictures = drawn(tab, prompt)
+    assert len(pictures) == 8 and pictures != example
+    assert "nurse" in tab.wait("location.search")  # the address bar has the link
+    with Image.open(io.BytesIO(base64.b64decode(pictures[1].split(",")[1]))) as image:
+        assert image.text["prompt"] == prompt and "gender.safetensors" in image.text["settings"]
+
+    # what the judge sees, on request
+    assert not tab.js("[...document.querySelectorAll('.fr .told')].some(t => t.offsetHeight)")
+    press_until(tab, f"{FOCUS}.className === 'judge'")
+    tab.key(" ")
+    assert tab.wait("[...document.querySelectorAll('.fr .told')].every(t => t.offsetHeight)")
+    assert re.fullmatch(r"(woman|man) \d+%, .*", tab.js("document.querySelector('.fr .told').innerText"))
+
+    # downloads: one picture, and all
+    browser.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    tab.js("document.querySelector('.fr .one').click()")
+    tab.js("document.querySelector('.fr a[download$=zip]').click()")
+    one, whole = tmp_path / "seed0-000-original.png", tmp_path / "seed0.zip"
+    ends = time.monotonic() + 60
+    while not (one.exists() and whole.exists()):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    assert one.read_bytes() == base64.b64decode(pictures[0].split(",")[1])
+    with zipfile.ZipFile(whole) as file:
+        assert file.read("seed0-003-fair.png") == base64.b64decode(pictures[-1].split(",")[1])
+
+    link = tab.js(LINK)
+    anew = browser.tab(390, dark=True)
+    anew.go(f"{server}/{link}")
+    assert drawn(anew, prompt) == pictures  # byte for byte
+    assert anew.js("document.querySelector('textarea').value") == prompt
+    anew.close()
+    assert [url for url in tab.requests() if not url.startswith((server, "data:"))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits_its_window_and_asks_nobody_else(server, browser, width, dark):
+    tab = browser.tab(width, dark)
+    arrive(tab, server)
+    assert tab.js("document.documentElement.scrollWidth") <= width
+    assert [url for url in tab.requests() if not url.startswith((server, "data:"))] == []
+    assert tab.complaints() == []
+    red, green, blue = tab.image().getpixel((2, 2))
+    assert max(red, green, blue) < 60 if dark else min(red, green, blue) > 200
+    tab.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "query, said",
+    [
+        ("?prompt=a&n=99", "The number of images is 99; expected 1 to 8."),
+        ("?prompt=a&adapter=..%2F..%2Fetc%2Fpasswd", "There is no adapter '../../etc/passwd' here"),
+        ("?prompt=a&guidance=%3Cscript%3E", "guidance is '<script>'; expected a number."),
+    ],
+)
+def test_a_bad_link_gets_a_sentence(server, tab, query, said):
+    tab.go(server + "/" + query)
+    assert said in tab.wait("document.querySelector('.fr .error')?.innerText")
+
+
+@pytest.mark.slow
+def test_cancel_frees_the_place(server, tab):
+    arrive(tab, server)
+    long = f"{server}/?prompt=a+long+one&n=8&steps=100"
+    tab.go(long)
+    tab.wait("!!document.querySelector('.fr .doing')")
+    press_until(tab, f"{FOCUS}.innerText === 'Cancel'")
+    tab.key("Enter")
+    assert tab.wait("document.querySelector('.fr .error')?.innerText") == "Cancelled."
+    ask(tab, "a photo of a short one")
+    assert len(drawn(tab, "a photo of a short one")) in (8, 16)
+
+
+@pytest.mark.slow
+def test_a_prompt_that_names_a_class_and_one_that_is_cut_are_said(server, tab):
+    arrive(tab, server)
+    ask(tab, "a photo of the face of a woman pilot")
+    drawn(tab, "woman pilot")
+    assert "This prompt names gender (“woman”)" in tab.js("document.querySelector('.fr .note').innerText")
+
+
+@pytest.mark.slow
+def test_a_tenth_of_the_load(server):
+    """20 of the 200 requests of tests/benchmarks/serving.py, which starts a server of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = ROOT / "tests" / "benchmarks" / "serving.py"
+    argv = [sys.executable, script, "--visitors", "5", "--requests", "4", "--every", "4", "--port", str(port)]
+    done = subprocess.run(list(map(str, argv)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("ok  ") == 5, done.stdout + done.stderr[-2000:]
