@@ -7,7 +7,7 @@ from fairref import settings
 from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
 from fairref.exchange.export import FORMATS, export_adapter
-from fairref.exchange.exported import WHOLE
+from fairref.exchange.exported import SPACE, WHOLE
 
 
 def parser() -> cli.Parser:
@@ -23,7 +23,8 @@ def parser() -> cli.Parser:
         required=True,
         choices=FORMATS,
         help="diffusers, kohya (for ComfyUI and web UIs): LoRA. embedding: a prefix."
-        " merged (a folder), single-file (a checkpoint): the whole changed model",
+        " merged (a folder), single-file (a checkpoint): the whole changed model. space: a Hugging Face Space with"
+        " the page of `fairref serve`",
     )
     parser.add_argument("--out", required=True, type=cli.path, help="a new folder for the files")
     settings.add_run_options(parser, ("weights",))
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     bundle = load_bundle(options.weights)
     folder = export_adapter(bundle, options.adapter, options.to, options.out, options.half, options.any_base)
+    if options.to == SPACE:
+        print("push it to a Space of the hub; README.md says what is in it")
+        return
     base = "" if options.to in WHOLE else " BASE, the folder or id of the base model"
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     print(f"README.md says how to load it. Check it: python {shlex.quote(str(folder / 'check.py'))}{base}")

@@ -39,22 +39,27 @@ READ = (  # what the names were compared with: tool, repository, file, commit
 )
 
 
-def write_card(export: Export, after: Bundle) -> None:
-    """Writes README.md, check.py and, where the run has one, the grid. `after` is the base with the adapter."""
+def environment() -> object:
+    """Jinja's environment of the templates."""
     import jinja2  # the report and the cards alone need it
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def write_card(export: Export, after: Bundle) -> None:
+    """Writes README.md, check.py and, where the run has one, the grid. `after` is the base with the adapter."""
+    templates = environment()
     facts = {**_facts(export), "recorded": recorded(export, after)}
     if facts["grid"]:
         shutil.copyfile(export.adapter.file.parent / GRID, export.folder / GRID)
     for name in ("README.md", "check.py"):
-        text = environment.get_template(f"{name}.jinja").render(facts)
+        text = templates.get_template(f"{name}.jinja").render(facts)
         (export.folder / name).write_text(text, encoding="utf-8")
 
 

@@ -19,10 +19,11 @@ from fairref.bundle.loading import Bundle
 from fairref.bundle.stable_diffusion import NETWORKS, load_stable_diffusion
 from fairref.errors import UserError
 from fairref.exchange.card import write_card
-from fairref.exchange.exported import WHOLE, Export
+from fairref.exchange.exported import SPACE, WHOLE, Export
 from fairref.exchange.folder import write_configs, write_tensors
 from fairref.exchange.importing import read_foreign
 from fairref.exchange.layouts import Pairs, to_kohya, to_ldm, to_peft
+from fairref.exchange.space import ADAPTER, to_space
 from fairref.files.names import some
 from fairref.files.paths import expanded
 from fairref.files.weights import finite, read
@@ -80,6 +81,13 @@ def to_single_file(export: Export) -> None:
     _compare_networks(path, states)
 
 
+def to_page(export: Export) -> None:
+    """Writes a Space, the page of `fairref serve` with the adapter."""
+    to_space(export)
+    path = export.folder / ADAPTER
+    _compare(path, read(path), export.adapter.tensors)
+
+
 @dataclass(frozen=True)
 class Format:
     """A way out: what of an adapter it can hold."""
@@ -97,6 +105,7 @@ FORMATS = {
     "embedding": Format(to_embedding, ("prefix",), "holds tokens before the prompt only"),
     "merged": Format(to_merged, ("pairs", "matrices"), WEIGHTS_ONLY),
     "single-file": Format(to_single_file, ("pairs", "matrices"), WEIGHTS_ONLY),
+    SPACE: Format(to_page, ("pairs", "prefix", "matrices"), ""),
 }
 # field of AdapterFile -> in words
 KINDS = {"pairs": "LoRA", "prefix": "a prefix", "matrices": "whole matrices"}
@@ -123,7 +132,8 @@ def export_adapter(
         after = load_adapters(bundle, [(adapter, 1.0)], any_base)
         export = Export(bundle, adapter, to, part, _name(adapter), half)
         FORMATS[to].write(export)
-        write_card(export, after)
+        if to != SPACE:  # which has a card of its own
+            write_card(export, after)
         os.replace(part, out)
     except OSError as error:
         raise UserError(f"--out is {out}, which can't be written ({error.strerror}); give another.") from None

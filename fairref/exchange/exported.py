@@ -7,6 +7,7 @@ from fairref.bundle.loading import Bundle
 from fairref.generation.adapters import AdapterFile
 
 WHOLE = ("merged", "single-file")  # formats of whole networks
+SPACE = "space"  # the page of `fairref serve` with the adapter
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,21 @@
 """What leaves for other tools: diffusers loads it with the same numbers and pictures, or it is refused."""
 
+import configparser
 import copy
 import json
+import os
 import re
 import runpy
 import shutil
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import diffusers
 import pytest
@@ -21,10 +29,12 @@ from fairref.bundle.stable_diffusion import NETWORKS
 from fairref.commands import cli, export
 from fairref.errors import UserError
 from fairref.exchange import export as exporting
+from fairref.exchange import space
 from fairref.exchange.export import EMBEDDING_FILE, FORMATS, PEFT_FILE, export_adapter, merged
 from fairref.exchange.exported import Export
 from fairref.exchange.folder import write_configs, write_tensors
 from fairref.exchange.layouts import to_kohya, to_ldm, to_peft
+from fairref.exchange.space import SD15_ID, to_space
 from fairref.files.weights import fingerprint
 from fairref.generation.adapters import FILE, IMPORTED, load_adapter, read_adapter, save_adapter
 from fairref.generation.lora import adapt, trained_layers
@@ -54,6 +64,7 @@ WAYS = [
 WHOLE = ("merged", "single-file")
 NAME = "fairref-gender"
 BASE = bundle_path("weights/emoji")
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {"gender": ["woman", "man"]}
 KEYS = Path(__file__).with_name("sd15_lora_keys.tsv")
 FIRST = "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_down.weight"
@@ -461,9 +472,9 @@ def test_a_layer_that_the_base_lacks_is_refused(loaded_emoji, runs, tmp_path):
     "component, to, half, message",
     [
         *(
-            ("prefix", to, False, "has a prefix, but .*; give --to embedding")
+            ("prefix", to, False, "has a prefix, but .*; give --to embedding or space")
             for to in FORMATS
-            if to != "embedding"
+            if to not in ("embedding", "space")
         ),
         (
             "unet",
@@ -540,6 +551,7 @@ def test_what_reads_back_as_something_else_is_not_exported(loaded_emoji, runs, t
         write_tensors(path, tensors, header)
 
     monkeypatch.setattr(exporting, "write_tensors", flawed)
+    monkeypatch.setattr(space, "save_adapter", lambda path, tensors, *info: flawed(path, tensors, {}))
     component = "prefix" if to == "embedding" else "text_encoder"
     with pytest.raises(UserError, match="reads back as something else"):
         export_adapter(loaded_emoji, runs[component], to, tmp_path / "out")
@@ -702,3 +714,77 @@ def test_the_command(weights_of_tiny, tmp_path, capsys):
 def weights_of_tiny(tiny_folder, loaded_tiny, tmp_path):
     save_adapter(tmp_path / "run.safetensors", moved(loaded_tiny, "both"), {"base": loaded_tiny.fingerprints})
     return tiny_folder, tmp_path / "run.safetensors"
+
+
+def test_a_space_names_its_base_and_holds_fairref(tmp_path, runs):
+    """Of Stable Diffusion 1.5, of which nothing but the shape is needed here."""
+    adapter = read_adapter(runs["text_encoder"])
+    base = SimpleNamespace(path=tmp_path / "sd15", unet=SimpleNamespace(config=SD15))
+    to_space(Export(base, adapter, "space", tmp_path, NAME, False))
+    names = {".gitattributes", "README.md", "adapter.safetensors", "app.py", "requirements.txt"}
+    (wheel,) = {path.name for path in tmp_path.iterdir()} - names
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=True).data.to_dict()
+    assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", [SD15_ID])
+    assert card["preload_from_hub"] == [SD15_ID] and card["license"] == "creativeml-openrail-m"
+    assert torch.equal(read_adapter(tmp_path / "adapter.safetensors").tensors[FIRST], adapter.tensors[FIRST])
+    lines = configparser.ConfigParser()
+    lines.read(ROOT / "setup.cfg")
+    assert (tmp_path / "requirements.txt").read_text().split() == lines["options"]["install_requires"].split()
+    called, hub, served = [], ModuleType("huggingface_hub"), []
+    hub.snapshot_download = lambda name, **files: called.append((name, files)) or "/downloaded"
+    code = (tmp_path / "app.py").read_text()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setitem(sys.modules, "huggingface_hub", hub)
+        patch.setattr(cli, "run", lambda main, options: served.append(options))
+        patch.setattr(sys, "path", sys.path[:])
+        exec(compile(code, "app.py", "exec"), {"__file__": str(tmp_path / "app.py")})
+    assert called[0][0] == SD15_ID and served[0][-2:] == ["--weights", "/downloaded"]
+    with zipfile.ZipFile(tmp_path / wheel) as file:
+        held = set(file.namelist())
+    assert {"fairref/web/page.py", "fairref/reporting/templates/report.html.jinja"} <= held
+    assert not any(name.startswith("fairref/weights/") for name in held)
+
+
+def test_a_space_of_another_base_is_refused(tmp_path, weights_of_tiny):
+    weights, adapter = weights_of_tiny
+    with pytest.raises(UserError, match=r"is neither Stable Diffusion 1\.5 nor weights/emoji"):
+        export_adapter(load_bundle(weights), adapter, "space", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_space_of_the_small_bundle_installs_and_serves(tmp_path):
+    out = tmp_path / "space"
+    export.main(["weights/emoji/adapters/gender.safetensors", "--to", "space", "--out", str(out)])
+    (wheel,) = out.glob("*.whl")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "lib"),
+        str(wheel),
+    ]
+    subprocess.run(pip, check=True)
+    assert (tmp_path / "lib" / "fairref" / "weights" / "emoji" / "bundle.json").exists()
+    pytest.importorskip("gradio", reason='the extra "web" brings it')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PORT": str(port)}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen([sys.executable, out / "app.py"], cwd=tmp_path, env=environment)
+    try:
+        while True:
+            assert process.poll() is None
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert answer.status == 200
+                break
+            except OSError:
+                time.sleep(0.3)
+    finally:
+        process.kill()
+        process.wait()

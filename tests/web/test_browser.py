@@ -19,6 +19,24 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = "[...document.querySelectorAll('.fr .one img')].map(i => i.src)"
 LINK = "document.querySelector('.fr a.view')?.getAttribute('href') ?? ''"
+# fairref, in a process that tells whom it tries to reach, and reaches loopback alone
+ALONE = """
+import socket, sys
+real = socket.socket.connect
+def connect(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        print("reaches out to", address, flush=True)
+        raise OSError("closed")
+    return real(self, address)
+def lookup(host, *rest, **more):
+    if host not in (None, "", "127.0.0.1", "::1", "localhost", b"127.0.0.1"):
+        print("reaches out to", host, flush=True)
+        raise socket.gaierror("closed")
+    return real_lookup(host, *rest, **more)
+real_lookup, socket.getaddrinfo, socket.socket.connect = socket.getaddrinfo, lookup, connect
+from fairref.__main__ import main
+sys.exit(main())
+"""
 FOCUS = "document.activeElement"
 
 
@@ -30,7 +48,7 @@ def server(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
-    argv = [sys.executable, "-m", "fairref", "serve", "--port", str(port), "--device", "cpu"]
+    argv = [sys.executable, "-c", ALONE, "serve", "--port", str(port), "--device", "cpu"]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     ends = time.monotonic() + 600
@@ -44,6 +62,7 @@ def server(tmp_path_factory):
     yield address
     process.terminate()
     process.wait()
+    assert "reaches out" not in Path(log.name).read_text()
 
 
 @pytest.fixture(scope="module")
