@@ -172,7 +172,7 @@ def test_a_classifier_that_does_not_fit_is_one_sentence(loaded_tiny, own, text, 
         ("x", r"gives a tensor \(1, 3, 32, 32\) of float32 for one image"),
         ("x.mean((2, 3)).repeat(2, 1)", r"gives a tensor \(2, 3\)"),
         ("{'a': x}", r"gives \{a: a tensor \(1, 3, 32, 32\) of float32\}"),
-        ("None", "gives a NoneType"),
+        ("None", "gives None"),
     ],
 )
 def test_features_that_do_not_fit_are_one_sentence(own, found, words):
