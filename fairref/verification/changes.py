@@ -47,34 +47,35 @@ def _transposed(x):
     return x.swapaxes(-1, -2) if x.ndim > 1 and x.shape[-1] == x.shape[-2] else None
 
 
-def _is_whole(x):
-    return np.array_equal(x, np.round(x))
-
-
-CHANGES: list[tuple[str, Change]] = [
+SLIPS: list[tuple[str, Change]] = [  # what may happen to two parts of one answer
     ("{part} has the wrong sign", np.negative),
     ("{part} is left out", _ones),
     ("{part} is 0", np.zeros_like),
+    ("{part} is one too large", lambda x: x + 1),
+    ("{part} is one too small", lambda x: x - 1),
+    ("{part} has its columns swapped", lambda x: x[..., ::-1] if x.ndim == 2 else None),
+    ("{part} is transposed (the order of a product)", _transposed),
+    ("{part} is squared (a root is missing)", np.square),
+    ("a root of {part} is taken too often", lambda x: x**0.5 if (x >= 0).all() else None),
+]
+ALONE: list[tuple[str, Change]] = [  # two of these explain too much by accident
     *(
         (f"{{part}} is that of the index {words} (an index shift)", partial(_filled, by=by, fill=fill))
         for (by, words), fill in product(((1, "before"), (-1, "after")), ("one", "wrapped", "kept", "zero"))
     ),
     *(
-        (f"the {words} of {{part}} is left out", partial(_without, edge=edge, by=by))
-        for (words, edge), by in product((("last", -1), ("first", 0)), (np.zeros_like, _ones))
+        (f"the {words} of {{part}} is {fill}", partial(_without, edge=edge, by=by))
+        for (words, edge), (fill, by) in product(
+            (("last", -1), ("first", 0)), (("left out (0)", np.zeros_like), ("1", _ones))
+        )
     ),
-    ("{part} is one too large", lambda x: x + 1 if x.ndim == 0 or _is_whole(x) else None),
-    ("{part} is one too small", lambda x: x - 1 if x.ndim == 0 or _is_whole(x) else None),
     ("{part} is in reverse order", lambda x: x[::-1] if x.ndim else None),
-    ("{part} has its columns swapped", lambda x: x[..., ::-1] if x.ndim == 2 else None),
-    ("{part} is transposed (the order of a product)", _transposed),
-    ("{part} is squared (a root is missing)", np.square),
-    ("a root of {part} is taken too often", lambda x: x**0.5 if (x >= 0).all() else None),
     ("{part} is upside down (one over it)", lambda x: 1 / x if (x != 0).all() else None),
-    ("1 less {part} stands for it", lambda x: 1 - x),
+    ("1 less {part} stands for {part}", lambda x: 1 - x),
     ("{part} is summed up along its axis", lambda x: x.cumsum(0) if x.ndim else None),
     ("{part} is in the order of its size", lambda x: np.sort(x, 0) if x.ndim else None),
 ]
+COUNTS = ("rank", "time", "number")  # parts that are whole numbers: one too large, one too small
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class PartChange:
 
     part: str
     words: str = ""  # "": a statement that does not hold
-    change: Change | None = None  # the row of CHANGES with these words
+    change: Change | None = None  # the row of SLIPS or ALONE with these words
     by: str = ""  # the quantity that stands in its place
     inner: tuple["PartChange", ...] = ()  # what is changed in a part that is a quantity of its own
 
@@ -137,24 +138,67 @@ class Apart:
                 value = change.change(value)
         return value
 
-    def changes(self) -> Iterator[PartChange]:
-        """All single changes of the parts, and what may stand in the place of one, or of the result."""
+    def named(self) -> Iterator[PartChange]:
+        """What may stand in the place of the result, or of a part; a statement that does not hold."""
         yield from (PartChange(RESULT, by=name) for name in self.others)
+        known = [*self.others, *(k for k, of in self.parts.items() if isinstance(of, Of) or np.ndim(of))]
         for name, part in self.parts.items():
             if isinstance(part, bool):
                 yield PartChange(name)
-                continue
-            yield from (PartChange(name, *row) for row in CHANGES)
-            known = {**self.others, **{k: of for k, of in self.parts.items() if not isinstance(of, bool)}}
-            yield from (PartChange(name, by=other) for other in known if other != name)
+            else:
+                yield from (PartChange(name, by=other) for other in known if other != name)
+
+    def rows(self, table: list[tuple[str, Change]], of_result: bool = True) -> Iterator[PartChange]:
+        """What may happen to the result and to each part."""
+        for name in [RESULT] * of_result + [k for k, of in self.parts.items() if not isinstance(of, bool)]:
+            x = self.value() if name == RESULT else self.part(name, ())
+            is_count = np.ndim(x) == 0 or any(word in name for word in COUNTS)
+            yield from (PartChange(name, *row) for row in table if is_count or "one too" not in row[0])
+
+
+def _are_two(a, b):
+    """Two changes of two parts, or one inside of a part and one of that part."""
+    return a.part != b.part or (bool(a.inner) != bool(b.inner) and not (a.by or b.by))
 
 
 def candidates(apart: Apart) -> Iterator[tuple[PartChange, ...]]:
-    """The changes to try: one at a time first, then two, of which one may be inside of a part."""
-    own, of_result = list(apart.changes()), [PartChange(RESULT, *row) for row in CHANGES]
-    nested = [PartChange(name, inner=(of,)) for name, inner in apart.inner.items() for of in inner.changes()]
-    yield from ((change,) for change in (*of_result, *own, *nested))
-    pairs = combinations([*nested, *of_result, *own], 2)
+    """The single changes to try: first what has a name, two parts that are swapped, then what may happen to a part."""
+    named = list(apart.named())
+    by = {(change.part, change.by): change for change in named}
+    yield from ((change,) for change in named)
     yield from (
-        pair for pair in pairs if pair[0].part != pair[1].part or (pair[0].inner and not pair[1].inner)
+        (change, by[change.by, change.part])
+        for change in named
+        if change.part < change.by and (change.by, change.part) in by
     )
+    yield from ((change,) for change in apart.rows([*SLIPS, *ALONE]))
+    yield from ((change,) for change in _nested(apart, [*SLIPS, *ALONE]))
+
+
+def pairs(apart: Apart) -> Iterator[tuple[PartChange, ...]]:
+    """The pairs of changes to try: of the parts, then with one inside of a part, then with both inside of one."""
+    own = _that_matter(apart, [*apart.named(), *apart.rows(SLIPS)])
+    nested = _that_matter(apart, _nested(apart, SLIPS))
+    yield from (pair for pair in combinations(own, 2) if _are_two(*pair))
+    yield from (pair for pair in product(nested, own) if _are_two(*pair))
+    for a, b in combinations([change for change in nested if not change.inner[0].by], 2):
+        if a.part == b.part and a.inner[0].part != b.inner[0].part:
+            yield (PartChange(a.part, inner=(*a.inner, *b.inner)),)
+
+
+def _nested(apart, table):
+    """Changes inside of a part; the result of that is the part itself."""
+    for name, inner in apart.inner.items():
+        changes = (*inner.named(), *inner.rows(table, of_result=False))
+        yield from (PartChange(name, inner=(of,)) for of in changes if of.part != RESULT)
+
+
+def _that_matter(apart, changes):
+    """Those that give another value: two of the others are one, or none."""
+    right = apart.value()
+    values = [apart.value((change,)) for change in changes] if (changes := list(changes)) else []
+    return [
+        change
+        for change, value in zip(changes, values, strict=True)
+        if value is not None and np.isfinite(value).all() and not np.allclose(value, right, rtol=1e-9, atol=0)
+    ]

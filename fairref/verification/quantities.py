@@ -1,23 +1,15 @@
 """What a reader computes in the course (docs/course): each quantity taken apart into what its formula is made of.
 
-`fairref verify --mine` changes the parts, one or two at a time, to say how an answer is wrong.
+`fairref verify --mine` changes the parts, one or two at a time, to say how an answer is wrong. `others` are the
+method's other named quantities, and a few whole formulas that readers come to instead.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.special import log_softmax, softmax
 from scipy.stats import binom
-
-from fairref.diffusion import gradient as production
-from fairref.diffusion.model import guide
-from fairref.diffusion.schedule import Schedule
-from fairref.diffusion.solver import SolverTable, ancestral_table, solver_table
-from fairref.fairness import losses, metrics
-from fairref.fairness.transport import expected_ot
-from fairref.verification.derivation import coupling, unrolled_z0
 
 
 @dataclass(frozen=True)
@@ -37,24 +29,11 @@ Values = dict[str, np.ndarray]
 class Quantity:
     """One function of the course."""
 
-    example: Callable[
-        [np.random.Generator], tuple[Values, torch.Tensor]
-    ]  # arguments, fairref's own value of them
     parts: Callable[
         ..., Parts
     ]  # arguments -> the formula's parts, under the names that a reader knows them by
     formula: Callable[..., np.ndarray]  # the parts, in their order -> the value
     others: Callable[..., Values] = lambda **_: {}  # arguments -> what may be taken for it, or for a part
-
-
-def _schedule(rng):
-    return Schedule(
-        T=int(rng.integers(5, 8)), beta_start=rng.uniform(0.02, 0.1), beta_end=rng.uniform(0.3, 0.5)
-    )
-
-
-def _of(schedule):
-    return {"beta": schedule.beta.numpy(), "alpha_bar": schedule.alpha_bar.numpy()}
 
 
 def _before(x):
@@ -68,105 +47,6 @@ def _known(beta, alpha_bar, **_):
     values = {"β_t": beta, "α_t": 1 - beta, "ᾱ_t": alpha_bar, "1 - ᾱ_t": 1 - alpha_bar, "ᾱ_{t-1}": before}
     roots = {f"√({name})" if " " in name else f"√{name}": value**0.5 for name, value in values.items()}
     return {**values, **roots, "A_t": beta / (alpha_bar * (1 - alpha_bar)) ** 0.5}
-
-
-def _alpha_bar(rng):
-    schedule = _schedule(rng)
-    return {"beta": schedule.beta.numpy()}, schedule.alpha_bar
-
-
-def _sigma_t(rng):
-    schedule = _schedule(rng)
-    return _of(schedule), ancestral_table(schedule).sigma.flip(0)
-
-
-def _epsilon(rng):
-    eps, empty, s = rng.normal(size=(3, 2)), rng.normal(size=(3, 2)), rng.uniform(2, 9)
-    found = guide(torch.from_numpy(empty), torch.from_numpy(eps), s)
-    return {"eps_prompt": eps, "eps_empty": empty, "s": s}, found
-
-
-def _A_t(rng):
-    schedule = _schedule(rng)
-    return _of(schedule), schedule.A
-
-
-def _z_0(rng):
-    schedule = _schedule(rng)
-    z_T, eps, w = rng.normal(size=3), *rng.normal(size=(2, schedule.T, 3))
-    sigma = ancestral_table(schedule).sigma.flip(0)
-    found = unrolled_z0(schedule, *map(torch.from_numpy, (z_T, eps)), sigma, torch.from_numpy(w))
-    return {**_of(schedule), "z_T": z_T, "eps": eps, "w": w}, found
-
-
-def _B_t(rng):
-    schedule = _schedule(rng)
-    J = rng.normal(size=(schedule.T, 3, 3))
-    return {**_of(schedule), "J": J}, coupling(schedule, torch.from_numpy(J))
-
-
-def _gradient(rng):
-    schedule = _schedule(rng)
-    J, eps_theta = rng.normal(size=(schedule.T, 3, 3)), rng.normal(size=(schedule.T, 3, 4))
-    B = coupling(schedule, torch.from_numpy(J))
-    found = -torch.einsum("t,tij,tjm->im", schedule.A, B, torch.from_numpy(eps_theta))
-    return {**_of(schedule), "J": J, "eps_theta": eps_theta}, found
-
-
-def _table(rng) -> tuple[Schedule, SolverTable]:
-    schedule = Schedule(T=40, beta_start=rng.uniform(0.01, 0.02), beta_end=rng.uniform(0.1, 0.2))
-    return schedule, solver_table(schedule, int(rng.integers(4, 9)), str(rng.choice(["zero", "sigma_min"])))
-
-
-def _C_i(rng):
-    """The sampler's times with t = T among them, and without it."""
-    schedule, table = _table(rng)
-    table = replace(table, timesteps=table.timesteps - int(rng.integers(2)))
-    return {**_of(schedule), "times": table.timesteps.numpy() + 1}, production.C_i(schedule, table)
-
-
-def _k_i(rng):
-    table = _table(rng)[1]
-    return {name: getattr(table, name).numpy() for name in ("p", "q", "r", "s")}, table.k
-
-
-def _adjusted(rng):
-    schedule, table = _table(rng)
-    vjps = rng.normal(size=(table.S, 4))
-    found = production.step_weights(schedule, table) @ torch.from_numpy(vjps)
-    return {"C": production.C_i(schedule, table).numpy(), "k": table.k.numpy(), "vjps": vjps}, found
-
-
-def _q(rng):
-    logits, share = 2 * rng.normal(size=(int(rng.integers(5, 9)), 2)), rng.uniform(0.2, 0.8)
-    target = np.array([1 - share, share])
-    return {"logits": logits, "target": target}, expected_ot(
-        torch.from_numpy(logits), torch.from_numpy(target)
-    ).q
-
-
-def _L_align(rng):
-    """Some images are sure, some are not, and one is at the threshold itself."""
-    sure, C = np.concatenate([[1, 0.75], rng.uniform(0.5, 0.7, 2), rng.uniform(0.8, 1, 3)]), 0.75
-    rows = np.stack([sure, 1 - sure], 1)
-    q = np.where(rng.integers(2, size=(len(sure), 1)), rows, rows[:, ::-1])
-    logits = rng.normal(size=q.shape)
-    found, _ = losses.align_loss(torch.from_numpy(logits), torch.from_numpy(q), C, len(q))
-    return {"logits": logits, "q": q, "C": C}, found.sum()
-
-
-def _L_img(rng):
-    N, towers = int(rng.integers(4, 7)), (5, 3)
-    x, o = (np.concatenate([rng.normal(0.3, 1, (N, d)) for d in towers], 1) for _ in "xo")
-    parts = [lambda features: features[:, : towers[0]], lambda features: features[:, towers[0] :]]
-    found = losses.image_loss(torch.from_numpy(x), torch.from_numpy(o), parts, N).sum()
-    names = ("clip_x", "clip_o", "dino_x", "dino_o")
-    return dict(zip(names, (part(of) for part in parts for of in (x, o)), strict=True)), found
-
-
-def _bias(rng):
-    shares = rng.dirichlet(np.ones(int(rng.integers(3, 6))))
-    return {"shares": shares}, torch.as_tensor(metrics.bias(shares))
 
 
 def _product(beta, root, J, sign, first, counts, leftmost):
@@ -216,6 +96,11 @@ def _share_of_rank(N, rank, share):
     return np.stack([1 - of_class_1, of_class_1], 1)
 
 
+def _fixed_set(logits, n_1):
+    """The n_1 images of the largest log-odds are told class 1."""
+    return np.eye(2)[(_rank(logits[:, 1] - logits[:, 0]) <= n_1).astype(int)]
+
+
 def _one_hot(rows):
     return np.eye(rows.shape[1])[rows.argmax(1)]
 
@@ -232,13 +117,11 @@ def _pairs(shares):
 
 QUANTITIES = {
     "alpha_bar": Quantity(
-        _alpha_bar,
         lambda beta: {"α_t": 1 - beta},
         np.cumprod,
         lambda beta: {"β_t": beta, "α_t": 1 - beta, "the sum of the α_s": (1 - beta).cumsum()},
     ),
     "sigma_t": Quantity(
-        _sigma_t,
         lambda beta, alpha_bar: {
             "β_t": beta,
             "1 - ᾱ_{t-1}": 1 - _before(alpha_bar),
@@ -246,10 +129,12 @@ QUANTITIES = {
             "the root": 0.5,
         },
         lambda beta, before, now, root: (beta * before / now) ** root,
-        _known,
+        lambda beta, alpha_bar: {
+            **_known(beta, alpha_bar),
+            "√β_t (the other variance), 0 at t = 1": beta**0.5 * (np.arange(len(beta)) > 0),
+        },
     ),
     "epsilon": Quantity(
-        _epsilon,
         lambda eps_prompt, eps_empty, s: {"ε_P": eps_prompt, "ε_∅": eps_empty, "s": s},
         lambda eps, empty, s: empty + s * (eps - empty),
         lambda eps_prompt, eps_empty, s: {
@@ -259,13 +144,11 @@ QUANTITIES = {
         },
     ),
     "A_t": Quantity(
-        _A_t,
         lambda beta, alpha_bar: {"β_t": beta, "√ᾱ_t": alpha_bar**0.5, "√(1 - ᾱ_t)": (1 - alpha_bar) ** 0.5},
         lambda beta, root, sd: beta / root / sd,
         _known,
     ),
     "z_0": Quantity(
-        _z_0,
         lambda beta, alpha_bar, z_T, eps, w: {
             "A_t": Of("A_t", {"beta": beta, "alpha_bar": alpha_bar}),
             "ε^(t)": eps,
@@ -282,7 +165,6 @@ QUANTITIES = {
         _known,
     ),
     "B_t": Quantity(
-        _B_t,
         lambda beta, alpha_bar, J: {
             "β_s": beta,
             "√(1 - ᾱ_s)": (1 - alpha_bar) ** 0.5,
@@ -301,7 +183,6 @@ QUANTITIES = {
         },
     ),
     "gradient": Quantity(
-        _gradient,
         lambda beta, alpha_bar, J, eps_theta: {
             "A_t": Of("A_t", {"beta": beta, "alpha_bar": alpha_bar}),
             "B_t": Of("B_t", {"beta": beta, "alpha_bar": alpha_bar, "J": J}),
@@ -309,10 +190,12 @@ QUANTITIES = {
             "the minus before the sum": -1.0,
         },
         lambda A, B, eps_theta, sign: sign * np.einsum("t,tij,tjm->im", A, B, eps_theta),
-        _known,
+        lambda beta, alpha_bar, J, eps_theta: {
+            "the adjusted gradient (A_t = 1, B_t = I)": -eps_theta.sum(0),
+            **_known(beta, alpha_bar),
+        },
     ),
     "C_i": Quantity(
-        _C_i,
         lambda beta, alpha_bar, times: {
             "A_t": Of("A_t", {"beta": beta, "alpha_bar": alpha_bar}),
             "the time t_i": times * 1.0,
@@ -326,18 +209,16 @@ QUANTITIES = {
         },
     ),
     "k_i": Quantity(
-        _k_i,
         lambda p, q, r, s: {"p_i": p, "q_i": q, "r_i": r, "s_i": s},
         _recursion,
         lambda p, q, r, s: {"q_i": q, "s_i": s, "q_i + s_i": q + s},
     ),
     "adjusted": Quantity(
-        _adjusted,
         lambda C, k, vjps: {"C_i": C, "k_i": k, "gᵀ ∂ε_i/∂θ": vjps},
         lambda C, k, vjps: (C * k) @ vjps,
+        lambda C, k, vjps: {"|k_i|": np.abs(k)},
     ),
     "q": Quantity(
-        _q,
         lambda logits, target: {
             "N": float(len(logits)),
             "the rank r": _rank(logits[:, 1] - logits[:, 0]),
@@ -348,16 +229,20 @@ QUANTITIES = {
             "the softmax of the logits": softmax(logits, 1),
             "the class that each image shows": _one_hot(logits),
             "the target for every image": np.tile(target, (len(logits), 1)),
-            "one fixed set of N times the target, rounded": np.eye(2)[
-                (_rank(logits[:, 1] - logits[:, 0]) <= np.round(len(logits) * target[1])).astype(int)
-            ],
+            "one fixed set of N times the target, rounded": _fixed_set(
+                logits, np.round(len(logits) * target[1])
+            ),
+            "one fixed set of N times the target, rounded down": _fixed_set(
+                logits, np.floor(len(logits) * target[1])
+            ),
+            "argsort once (the order of the images)": 1.0 + (logits[:, 0] - logits[:, 1]).argsort(),
             "the rank from the other end": 1 + len(logits) - _rank(logits[:, 1] - logits[:, 0]),
             "the rank of the logit of class 1 alone": _rank(logits[:, 1]),
             "the target of class 0": target[0],
+            "1/2": 0.5,
         },
     ),
     "L_align": Quantity(
-        _L_align,
         lambda logits, q, C: {
             "log softmax of the logits": log_softmax(logits, 1),
             "y, the class of the larger q": _one_hot(q),
@@ -368,18 +253,19 @@ QUANTITIES = {
         lambda log_p, y, sure, N, sign: sign * (log_p * y).sum(1) @ sure / N,
         lambda logits, q, C: {
             "the softmax of the logits": softmax(logits, 1),
+            "log softmax of their softmax (softmax twice)": log_softmax(softmax(logits, 1), 1),
             "the logits": logits,
             "q": q,
             "the class that each image shows": _one_hot(logits),
             "the mask c > C": (q.max(1) > C) * 1.0,
             "the mask c < C": (q.max(1) < C) * 1.0,
             "c itself": q.max(1),
+            "c, where it is C or more,": q.max(1) * (q.max(1) >= C),
             "the mask p ≥ C of the classifier's own p": (softmax(logits, 1).max(1) >= C) * 1.0,
             "the number of images that are sure": float((q.max(1) >= C).sum()),
         },
     ),
     "L_img": Quantity(
-        _L_img,
         lambda clip_x, clip_o, dino_x, dino_o: {
             "cos of CLIP": _cosine(clip_x, clip_o),
             "cos of DINO": _cosine(dino_x, dino_o),
@@ -391,12 +277,14 @@ QUANTITIES = {
             (one.sum() * len(clip) + sign[0] * clip.sum() + sign[1] * dino.sum()) / N
         ),
         lambda clip_x, clip_o, dino_x, dino_o: {
+            "the sum of the cosines (cos for 1 - cos)": _cosine(clip_x, clip_o).mean()
+            + _cosine(dino_x, dino_o).mean(),
+            "1 (or no term at all)": np.ones(len(clip_x)),
             "the dot product in CLIP (not normalised)": _cosine(clip_x, clip_o, False),
             "the dot product in DINO (not normalised)": _cosine(dino_x, dino_o, False),
         },
     ),
     "bias": Quantity(
-        _bias,
         lambda shares: {
             "the distances |p_i - p_j|": np.abs(_pairs(shares)),
             "the number of pairs": float(len(_pairs(shares))),

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from documents import headings
 from mistakes import MISTAKES
+from slips import SLIPS
 
 from fairref.commands import verify as command
 from fairref.errors import UserError
+from fairref.verification import diagnosis
 from fairref.verification.changes import Apart
+from fairref.verification.examples import EXAMPLES
 from fairref.verification.explain import PLACES, explain
 from fairref.verification.mine import check_answer
 from fairref.verification.quantities import QUANTITIES
@@ -25,24 +28,24 @@ SAID = (
     ("epsilon", "s is one too large"),
     ("A_t", "the result has the wrong sign"),
     ("A_t", "√α_t stands for √ᾱ_t"),
-    ("A_t", "the last of the result is left out"),
-    ("A_t", r"√ᾱ_t is that of the index before \(an index shift\)"),
-    ("z_0", "in σ_t, the root is left out and √ᾱ_t stands for √ᾱ_{t-1}"),
-    ("z_0", "no change of one or two parts explains it"),  # another thought, not a slip
+    ("A_t", "the last of the result is left out \\(0\\)"),
+    ("A_t", "√ᾱ_{t-1} stands for √ᾱ_t"),
+    ("z_0", r"√ᾱ_t stands for √ᾱ_{t-1} and σ_t is squared \(a root is missing\)"),
+    ("z_0", "no change that was tried explains it"),  # another thought, not a slip
     ("z_0", "the last of σ_t is left out"),
     ("B_t", "this does not hold: the factor of s = 1 is leftmost"),
     ("B_t", "the time of the first factor is one too large"),
     ("B_t", "it is I less the sum of all .*, without their products"),
     ("gradient", "the result has the wrong sign"),
     ("gradient", r"the shape \(7, 3, 4\); expected \(3, 4\) \(it was not summed over the first axis\)"),
-    ("gradient", "no change of one or two parts explains it"),
-    ("gradient", r"in B_t, √\(1 - ᾱ_s\) is squared .* and B_t is transposed"),
+    ("gradient", "no change that was tried explains it"),
+    ("gradient", r"in B_t, 1 - ᾱ_t stands for √\(1 - ᾱ_s\) and B_t is transposed"),
     ("C_i", "the mean is geometric"),
     ("C_i", "it raises IndexError: .*; it is right but for this: A_t is that of the index after"),
     ("C_i", "this does not hold: the mean is over the sampler's times"),
     ("k_i", "s_i is 0"),
     ("k_i", "r_i is that of the index before"),
-    ("k_i", "no change of one or two parts explains it"),
+    ("k_i", "no change that was tried explains it"),
     ("adjusted", "k_i is left out"),
     ("adjusted", r"it is n\^-1 times what it should be"),
     ("q", "it is the softmax of the logits"),
@@ -62,7 +65,7 @@ SAID = (
 @pytest.mark.parametrize("name", QUANTITIES)
 def test_a_quantity_that_is_put_together_again_is_that_of_fairref(name):
     for seed in range(20):
-        arguments, expected = QUANTITIES[name].example(np.random.default_rng(seed))
+        arguments, expected = EXAMPLES[name](np.random.default_rng(seed))
         value = Apart(QUANTITIES[name], arguments).value()
         np.testing.assert_allclose(value, expected, rtol=1e-11, atol=1e-13)
 
@@ -77,6 +80,14 @@ def test_each_mistake_is_named(i):
 
 def test_all_mistakes_have_a_row():
     assert len(SAID) == len(MISTAKES) >= 12
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("i", range(len(SLIPS)))
+def test_a_slip_is_called_wrong_and_the_reason_does_not_mislead(i):
+    name, said, answer = SLIPS[i]
+    verdict = check_answer(name, answer)
+    assert not verdict.is_right and re.search(said, f"{verdict.how}")
 
 
 ANSWERS = """
@@ -103,9 +114,22 @@ def test_the_command_checks_what_a_file_defines(tmp_path, capsys):
     file.write_text("x = 1")
     assert command.main(["--mine", str(file)]) == 1
     assert capsys.readouterr().out.startswith("0 right, 0 wrong; not defined: ")
+    file.write_text(ANSWERS + "\ndef sigma_t(*_):\n    exit()\n\nB_t = 3\n")
+    assert command.main(["--mine", str(file)]) == 1
+    assert re.search(
+        r"WRONG  sigma_t: it raises SystemExit.*\nright  A_t\nWRONG  B_t: .* a func", capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match=r"expected a \.py file"):
+        command.main(["--mine", "answers.ipynb"])
     file.write_text("1 / 0")
     with pytest.raises(UserError, match="ZeroDivisionError"):
         command.main(["--mine", str(file)])
+
+
+def test_a_diagnosis_that_fails_costs_no_other_answer(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_factor", lambda _: 1 / 0)
+    how = check_answer("A_t", lambda beta, alpha_bar: 3 * beta).how
+    assert how == "it is wrong, and looking for the reason ended in ZeroDivisionError: division by zero."
 
 
 @pytest.mark.parametrize(
