@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from fairref.errors import UserError
 from fairref.files.sheets import COLOURS, enlarged, font
+from fairref.files.sheets import shown as printable
 
 FOLDER, SHEET, FORMAT = (
     "scores",
@@ -84,9 +85,19 @@ def _read(path):
 
 
 def by_pull(scores: Sequence[Score]) -> list[tuple[Score, int]]:
-    """All recorded images (score, n), the one with the largest share of its iteration's pull first."""
-    images = [(score, n) for score in scores for n in range(len(score.pull)) if np.isfinite(score.pull).all()]
-    return sorted(images, key=lambda image: (-image[0].share[image[1]], image[0].iteration, image[1]))
+    """The images (score, n) of neutral prompts, the one with the largest pull first.
+
+    Explicit prompts have another loss, so that their pictures are left out.
+    """
+    used = [score for score in scores if not score.explicit and np.isfinite(score.pull).all()]
+    images = [(score, n) for score in used for n in range(len(score.pull))]
+    return sorted(images, key=lambda image: (-image[0].pull[image[1]], image[0].iteration, image[1]))
+
+
+def most_and_least(images: Sequence[tuple[Score, int]]) -> dict[str, list[tuple[Score, int]]]:
+    """The first and the last of `by_pull`, none twice; each begins with its extreme."""
+    most = list(images[: min(SHOWN, -(-len(images) // 2))])
+    return {"Pulled most": most, "Pulled least": list(images[len(most) :][-SHOWN:][::-1])}
 
 
 def picture_of(score: Score, n: int) -> Image.Image:
@@ -94,23 +105,45 @@ def picture_of(score: Score, n: int) -> Image.Image:
     return Image.fromarray(score.pictures[n])
 
 
+def line_of(score: Score, n: int) -> str:
+    """Image n in a few words: its pull, what it shows, what it is told and how surely, as in 0.16 woman > man .86."""
+    words = []
+    for name, classes in score.classes.items():
+        shown, told = score.shown[name][n], score.target[name][n]
+        words.append(classes[shown] if shown >= 0 else "no face")
+        if told >= 0:
+            words[-1] += f" > {classes[told]} {score.confidence[name][n]:.2f}".replace(" 0.", " .")
+    return f"{score.pull[n]:.2g} {', '.join(words)}"
+
+
 def score_sheet(images: Sequence[tuple[Score, int]]) -> Image.Image:
-    """The images that pulled most and least; a bar below each is as long as its share of the pull is large."""
-    most = images[: min(SHOWN, -(-len(images) // 2))]
-    blocks = [("pulled most", most), ("pulled least", images[len(most) :][-SHOWN:])]
-    largest, tile = most[0][0].share[most[0][1]], enlarged(picture_of(*most[0]))
-    bar, size = max(4, tile.height // 16), max(12, tile.height // 6)
-    pitch, line = (tile.width + 4, tile.height + bar + 6), 2 * size
+    """The images that pulled most and least, each above a bar as long as its pull is large and `line_of` it."""
+    blocks = most_and_least(images).items()
+    first, n = images[0]
+    largest, tile = first.pull[n], enlarged(picture_of(first, n))
+    bar, size, small = max(4, tile.height // 16), max(12, tile.height // 6), max(10, tile.width // 10)
+    pitch, line = (tile.width + 8, tile.height + bar + small + 10), 2 * size
     rows = [-(-len(of) // COLUMNS) for _, of in blocks]
     sheet = Image.new("RGB", (COLUMNS * pitch[0] + 4, sum(rows) * pitch[1] + 2 * line), "white")
     pen, top = ImageDraw.Draw(sheet), 0
     for (title, of), count in zip(blocks, rows, strict=True):
-        pen.text((4, top + size // 2), title, fill="black", font=font(size))
+        pen.text((4, top + size // 2), f"{title}; a full bar: {largest:.2g}", fill="black", font=font(size))
         top += line
         for k, (score, n) in enumerate(of):
             left, y = 4 + k % COLUMNS * pitch[0], top + k // COLUMNS * pitch[1]
             sheet.paste(enlarged(picture_of(score, n)), (left, y))
-            width = score.share[n] / max(largest, 1e-30) * tile.width
+            width = score.pull[n] / max(largest, 1e-30) * tile.width
             pen.rectangle([left, y + tile.height + 1, left + width, y + tile.height + bar], fill=COLOURS[1])
+            words, face = _fitting(printable(line_of(score, n)), small, tile.width + 4)
+            pen.text((left, y + tile.height + bar + 2), words, fill="black", font=face)
         top += count * pitch[1]
     return sheet
+
+
+def _fitting(text, size, width):
+    """The text and its font, smaller where it is too wide, then cut."""
+    while size > 7 and font(size).getlength(text) > width:
+        size -= 1
+    while font(size).getlength(text) > width:
+        text = text[:-1]
+    return text, font(size)

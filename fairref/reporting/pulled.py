@@ -1,4 +1,4 @@
-"""What pulled (`train.py --scores`): the pictures that moved the adapter most and least, and the shares of groups."""
+"""What pulled (`train.py --scores`): pictures of the longest and shortest gradients, and the shares of groups."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairref.files.scores import SHOWN, Score, by_pull, picture_of, read_scores
+from fairref.files.scores import Score, by_pull, most_and_least, picture_of, read_scores
 from fairref.reporting import charts
 from fairref.reporting.pictures import encoded
 from fairref.reporting.run_files import Run
@@ -22,7 +22,7 @@ class Thumb:
     """One picture, ready for a page."""
 
     data: str  # a data URI
-    pull: str
+    pull: str  # and its share of its iteration's
     seen: str  # the class that it shows, and the one that it is told
     prompt: str
 
@@ -39,26 +39,26 @@ class Pulled:
 def pulled(run: Run, budget: int) -> Pulled | None:
     """The section of a run; None where it recorded nothing. Raises UserError for a damaged file."""
     scores = read_scores(run.path)
-    images = by_pull(scores)
-    if not images:
+    if not scores:
         return None
-    most = images[: min(SHOWN, -(-len(images) // 2))]
-    least = images[len(most) :][-SHOWN:]
-    data = encoded({(s.iteration, n): picture_of(s, n) for s, n in (*most, *least)}, SIDES, budget)
-    rows = [
-        (what, [_thumb(*image, data) for image in of])
-        for what, of in (("Pulled most", most), ("Pulled least", least))
-    ]
+    blocks = most_and_least(by_pull(scores))
+    data = encoded(
+        {(s.iteration, n): picture_of(s, n) for of in blocks.values() for s, n in of}, SIDES, budget
+    )
+    rows = [(what, [_thumb(*image, data) for image in of]) for what, of in blocks.items() if of]
     N = len(scores[0].pull)
-    about = f"{len(scores)} of the iterations were recorded, {len(images)} pictures"
+    about = f"{len(scores)} of the iterations were recorded"
     neutral = [score for score in scores if not score.explicit and np.isfinite(score.pull).all()]
+    if left_out := len(scores) - len(neutral):
+        about += f"; {left_out} are left out here, for their prompts name a class or their gradients were no numbers"
     shown = [_group_chart(neutral, name) for name in scores[0].classes] if neutral else []
     return Pulled(f"{about}, {N} of each iteration", rows, [*shown, *_prompt_chart(neutral)])
 
 
 def _thumb(score, n, data):
     seen = "; ".join(_seen(score, name, n) for name in score.classes)
-    return Thumb(data.get((score.iteration, n), ""), percent(score.share[n]), seen, short(score.prompt))
+    pull = f"{score.pull[n]:.2g} ({percent(score.share[n])})"
+    return Thumb(data.get((score.iteration, n), ""), pull, seen, short(score.prompt))
 
 
 def _seen(score, name, n):
@@ -115,20 +115,26 @@ def _group_chart(scores: Sequence[Score], name: str) -> Chart:
 
 def _prompt_chart(scores: Sequence[Score]) -> list[Chart]:
     """The share of all recorded pull that each prompt's pictures have. It takes no share within an iteration."""
-    pull = Counter()
+    pull, pictures, iterations = Counter(), Counter(), Counter()
     for score in scores:
         pull[score.prompt] += float(score.pull.sum())
-    total = sum(pull.values())
+        pictures[score.prompt] += len(score.pull)
+        iterations[score.prompt] += 1
+    total, count = sum(pull.values()), sum(pictures.values())
     if len(pull) < 2 or not total:
         return []
     names, of_most = short_names(list(pull)), pull.most_common()
+    shares = {prompt: (pictures[prompt] / count, value / total) for prompt, value in of_most}
+    heads = ("of the pictures", "of the pull")
     bars = {
-        names[prompt]: {"of the pull": (value / total, None, None)} for prompt, value in of_most[:PROMPTS]
+        names[prompt]: {head: (share, None, None) for head, share in zip(heads, shares[prompt], strict=True)}
+        for prompt, _ in of_most[:PROMPTS]
     }
-    rows = [(names[prompt], percent(value / total)) for prompt, value in of_most]
+    rows = [(names[p], str(iterations[p]), *map(percent, shares[p])) for p, _ in of_most]
     caption = (
-        "Share of the recorded pull of all pictures of a prompt, before clipping. Steps and guidance differ."
+        "Share of each prompt's pictures in all that were recorded, and in their pull, before clipping and AdamW. One"
+        " iteration of a prompt says little: its steps and its noise differ from another's."
     )
     caption += f" The first {PROMPTS} of {len(pull)}." if len(pull) > PROMPTS else ""
-    table = Table("Share of the pull by prompt", ("prompt", "of the pull"), rows)
-    return [chart(caption, table, charts.bars, bars, "share of the pull", "Which prompts pulled")]
+    table = Table("Share of the pull by prompt", ("prompt", "iterations", *heads), rows)
+    return [chart(caption, table, charts.bars, bars, "share", "Which prompts pulled")]

@@ -1,10 +1,10 @@
-"""What pulled: how much each image of an iteration moves the adapter (`--scores`; docs/derivation.md, "Single images").
+"""What pulled: how long each image's part of the gradient is (`--scores`; docs/derivation.md, "Single images").
 
 The pull of an image is the norm of its row of the gradient matrix, from the path that the iteration has stored. It is
 recorded at every so many iterations, beside thumbnails and what the losses saw. N images of one prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
 from fairref.diffusion.model import network_dtype, scaled_vjp
+from fairref.errors import UserError
 from fairref.fairness.losses import confident_targets
 from fairref.files.images import save_png
 from fairref.files.scores import FOLDER, FORMAT, SHEET, by_pull, read_scores, score_sheet
@@ -47,16 +48,17 @@ class Recorder:
 
     def _record(self, parameters, i, task, drawn, pair, q, g, gradient):
         setup, N = self.setup, self.setup.recipe.batch
-        rows = gradient_rows(setup, self.model, parameters, i, task, drawn, g)  # (n, P)
-        batch = torch.cat([part.flatten() for part in gradient]).to(rows)
-        apart = float(
-            torch.linalg.vector_norm(rows.sum(0) - batch) / torch.linalg.vector_norm(batch).clamp(min=1e-30)
-        )
+        batch = torch.cat([part.flatten() for part in gradient])
+        rest, pull = batch.clone(), []
+        for row in gradient_rows(setup, self.model, parameters, i, task, drawn, g):
+            rest -= row.to(rest)
+            pull.append(torch.linalg.vector_norm(row))
+        apart = float(torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(batch).clamp(min=1e-30))
         if apart > MOST_APART.get(network_dtype(drawn.model.unet, g), 1e-6) and torch.isfinite(batch).all():
             note(
                 f"iteration {i}: the images' gradients miss the batch's by {apart:.2g} of it: its scores are unsure."
             )
-        columns = {"pull": torch.linalg.vector_norm(rows, dim=1), "pictures": thumbnails(pair.x)}
+        columns = {"pull": torch.stack(pull) if pull else batch[:0], "pictures": thumbnails(pair.x)}
         columns |= seen_by_losses(setup, pair, q)
         whole = {name: setup.processes.gather(column, N).cpu() for name, column in columns.items()}
         if setup.processes.first:
@@ -70,9 +72,16 @@ class Recorder:
             )
 
     def write_sheet(self) -> None:
-        """Writes what has been recorded as a picture; the first process alone."""
-        if self.setup.processes.first and (images := by_pull(read_scores(self.folder))):
-            text = {"scores": f"{len(images)} images; the bar below one is its share of its iteration's pull"}
+        """Writes what has been recorded as a picture; the first process alone. A damaged file costs the picture."""
+        if not self.setup.processes.first:
+            return
+        try:
+            images = by_pull(read_scores(self.folder))
+        except UserError as error:
+            note(f"{SHEET} is not drawn: {error}")
+            return
+        if images:
+            text = {"scores": f"{len(images)} images; the bar below one is its pull, of the largest"}
             save_png(score_sheet(images), self.folder / SHEET, text)
 
 
@@ -84,15 +93,15 @@ def gradient_rows(
     task: Task,
     drawn: Rollout,
     g: Tensor,
-) -> Tensor:
-    """(n, P): each image's part of dL/dparameters, by the run's own gradient mode, from the stored path.
+) -> Iterator[Tensor]:
+    """n rows (P,), one at a time: each image's part of dL/dparameters, by the run's gradient mode, from the path.
 
     Row n is what `sampling_gradient` makes of image n alone; the rows sum to the batch's gradient. Where the U-Net is
     not trained, each image gets a text leaf of its own, so that the U-Net sees all of them at once.
     """
     n = len(g)
     if not n:
-        return torch.zeros(0, sum(p.numel() for p in parameters), device=g.device)
+        return
     if not drawn.model.parameters and not setup.recipe.micro_batch:
         text = embed(model, task.prompt).detach()
         leaf = text.repeat_interleave(n, 0).requires_grad_(True)  # (2n, T, d)
@@ -114,7 +123,8 @@ def gradient_rows(
             )
             for k in range(n)
         )
-    return torch.stack([torch.cat([part.flatten() for part in row]) for row in of_images])
+    for row in of_images:
+        yield torch.cat([part.flatten() for part in row])
 
 
 def thumbnails(x: Tensor) -> Tensor:

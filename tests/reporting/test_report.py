@@ -800,7 +800,10 @@ def test_what_pulled(tmp_path):
     text, page = page_of(run)
     groups, prompts = (
         next(table for table in page.tables if table[0] == head)
-        for head in (["group", "of the pictures", "of the pull"], ["prompt", "of the pull"])
+        for head in (
+            ["group", "of the pictures", "of the pull"],
+            ["prompt", "iterations", "of the pictures", "of the pull"],
+        )
     )
     assert sorted(groups[1:], reverse=True) == [
         ["no face", "25.0%", f"{(0 + 1 / 4 + 3 / 4) / 3:.1%}"],
@@ -808,7 +811,9 @@ def test_what_pulled(tmp_path):
         ["gender 0, told to stay", "25.0%", f"{(1 / 4 + 1 / 4) / 3:.1%}"],
         ["gender 0, told gender 1", "25.0%", f"{(3 / 4 + 1 / 4) / 3:.1%}"],
     ]
-    assert [row[1] for row in prompts[1:]] == [f"{of / 14:.1%}" for of in (8, 4, 2)]
+    assert [row[1:] for row in prompts[1:]] == [["1", f"{1 / 3:.1%}", f"{of / 14:.1%}"] for of in (8, 4, 2)]
+    assert text.index("<b>6 (75.0%)</b>") < text.index("<b>3 (75.0%)</b>") < text.index("Pulled least")
+    assert "before clipping and" in text and "left out here" not in text
     assert "<script>" not in text
     (run / "scores" / "000000.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="000000"):

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny_bundle import write_tiny_bundle
 from tiny_run import make_setup, moved
 
 from fairref.bundle.loading import load_bundle
 from fairref.diffusion.gradient import step_weights
 from fairref.errors import UserError
-from fairref.files.scores import by_pull, read_scores
+from fairref.files.scores import Score, by_pull, line_of, most_and_least, read_scores, score_sheet
 from fairref.files.weights import read, read_info, write
 from fairref.generation.rollout import embed
 from fairref.training import scores
@@ -41,7 +41,7 @@ def test_the_rows_sum_to_the_batchs_gradient(bundle, component, gradient):
     model, state = moved(setup)
     parameters = list(state.adapter.parameters())
     (task, drawn, _, _, g, mine), whole = watched(setup, model, parameters)
-    rows = gradient_rows(setup, model, parameters, 0, task, drawn, g)
+    rows = torch.stack(list(gradient_rows(setup, model, parameters, 0, task, drawn, g)))
     flat = torch.cat([part.flatten() for part in whole])
     assert torch.equal(flat, torch.cat([part.flatten() for part in mine]))
     torch.testing.assert_close(rows.sum(0), flat, rtol=0, atol=1e-10 * float(flat.abs().max()))
@@ -55,7 +55,7 @@ def test_a_row_is_that_of_the_gradient_matrix(bundle, grad_steps):
     model, state = moved(setup)
     parameters = list(state.adapter.parameters())
     (task, drawn, _, _, g, _), _ = watched(setup, model, parameters)
-    rows = gradient_rows(setup, model, parameters, 0, task, drawn, g)
+    rows = torch.stack(list(gradient_rows(setup, model, parameters, 0, task, drawn, g)))
     if grad_steps:  # the same draw of steps for every image
         assert torch.linalg.matrix_rank(rows) == 3
         return
@@ -86,13 +86,53 @@ def test_what_a_run_records_and_that_it_changes_nothing(loaded_tiny, tmp_path):
     assert read_info(path)["apart"] < 1e-4  # float32: rounding
     with Image.open(runs[0] / "scores.png") as image:
         assert image.text["scores"].startswith("10 images")
-    shares = [score.share[n] for score, n in by_pull(found)]
-    assert len(shares) == 10 and shares == sorted(shares, reverse=True)
+    pulls = [score.pull[n] for score, n in by_pull(found)]
+    assert len(pulls) == 10 and pulls == sorted(pulls, reverse=True)
+
+
+def scored(iteration, pull, explicit=False):
+    """A recorded iteration; each image is told 1."""
+    N = len(pull)
+    columns = ({"gender": np.full(N, value)} for value in (0, 1, 0.86))
+    pictures, classes = np.zeros((N, 8, 8, 3), np.uint8), {"gender": ["woman", "man"]}
+    return Score(iteration, "a", explicit, np.array(pull), pictures, classes, *columns)
+
+
+def test_the_pull_is_the_norm_and_not_its_share_of_a_calm_iteration():
+    """Images of explicit prompts are in neither list; the least begins with the least."""
+    calm, loud, explicit = (
+        scored(0, [2e-3, 1e-3]),
+        scored(1, [0.5, 0.16, 0.4]),
+        scored(2, [9.0], explicit=True),
+    )
+    blocks = most_and_least(by_pull([calm, loud, explicit]))
+    pulls = {what: [float(score.pull[n]) for score, n in of] for what, of in blocks.items()}
+    assert pulls == {"Pulled most": [0.5, 0.4, 0.16], "Pulled least": [1e-3, 2e-3]}
+    assert line_of(loud, 1) == "0.16 woman > man .86"
+
+
+def test_each_tile_of_the_sheet_has_its_line(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args, **_: drawn.append(args[2]))
+    score_sheet(by_pull([scored(1, [0.5, 0.16])]))
+    assert drawn == [
+        "Pulled most; a full bar: 0.5",
+        "0.5 woman > man .86",
+        "Pulled least; a full bar: 0.5",
+        "0.16 woman > man .86",
+    ]
+
+
+def test_a_damaged_file_costs_the_sheet_and_not_the_run(loaded_tiny, tmp_path, caplog):
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "000001.safetensors").write_bytes(b"x" * 100)
+    Recorder(make_setup(loaded_tiny), loaded_tiny, tmp_path).write_sheet()
+    assert "scores.png is not drawn: " in caplog.text and "000001.safetensors" in caplog.text
 
 
 def test_rows_that_do_not_sum_to_the_batch_are_said(loaded_tiny, tmp_path, monkeypatch, caplog):
     real = scores.gradient_rows
-    monkeypatch.setattr(scores, "gradient_rows", lambda *args: 1.01 * real(*args))
+    monkeypatch.setattr(scores, "gradient_rows", lambda *args: (1.01 * row for row in real(*args)))
     setup = make_setup(loaded_tiny, batch=2, steps=2, scores=1)
     model, state = new_state(setup)
     parameters = list(state.adapter.parameters())
