@@ -196,9 +196,10 @@ def _nested(apart, table):
 def _that_matter(apart, changes):
     """Those that give another value: two of the others are one, or none."""
     right = apart.value()
-    values = [apart.value((change,)) for change in changes] if (changes := list(changes)) else []
     return [
         change
-        for change, value in zip(changes, values, strict=True)
-        if value is not None and np.isfinite(value).all() and not np.allclose(value, right, rtol=1e-9, atol=0)
+        for change in changes
+        if (value := apart.value((change,))) is not None
+        and np.isfinite(value).all()
+        and not np.allclose(value, right, rtol=1e-9, atol=0)
     ]

@@ -1,5 +1,6 @@
 """Where each equation is: its claim, the code's lines, the tests that hold it, the page that derives it."""
 
+import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ TEST_DERIVATION, TEST_SOLVER, TEST_LOSSES = (
     f"tests/{name}.py"
     for name in ("diffusion/test_derivation", "diffusion/test_solver", "fairness/test_losses")
 )
+TEST_VERIFY = "tests/verification/test_verify.py"
 TEST_TRANSPORT, TEST_METRICS = "tests/fairness/test_transport.py", "tests/fairness/test_metrics.py"
 
 
@@ -29,6 +31,7 @@ class Place(NamedTuple):
     code: tuple[Callable[..., object], ...]
     tests: tuple[str, ...]  # file::function
     page: str  # file#heading
+    modes: tuple[str, ...] = ()  # rows of MODES, where an equation is a choice of what is kept
 
 
 _TRANSPORT = Place(
@@ -40,20 +43,22 @@ _TRANSPORT = Place(
     f"{METHOD}#3-the-distributional-alignment-loss-eqs-4-to-6",
 )
 _WEIGHTS = Place(
-    (gradient.A_t, gradient.C_i, gradient.step_weights),
+    (gradient.A_t, gradient.C_i, gradient.geometric_mean),
     (f"{TEST_DERIVATION}::test_for_ancestral_sampling_k_is_minus_A_and_the_paper_standardises_exactly",),
     f"{DERIVATION}#which-weights",
+    ("paper",),
 )
 _SUM = Place(
-    (gradient.adjusted_gradient, gradient.step_weights, model.GuidedModel),
+    (gradient.adjusted_gradient, model.GuidedModel),
     (
         f"{TEST_DERIVATION}::test_the_sum_of_vjps_is_algorithm_A1",
         f"{TEST_DERIVATION}::test_algorithm_A1_on_the_scheduler_of_diffusers",
     ),
     f"{DERIVATION}#step-6-one-vector-jacobian-product-a-step",
+    ("paper",),
 )
 _PUBLISHED = Place(
-    (gradient.gradient_mode, gradient.exact_gradient),
+    (gradient.exact_gradient,),
     ("tests/training/test_loop.py::test_a_published_gradient_is_autograd_through_its_literal_algorithm",),
     f"{DERIVATION}#step-7-other-published-gradients",
 )
@@ -107,7 +112,7 @@ PLACES = {  # a check's equation -> where it is
         f"{DERIVATION}#step-4-the-exact-gradient-eq-9",
     ),
     "A_t, C_i": _WEIGHTS,
-    "A_t = 1": _WEIGHTS,
+    "A_t = 1": _WEIGHTS._replace(modes=("solver", "paper")),
     "Algorithm A.1": _SUM,
     "B_t = I": Place(
         (gradient.adjusted_gradient,),
@@ -124,8 +129,19 @@ PLACES = {  # a check's equation -> where it is
         (f"{TEST_DERIVATION}::test_a_row_of_the_gradient_matrix_is_one_images_gradient",),
         f"{DERIVATION}#single-images",
     ),
-    **dict.fromkeys(
-        ("last:K", "random:K", "bernoulli", "drtune:M", "couple:alpha", "kappa", "how often"), _PUBLISHED
+    **{
+        name: _PUBLISHED._replace(modes=(name,))
+        for name in ("last:K", "random:K", "bernoulli", "couple:ALPHA")
+    },
+    "kappa": _PUBLISHED,
+    "drtune:M": _PUBLISHED._replace(
+        code=(gradient.adjusted_gradient, gradient.spread_steps, gradient.late_steps, solver.solver_table),
+        modes=("drtune:M",),
+    ),
+    "how often": _PUBLISHED._replace(
+        code=(gradient.spread_steps, gradient.late_steps),
+        tests=(f"{TEST_VERIFY}::test_a_changed_gradient_mode_is_noticed",),
+        modes=("random:K", "bernoulli", "drtune:M"),
     ),
     "eqs 4, 5": _TRANSPORT,
     "eq 6": Place(
@@ -154,26 +170,36 @@ PLACES = {  # a check's equation -> where it is
         f"{METHOD}#8-evaluation",
     ),
 }
+ALIASES = {
+    "a.1": "Algorithm A.1",
+    "b_t": "eq 9",
+    "k_i": "z_0",
+    "w_i": "A_t, C_i",
+    "q": "eqs 4, 5",
+    "l_align": "eq 6",
+    "l_img": "eq 7",
+}
 
 
 def explain(name: str) -> str:
     """What is known of an equation, "eq 9" or "9", as text. Raises UserError, which lists the equations."""
     found = list(_named(name))
     if not found:
-        raise UserError(f"--explain is '{name}'; expected one of {', '.join(PLACES)}.")
+        raise UserError(f"--explain is '{name}'; expected one of {', '.join(map(repr, PLACES))}.")
     return "\n\n".join(map(_text, found))
 
 
 def _named(name) -> Iterator[str]:
-    """The equations of a name; a number names all that have it."""
+    """The equations of a name or of its beginning; a number names all that have it, and stands for K, M or ALPHA."""
     wanted = " ".join(name.lower().split())
+    wanted = ALIASES.get(wanted, wanted).lower()
     exact = [equation for equation in PLACES if wanted in (equation.lower(), *equation.lower().split(", "))]
-    number = re.fullmatch(r"(?:eqs?\.? ?)?\(?(\d+)\)?", wanted)
-    yield from exact or (
-        equation
-        for equation in PLACES
-        if number and equation.startswith("eq") and number[1] in re.findall(r"\d+", equation)
-    )
+    numbers = re.fullmatch(r"(?:eq(?:uation)?s?\.? ?)?\(?(\d+(?:(?:, ?| and )\d+)*)\)?", wanted)
+    if numbers and not exact:
+        asked = set(re.findall(r"\d+", numbers[1]))
+        exact = [of for of in PLACES if of.startswith("eq") and asked & set(re.findall(r"\d+", of))]
+    begin = re.sub(r":[\d.]+$", ":", wanted)  # last:5
+    yield from exact or (of for of in PLACES if len(wanted) > 2 and of.lower().startswith(begin))
 
 
 def _text(equation):
@@ -181,6 +207,7 @@ def _text(equation):
     checks = [check for check in all_checks() if check.equation == equation]
     lines = [equation, *(f"  claim   {check.claim}\n          against {check.against}" for check in checks)]
     lines += [f"  code    {lines_of(function)}" for function in place.code]
+    lines += [f"  code    {lines_of_mode(mode)}" for mode in place.modes]
     lines += [f"  check   {lines_of(check.run)}" for check in checks]
     lines += [f"  test    {test}" for test in place.tests]
     return "\n".join([*lines, f"  page    {place.page}"])
@@ -192,3 +219,13 @@ def lines_of(function: Callable[..., object]) -> str:
     source, first = inspect.getsourcelines(function)
     file = Path(inspect.getsourcefile(function)).relative_to(ROOT).as_posix()
     return f"{file}:{first}-{first + len(source) - 1} {function.__qualname__}"
+
+
+def lines_of_mode(name: str) -> str:
+    """The same of a row of MODES."""
+    file = Path(inspect.getsourcefile(gradient))
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "MODES":
+            rows = zip(node.value.keys, node.value.values, strict=True)
+            first, last = next((key.lineno, row.end_lineno) for key, row in rows if key.value == name)
+    return f'{file.relative_to(ROOT).as_posix()}:{first}-{last} MODES["{name}"]'

@@ -189,12 +189,12 @@ def spread_steps() -> float:
 
 
 @check(
-    "couple:alpha",
+    "couple:ALPHA",
     "J scaled by alpha in B is LeapAlign's scaled input at all steps; 0: none, 1: exact",
     "autograd",
 )
 def scaled_coupling() -> float:
-    """Compare `couple:alpha` with scaled inputs, and its ends with `none` and `exact`."""
+    """Compare `couple:ALPHA` with scaled inputs, and its ends with `none` and `exact`."""
     leaves, errors = Leaves(), []
     for table, w in all_solvers():
         expected = leaves.gradients(scaled(leaves, table, w, 0.3))

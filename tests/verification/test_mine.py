@@ -149,8 +149,51 @@ def test_every_equation_of_verify_is_explained():
     assert set(PLACES) == {check.equation for check in all_checks()}
     assert explain("9") == explain("eq 9") == explain("Eq  9") and explain("C_i") == explain("A_t, C_i")
     assert "coupling" in explain("eq 9") and "eqs 4, 5" in explain("5")
-    with pytest.raises(UserError, match="expected one of eq 1, eq 2"):
+    with pytest.raises(UserError, match=r"expected one of 'eq 1', 'eq 2', .*'A_t, C_i', 'A_t = 1'"):
         explain("eq 12")
+
+
+@pytest.mark.parametrize(
+    "name, equations",
+    [
+        ("B_t", ["eq 9"]),
+        ("k_i", ["z_0"]),
+        ("w_i", ["A_t, C_i"]),
+        ("L_align", ["eq 6"]),
+        ("L_img", ["eq 7"]),
+        ("bias", ["bias(P)"]),
+        ("A.1", ["Algorithm A.1"]),
+        ("last:5", ["last:K"]),
+        ("couple:0.5", ["couple:ALPHA"]),
+        ("DRTune", ["drtune:M"]),
+        ("equation 9", ["eq 9"]),
+        ("eq. (10)", ["eq 10"]),
+        ("eqs 2, 3", ["eq 2", "eq 3"]),
+        ("eqs 4 and 6", ["eqs 4, 5", "eq 6"]),
+    ],
+)
+def test_the_names_that_a_reader_types_are_known(name, equations):
+    assert re.findall(r"^\S.*$", explain(name), re.MULTILINE) == equations
+
+
+@pytest.mark.parametrize(
+    "equation, code",
+    [
+        (
+            "drtune:M",
+            {"adjusted_gradient", "spread_steps", "late_steps", "solver_table", 'MODES["drtune:M"]'},
+        ),
+        ("last:K", {"exact_gradient", 'MODES["last:K"]'}),
+        ("A_t = 1", {"A_t", "C_i", "geometric_mean", 'MODES["solver"]', 'MODES["paper"]'}),
+    ],
+)
+def test_the_lines_of_a_gradient_are_those_that_run(equation, code):
+    found = re.findall(r"code +(\S+):(\d+)-(\d+) (\S+)", explain(equation))
+    assert {name for *_, name in found} == code
+    for file, first, last, name in found:
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
+        if key := re.match(r"MODES\[(.*)\]", name):
+            assert f"{key[1]}: lambda" in lines[0] and lines[-1].endswith("),")
 
 
 @pytest.mark.parametrize("equation", PLACES)
@@ -162,5 +205,7 @@ def test_the_places_of_an_equation_exist(equation):
     file, heading = place.page.split("#")
     assert heading in headings(ROOT / file)
     for file, first, last, name in re.findall(r"(?:code|check) +(\S+):(\d+)-(\d+) (\S+)", explain(equation)):
+        if name.startswith("MODES"):
+            continue
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
         assert any(re.search(rf"(def|class) {name.split('.')[-1]}\b", line) for line in lines)

@@ -41,7 +41,7 @@ def test_every_equation_holds(tmp_path, capsys):
         "random:K",
         "bernoulli",
         "drtune:M",
-        "couple:alpha",
+        "couple:ALPHA",
         "bias(P)",
     ):
         assert equation in named
