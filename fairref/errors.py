@@ -78,7 +78,10 @@ def is_of_memory(error: Exception) -> bool:
 
 def said(error: BaseException) -> str:
     """An exception's kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a user's own kind of error, which has a fault itself
+        lines = []
     return one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 

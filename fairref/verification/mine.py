@@ -72,8 +72,9 @@ def _ask(answer, arguments, expected, by_name=False):
     else:
         try:
             value = _as_array(value)
-        except (Exception, SystemExit):  # so may a reader's object
-            value, why = None, f"it gives {_described(value)}; expected an array of numbers"
+        except (Exception, SystemExit) as error:  # so may a reader's object
+            reason = "" if isinstance(error, TypeError) else f" ({said(error)})"
+            value, why = None, f"it gives {_described(value)}; expected an array of numbers{reason}"
     changed = (key for key in copies if not np.array_equal(copies[key], arguments[key]))
     return Example(arguments, expected, value, why, next(changed, ""))
 
