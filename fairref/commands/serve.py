@@ -1,5 +1,7 @@
 """fairref serve: a page where a prompt is drawn by the original and by the fair model, side by side."""
 
+import math
+import os
 import socket
 from collections.abc import Sequence
 
@@ -12,7 +14,7 @@ from fairref.settings import MAX_COUNT
 from fairref.web import server
 from fairref.web.page import need_gradio
 from fairref.web.studio import Studio
-from fairref.web.view import Limits
+from fairref.web.view import Limits, read_view
 
 ADAPTERS = "adapters"  # a bundle's folder of adapters that come with it
 EXAMPLE = "a photo of the face of a pilot, a person"
@@ -41,36 +43,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--root-path", default="", help="path of the page behind a proxy, as /fairref")
     parser.add_argument("--example", default=EXAMPLE, help="prompt that a first visit shows")
     parser.add_argument(
-        "--most-images", type=cli.whole(1, MAX_COUNT), default=8, help="pictures by each model, at most"
+        "--max-images", type=cli.whole(1, MAX_COUNT), default=8, help="pictures by each model, at most"
     )
     parser.add_argument(
-        "--most-waiting", type=cli.whole(1, MAX_COUNT), default=32, help="requests that wait, at most"
+        "--max-waiting", type=cli.whole(1, MAX_COUNT), default=32, help="requests that wait, at most"
     )
+    parser.add_argument(
+        "--max-seconds", type=cli.whole(1), default=300, help="of drawing, after which a request is stopped"
+    )
+    cli.add_any_base(parser)
     options = parser.parse_args(argv)
     auth = [_name_and_password(text) for text in options.auth or ()]
+    root = options.root_path
+    if root and (not root.startswith("/") or root.endswith("/")):
+        raise UserError(f"--root-path is {root!r}; expected a path as /fairref.")
     _check_free(options.host, options.port)
     need_gradio()
     bundle = load_bundle(options.weights, choose_device(options.device), DTYPES[options.dtype or "float32"])
-    limits = Limits(images=options.most_images, waiting=options.most_waiting)
+    limits = Limits(images=options.max_images, waiting=options.max_waiting, seconds=options.max_seconds)
     paths = options.adapter or sorted((bundle.path / ADAPTERS).glob("*.safetensors"))
-    studio = Studio(bundle, _named([read_adapter(path) for path in paths]), limits)
-    drawing = studio.draw(studio.example(options.example))
-    while True:
-        try:
-            next(drawing)
-        except StopIteration as end:
-            example = end.value
-            break
-    print(
-        f"http://{'localhost' if options.host == '127.0.0.1' else options.host}:{options.port}{options.root_path}"
-    )
+    studio = Studio(bundle, _named([read_adapter(path) for path in paths]), limits, options.any_base)
+    *_, example = studio.draw(read_view({"prompt": options.example}, studio.default, limits), math.inf)
+    app = server.application(studio, example, auth, root)
+    host = {"127.0.0.1": "localhost", "::1": "localhost"}.get(options.host, options.host)
+    print(f"http://{host}:{options.port}{f', behind a proxy at {root}' if root else ''}")
     print("Ctrl-C stops it", flush=True)
-    server.run(
-        server.application(studio, example, auth, options.root_path),
-        options.host,
-        options.port,
-        options.root_path,
-    )
+    server.run(app, options.host, options.port, root)
 
 
 def _named(adapters):
@@ -92,9 +90,11 @@ def _name_and_password(text):
 
 def _check_free(host, port):
     try:
-        with socket.create_server((host, port)):
+        (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.create_server(address[:2], family=family):
             pass
     except OSError as error:
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise UserError(
-            f"--host {host} --port {port}: can't listen there ({error.strerror}); give another one."
+            f"--host {host} --port {port}: can't listen there ({why}); give another one."
         ) from None

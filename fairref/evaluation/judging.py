@@ -104,7 +104,7 @@ def turns(bundle: Bundle) -> dict[str, dict[int, list[str]]]:
     "classifier" judges each attribute by the first that knows it, "classifier 2" by the second, and so on.
     """
     judges: dict[str, dict[int, list[str]]] = {}
-    classifiers = bundle.classifiers["evaluate"]
+    classifiers = bundle.classifiers.get("evaluate", ())
     for name in dict.fromkeys(name for classifier in classifiers for name in classifier.classes):
         knowing = [place for place, classifier in enumerate(classifiers) if name in classifier.classes]
         for turn, place in enumerate(knowing, 1):

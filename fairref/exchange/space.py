@@ -10,7 +10,7 @@ from base64 import urlsafe_b64encode
 from pathlib import Path
 
 import fairref
-from fairref.bundle.loading import DEFAULT
+from fairref.bundle.loading import DEFAULT, load_bundle
 from fairref.errors import UserError
 from fairref.exchange.card import environment
 from fairref.exchange.exported import Export
@@ -40,8 +40,9 @@ LARGE_FILES = "*.whl filter=lfs diff=lfs merge=lfs -text\n*.safetensors filter=l
 
 def to_space(export: Export) -> None:
     """Writes the Space; the adapter is in ADAPTER. Raises UserError where its host would not find the base."""
-    own = export.bundle.path.name == Path(DEFAULT).name
-    if not own and export.bundle.unet.config != SD15:
+    is_sd15 = export.bundle.unet.config == SD15
+    own = not is_sd15 and export.bundle.fingerprints == load_bundle(DEFAULT).fingerprints
+    if not own and not is_sd15:
         raise UserError(
             f"{export.bundle.path}: is neither Stable Diffusion 1.5 nor {DEFAULT}; a Space can't get it from the hub."
         )

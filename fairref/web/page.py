@@ -1,5 +1,6 @@
 """The page and its API, in gradio: fields -> a view -> the studio, one request at a time."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,8 +12,9 @@ from fairref.web.studio import Drawn, Studio
 from fairref.web.view import MAX_GUIDANCE, MAX_SEED, read_view
 
 FIELDS = ("prompt", "negative", "seed", "n", "guidance", "steps", "adapter", "strength")
-MOST_HISTORY = 30
-MOST_SESSIONS = 100  # whose state gradio keeps: each call of the API is one
+MAX_HISTORY = 30
+MAX_SESSIONS = 100  # whose state gradio keeps: each call of the API is one
+FULL = "The queue is full; try again in a while."
 INTRO = """# fairref
 Type a prompt. The original model and the fair one draw it from the same noise. The judge says what a picture looks
 like; nobody's gender, age or skin tone is known here, and the judge errs. Intervals hold the accident of the noise.
@@ -40,15 +42,15 @@ def page(studio: Studio, example: Drawn) -> object:
             with gr.Column(scale=2, min_width=280):
                 fields = _fields(studio)
                 with gr.Row():
-                    go, stop = gr.Button("Draw", variant="primary"), gr.Button("Cancel")
+                    go, stop = gr.Button("Draw", variant="primary"), gr.Button("Cancel", interactive=False)
             with gr.Column(scale=5, min_width=300):
                 out = gr.HTML(shown.shown(example))
                 with gr.Accordion("History of this browser", open=False):
-                    listed = gr.HTML(shown.history_of([]))
-        query, kept = gr.Textbox(visible=False), gr.BrowserState([], storage_key="fairref", secret="fairref")
-        _wire(studio, blocks, example, fields, (go, stop), (out, query, kept, listed))
+                    listed, clear = gr.HTML(shown.history_of([])), gr.Button("Clear")
+        history = gr.BrowserState([], storage_key="fairref", secret="fairref")
+        _wire(studio, blocks, example, fields, (go, stop, clear), (out, listed, history))
         _api(studio)
-    blocks.state_session_capacity = MOST_SESSIONS
+    blocks.state_session_capacity = MAX_SESSIONS
     blocks.queue(max_size=studio.limits.waiting, default_concurrency_limit=1, api_open=False)
     return blocks
 
@@ -58,10 +60,13 @@ def _fields(studio):
     gr = need_gradio()
     default, limits = studio.default, studio.limits
     names = list(studio.adapters)
-    prompt = gr.Textbox(label="Prompt", lines=2, max_length=limits.letters, elem_id="prompt")
+    prompt = gr.Textbox(label="Prompt", lines=1, max_lines=1, max_length=limits.letters, elem_id="prompt")
     with gr.Row():
         seed = gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=100)
-        n = gr.Slider(1, limits.images, default.n, step=1, label="Pictures of each model", min_width=140)
+        many = limits.images > 1
+        n = gr.Slider(
+            1, max(limits.images, 2), default.n, step=1, label="Pictures of each model", visible=many
+        )
     adapter = gr.Dropdown(names, value=default.adapter or None, label="Fair model", visible=bool(names))
     strength = gr.Slider(0, 1.5, 1.0, step=0.05, label="Its strength", visible=bool(names))
     with gr.Accordion("More settings", open=False):
@@ -72,63 +77,69 @@ def _fields(studio):
 
 
 def _wire(studio, blocks, example, fields, buttons, places):
+    """What happens when. A request first shows that it waits, then it draws in its turn, then it is remembered."""
     gr = need_gradio()
-    go, stop = buttons
-    out, query, kept, listed = places
+    go, stop, clear = buttons
+    out, listed, history = places
+    query, line, asked = (
+        gr.Textbox(visible=False) for _ in range(3)
+    )  # of what is shown; a link that is to be drawn
+
+    def arrive(request: gr.Request):
+        """The fields as a link has them; with one it is drawn, for `asked` changes."""
+        values = {name: value for name, value in request.query_params.items() if name in FIELDS}
+        view = example.view
+        with suppress(UserError):  # it is said when it is drawn
+            view = read_view({**vars(example.view), **values}, studio.default, studio.limits)
+        shown_fields = [values.get("prompt", view.prompt), *(getattr(view, name) for name in FIELDS[1:])]
+        return [*shown_fields, json.dumps(values) if values else gr.skip()]
 
     def ask(*values):
         yield from _drawing(studio, dict(zip(FIELDS, values, strict=True)))
 
-    def remember(query, says, kept):
-        kept = [{"query": query, "says": says}, *(kept or [])][:MOST_HISTORY] if query else kept or []
-        return kept, shown.history_of(kept)
+    def ask_link(asked):
+        yield from _drawing(studio, {**vars(example.view), **json.loads(asked)})
 
-    def arrive(request: gr.Request):
-        """What a link asks for, and whether it is to be drawn."""
-        asked = {name: value for name, value in request.query_params.items() if name in FIELDS}
-        view = example.view
-        with suppress(UserError):  # it is said when it is drawn
-            view = read_view(asked, studio.default, studio.limits) if asked.get("prompt") else view
-        return [*(getattr(view, name) for name in FIELDS), asked if asked.get("prompt") else None]
+    def remember(query, line, history):
+        history = [{"query": query, "says": line}, *(history or [])][:MAX_HISTORY] if query else history or []
+        return history, shown.history_of(history), gr.update(interactive=False)
 
-    def draw_link(asked):
-        if asked:
-            yield from _drawing(studio, asked)
-        else:
-            yield shown.shown(example), "", ""
-
-    says, asked = gr.Textbox(visible=False), gr.State(None)
-    limits = {
+    quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    in_turn = {
         "concurrency_limit": 1,
         "concurrency_id": "draw",
         "api_visibility": "private",
         "show_progress": "hidden",
     }
-    quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    events = [
-        gr.on([go.click, fields[0].submit], ask, fields, [out, query, says], **limits),
-        blocks.load(arrive, None, [*fields, asked], **quiet).then(
-            draw_link, asked, [out, query, says], **limits
-        ),
-    ]
-    for event in events:
-        event.then(remember, [query, says, kept], [kept, listed], **quiet).then(None, query, None, js=TO_LINK)
-    blocks.load(lambda kept: shown.history_of(kept or []), kept, listed, **quiet)
-    stop.click(lambda: shown.refused("Cancelled."), None, out, cancels=events, **quiet)
+    blocks.load(arrive, None, [*fields, asked], **quiet)
+    blocks.load(lambda history: shown.history_of(history or []), history, listed, **quiet)
+    clear.click(lambda: ([], shown.history_of([])), None, [history, listed], **quiet)
+    cancelled = []
+    for triggers, draw, given in (
+        ([go.click, fields[0].submit], ask, fields),
+        ([asked.change], ask_link, asked),
+    ):
+        waits = gr.on(
+            triggers, lambda: (shown.waiting(), gr.update(interactive=True)), None, [out, stop], **quiet
+        )
+        drawn = waits.then(draw, given, [out, query, line], **in_turn)
+        drawn.failure(lambda: shown.refused(FULL), None, out, **quiet)
+        drawn.then(remember, [query, line, history], [history, listed, stop], **quiet).then(
+            None, query, None, js=TO_LINK
+        )
+        cancelled.append(drawn)
+    over = (shown.told("Cancelled."), gr.update(interactive=False))
+    stop.click(lambda: over, None, [out, stop], cancels=cancelled, **quiet)
 
 
 def _drawing(studio: Studio, values: dict[str, object]) -> Iterator[tuple[str, str, str]]:
     """Progress, then the images or a sentence: (HTML, the link's query, a line for the history)."""
     try:
-        drawing = studio.draw(read_view(values, studio.default, studio.limits))
-        while True:
-            try:
-                yield shown.progress(*next(drawing)), "", ""
-            except StopIteration as end:
-                drawn = end.value
-                break
-        line = shown.summary(drawn)
-        yield shown.shown(drawn), line["query"], line["says"]
+        for step in studio.draw(read_view(values, studio.default, studio.limits)):
+            if not isinstance(step, Drawn):
+                yield shown.progress(*step), "", ""
+        line = shown.summary(step)
+        yield shown.shown(step), line["query"], line["says"]
     except UserError as error:
         yield shown.refused(str(error)), "", ""
 
@@ -141,7 +152,7 @@ def _api(studio):
         prompt: str,
         negative: str = "",
         seed: int = 0,
-        n: int = 4,
+        n: int | None = None,
         guidance: float | None = None,
         steps: int | None = None,
         adapter: str = "",
@@ -155,15 +166,11 @@ def _api(studio):
             zip(FIELDS, (prompt, negative, seed, n, guidance, steps, adapter, strength), strict=True)
         )
         try:
-            drawing = studio.draw(read_view(values, studio.default, studio.limits))
-            while True:
-                try:
-                    yield {"progress": list(next(drawing))}  # here a client that has gone frees its place
-                except StopIteration as end:
-                    yield shown.as_json(end.value)
-                    return
+            for step in studio.draw(read_view(values, studio.default, studio.limits)):
+                # between two steps a client that has gone frees its place
+                yield shown.as_json(step) if isinstance(step, Drawn) else {"progress": list(step)}
         except UserError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     def adapters() -> dict:
         """The names of the fair models, the classes that the judge tells, and the limits of a request."""

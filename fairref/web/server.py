@@ -1,9 +1,11 @@
 """The page as a server: what of gradio is open, how large a request may be, who may come in."""
 
+import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from fairref.errors import is_debugging
 from fairref.web import shown
 from fairref.web.page import need_gradio, page
 from fairref.web.studio import Drawn, Studio
@@ -14,14 +16,15 @@ OPEN = re.compile(
     r"|gradio_api/(?:queue/(?:join|data)|cancel|reset/?|heartbeat/\w+|(?:call|run|api)/\w+/?|call/\w+/\w+)"
     r"|login/?|logout|favicon\.ico|robots\.txt|manifest\.json|(?:static|assets|svelte)/[\w./-]+)?"
 )
+MAX_SESSION = 64  # letters of a session's name
 Asgi = Callable[..., Awaitable[None]]
 
 
 class Guard:
     """In front of gradio: only what is OPEN is passed on, and no request that is too large."""
 
-    def __init__(self, app: Asgi, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: Asgi, limit: int, root_path: str = "") -> None:
+        self.app, self.limit, self.root_path = app, limit, root_path
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """One request."""
@@ -29,7 +32,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        path = scope["path"].removeprefix(self.root_path) or "/"  # a proxy may strip it or not
         if not OPEN.fullmatch(path) or ".." in path:
             await _answer(send, 404, "There is nothing here.")
             return
@@ -42,7 +45,18 @@ class Guard:
             if len(body) > self.limit:
                 await _answer(send, 413, f"The request is larger than {self.limit} bytes.")
                 return
-        await self.app(scope, _replay(body, receive), send)
+        if len(_session_of(body)) > MAX_SESSION:
+            await _answer(send, 400, f"session_hash is longer than {MAX_SESSION} letters.")
+            return
+        await self.app({**scope, "path": path, "raw_path": path.encode()}, _replay(body, receive), send)
+
+
+def _session_of(body):
+    """The name that a request gives its session: gradio keeps it, whoever never comes back."""
+    try:
+        return str(json.loads(body).get("session_hash", ""))
+    except (ValueError, AttributeError, RecursionError):
+        return ""
 
 
 def _replay(body, receive):
@@ -73,13 +87,15 @@ def application(
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    blocks = page(studio, example)
+    forget(blocks, 2 * studio.limits.waiting)
     gr.mount_gradio_app(
         app,
-        page(studio, example),
+        blocks,
         path="/",
         auth=list(auth) or None,
         root_path=root_path or None,
-        show_error=True,
+        show_error=False,
         ssr_mode=False,
         enable_monitoring=False,
         run_history=False,
@@ -89,19 +105,23 @@ def application(
         theme=gr.themes.Base(**fonts),
         css=shown.CSS,
     )
-    app.add_middleware(Guard, limit=studio.limits.body)
+    app.add_middleware(Guard, limit=studio.limits.body, root_path=root_path)
     return app
+
+
+def forget(blocks: object, sessions: int) -> None:
+    """Of visitors who never fetch their results gradio keeps only the last ones'."""
+    from gradio.utils import LRUCache
+
+    for name in ("pending_messages_per_session", "pending_event_ids_session"):
+        setattr(blocks._queue, name, LRUCache(sessions))
 
 
 def run(app: Asgi, host: str, port: int, root_path: str = "") -> None:
     """Serves until Ctrl-C."""
     import uvicorn
 
+    level = "info" if is_debugging() else "critical"  # open pages are cut off at the end, which is no fault
     uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        proxy_headers=bool(root_path),
-        timeout_graceful_shutdown=2,
+        app, host=host, port=port, log_level=level, proxy_headers=bool(root_path), timeout_graceful_shutdown=1
     )

@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from PIL import Image
+
 from fairref.fairness.attributes import apparent
 from fairref.web.studio import AFTER, BEFORE, Drawn, Seen
 
@@ -17,7 +19,7 @@ CSS = """
 .fr p{margin:0;max-width:46rem}
 .fr .note{border-left:3px solid #c77700;padding:.3rem .7rem;background:var(--background-fill-secondary)}
 .fr .error{border-left:3px solid #c0392b;padding:.5rem .8rem;background:var(--background-fill-secondary)}
-.fr .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(9rem,100%),1fr));gap:.9rem}
+.fr .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(var(--pair),100%),1fr));gap:.9rem}
 .fr .pair{display:grid;grid-template-columns:1fr 1fr;gap:3px;margin:0}
 .fr .one{position:relative;display:block;line-height:0}
 .fr .one img{width:100%;border-radius:4px;display:block;image-rendering:auto}
@@ -63,7 +65,8 @@ def shown(drawn: Drawn) -> str:
     others = "".join(_bars(drawn, name) for name in drawn.classes if name not in made_fair)
     bars += f"<details><summary>Other attributes</summary>{others}</details>" if others else ""
     return (
-        f'<div class="fr">{notes}{said}<div class="pairs">{pairs}</div>{switch}{bars}'
+        f'<div class="fr" style="--pair:{_pair_width(drawn)}rem">{notes}{said}'
+        f'<div class="pairs">{pairs}</div>{switch}{bars}'
         f'<div class="links">{links}</div></div>'
     )
 
@@ -72,9 +75,19 @@ def progress(done: int, total: int) -> str:
     """What stands there while it draws."""
     part = done / max(total, 1)
     return (
-        f'<div class="fr"><p role="status">Drawing: {done} of {total} steps</p>'
-        f'<div class="doing"><i style="width:{part:.0%}"></i></div></div>'
+        f'<div class="fr"><p>Drawing: {done} of {total} steps</p><div class="doing" role="progressbar"'
+        f' aria-valuenow="{100 * part:.0f}"><i style="width:{part:.0%}"></i></div></div>'
     )
+
+
+def waiting() -> str:
+    """What stands there until its turn comes."""
+    return '<div class="fr"><p role="status">Waiting for its turn …</p></div>'
+
+
+def told(sentence: str) -> str:
+    """A sentence in the place of images, of no mistake."""
+    return f'<div class="fr"><p role="status">{escape(sentence)}</p></div>'
 
 
 def refused(sentence: str) -> str:
@@ -132,6 +145,12 @@ def zip_of(drawn: Drawn) -> bytes:
             for i, content in enumerate(side.files):
                 file.writestr(zipfile.ZipInfo(_file(drawn, label, i)), content)
     return data.getvalue()
+
+
+def _pair_width(drawn):
+    """Of two pictures, in rem: small ones are enlarged a little, large ones kept apart."""
+    with Image.open(io.BytesIO(drawn.sides[BEFORE].files[0])) as image:
+        return min(max(12, image.width / 8), 26)
 
 
 def _stem(drawn):

@@ -6,9 +6,9 @@ n images of a prompt by each model, from the same noise. One request draws at a 
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
@@ -24,13 +24,13 @@ from fairref.evaluation.certainty import share
 from fairref.evaluation.judging import logits_of, turns
 from fairref.files.images import png_bytes, to_image
 from fairref.files.weights import finite
-from fairref.generation.adapters import AdapterFile, check_strength, load_adapters
+from fairref.generation.adapters import AdapterFile, load_adapters
 from fairref.generation.drawing import group_size
 from fairref.generation.rollout import decode, embed, first_noise
 from fairref.generation.strengths import describe_adapters
 from fairref.generation.views import faces_of
 from fairref.prompts.words import naming
-from fairref.web.view import Limits, View
+from fairref.web.view import MAX_GUIDANCE, Limits, View
 
 KEPT = 4  # adapted models in memory, whose weights but the adapter's are the base's
 BEFORE, AFTER = "original", "fair"
@@ -72,16 +72,24 @@ class Drawn:
 
 
 class Studio:
-    """`yield from studio.draw(view)`; `adapters` by the names that visitors see."""
+    """`for step in studio.draw(view)`: the last step is Drawn. `adapters` by the names that visitors see."""
 
-    def __init__(self, bundle: Bundle, adapters: Mapping[str, AdapterFile], limits: Limits) -> None:
-        self.bundle, self.adapters, self.limits = bundle, dict(adapters), limits
+    def __init__(
+        self, bundle: Bundle, adapters: Mapping[str, AdapterFile], limits: Limits, any_base: bool = False
+    ) -> None:
+        self.bundle, self.adapters, self.limits, self.any_base = bundle, dict(adapters), limits, any_base
         self.thread = ThreadPoolExecutor(1, "drawing")
         self.models: OrderedDict[tuple[str, float], Bundle] = OrderedDict()
         recipe = resolve((), bundle.recipe, {}, bundle.path, bundle.attributes)
         self.end = recipe.end
         name = next(iter(self.adapters), "")
-        self.default = View("", guidance=recipe.eval_guidance, steps=recipe.eval_steps, adapter=name)
+        self.default = View(
+            "",
+            n=min(View.n, limits.images),
+            guidance=min(recipe.eval_guidance, MAX_GUIDANCE),
+            steps=min(recipe.eval_steps, limits.steps),
+            adapter=name,
+        )
         judge = turns(bundle).get("classifier", {})
         known = [name for names in judge.values() for name in names]
         self.classes = {name: bundle.attributes[name] for name in known}
@@ -94,32 +102,35 @@ class Studio:
             names = ", ".join(self.adapters) or "none"
             raise UserError(f"There is no adapter {name[:80]!r} here; expected one of {names}.")
         key = name, strength
+        adapter = self.adapters[name]
+        if adapter.prefix is not None and strength not in (0, 1):
+            raise UserError(
+                f"The strength of {name} is {strength:g}; it is a prefix, which is there (1) or not (0)."
+            )
         if key not in self.models:
-            check_strength(self.adapters[name], strength)
-            self.models[key] = load_adapters(self.bundle, [(self.adapters[name], strength)])
+            self.models[key] = load_adapters(self.bundle, [(adapter, strength)], self.any_base)
             while len(self.models) > KEPT:
                 self.models.popitem(last=False)
         self.models.move_to_end(key)
         return self.models[key]
 
-    def draw(self, view: View) -> Generator[Progress, None, Drawn]:
-        """Yields the progress, and returns the images. Raises UserError, also where it takes too long.
+    def draw(self, view: View, seconds: float | None = None) -> Iterator[Progress | Drawn]:
+        """Yields the progress, and at the end the images. Raises UserError, also where it takes longer than `seconds`.
 
-        Whoever asks, one thread draws: each thread that torch sees keeps memory of its own.
+        `seconds`: None: the limits'. Whoever asks, one thread draws: each that torch sees keeps memory of its own.
         """
-        drawing = self._draw(view)
-        while True:
+        drawing = self._draw(view, self.limits.seconds if seconds is None else seconds)
+        step = None
+        while not isinstance(step, Drawn):
             step = self.thread.submit(next, drawing).result()
-            if isinstance(step, Drawn):
-                return step
             yield step
 
     @torch.no_grad()
-    def _draw(self, view):
+    def _draw(self, view, seconds):
         models = {BEFORE: self.bundle}
-        if self.adapters:
+        if self.adapters or view.adapter:
             models[AFTER] = self.model(view.adapter, view.strength)
-        ends = time.monotonic() + self.limits.seconds
+        ends = time.monotonic() + seconds
         groups = torch.arange(view.n).split(group_size(self.bundle))
         done, total = 0, view.steps * len(groups) * len(models)
         yield done, total
@@ -135,7 +146,7 @@ class Studio:
                         yield done, total
                     if time.monotonic() > ends:
                         raise UserError(
-                            f"Drawing took longer than {self.limits.seconds:g} s and was stopped; ask for fewer images"
+                            f"Drawing took longer than {seconds:g} s and was stopped; ask for fewer images"
                             " or steps."
                         )
                 images.append(decode(model, step.z))
@@ -182,7 +193,7 @@ class Studio:
 
     def notes(self, view: View) -> list[str]:
         """What of the prompt is cut, and which attributes it names."""
-        prefix = self.adapters[view.adapter].prefix if self.adapters else None
+        prefix = self.adapters[view.adapter].prefix if self.adapters and view.strength else None
         soft = 0 if prefix is None else len(prefix)
         notes = []
         for what, text, tokens in (("prompt", view.prompt, soft), ("negative prompt", view.negative, 0)):
@@ -194,7 +205,3 @@ class Studio:
                     f"This prompt names {name.replace('_', ' ')} (“{words}”): it is kept as it was asked for."
                 )
         return notes
-
-    def example(self, prompt: str) -> View:
-        """The view that a first visitor sees."""
-        return replace(self.default, prompt=prompt)

@@ -1,6 +1,7 @@
 """What somebody asks to see: one set of settings, which a link holds and a request must keep within limits."""
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from urllib.parse import urlencode
@@ -39,22 +40,23 @@ class View:
 
     def query(self) -> str:
         """The link's part behind the question mark."""
-        values = asdict(self)
-        return urlencode({name: f"{v:.9g}" if isinstance(v, float) else v for name, v in values.items()})
+        return urlencode(asdict(self))
 
 
 def read_view(values: Mapping[str, object], default: View, limits: Limits) -> View:
     """The view that a request or a link asks for; what it leaves out is the default's. Raises UserError."""
     given = {f.name: _read(f, values[f.name]) for f in fields(View) if values.get(f.name) not in (None, "")}
-    texts = {name: str(values.get(name) or "") for name in ("prompt", "negative") if name in values}
+    texts = {
+        name: " ".join(str(values[name] or "").split()) for name in ("prompt", "negative") if name in values
+    }
     view = View(**{**asdict(default), **given, **texts})
-    if not view.prompt.strip():
+    if not view.prompt:
         raise UserError("There is no prompt; write what to draw.")
     for name, text in (("prompt", view.prompt), ("negative prompt", view.negative)):
         if len(text) > limits.letters:
             raise UserError(f"The {name} has {len(text)} letters; expected at most {limits.letters}.")
-        if not text.isprintable():
-            raise UserError(f"The {name} has line breaks or signs that can't be seen; write it in one line.")
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+            raise UserError(f"The {name} has control characters; write it without them.")
     _check("seed", view.seed, 0, MAX_SEED)
     _check("number of images", view.n, 1, limits.images)
     _check("guidance scale", view.guidance, 0, MAX_GUIDANCE)
@@ -79,4 +81,4 @@ def _read(field, value):
 
 def _check(what, value, low, high):
     if not (math.isfinite(value) and low <= value <= high):
-        raise UserError(f"The {what} is {value:g}; expected {low:g} to {high:g}.")
+        raise UserError(f"The {what} is {value:.10g}; expected {low:.10g} to {high:.10g}.")

@@ -48,7 +48,7 @@ class Server:
             "serve",
             "--port",
             str(port),
-            "--most-waiting",
+            "--max-waiting",
             str(waiting),
             "--device",
             "cpu",

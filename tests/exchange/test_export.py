@@ -746,7 +746,9 @@ def test_a_space_names_its_base_and_holds_fairref(tmp_path, runs):
 
 
 def test_a_space_of_another_base_is_refused(tmp_path, weights_of_tiny):
+    """Whatever its folder is called."""
     weights, adapter = weights_of_tiny
+    weights = shutil.copytree(weights, tmp_path / "emoji")
     with pytest.raises(UserError, match=r"is neither Stable Diffusion 1\.5 nor weights/emoji"):
         export_adapter(load_bundle(weights), adapter, "space", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -159,7 +159,7 @@ BASES = {  # command -> a command line that works, and is quick; {i} is the case
     "figures": "7 8 --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
     "report": "run --out out{i}.html",
     "plan": "--classes 8 --prompts 50 --half-width .03",
-    "serve": "--weights tiny --adapter run --device cpu --most-images 4",
+    "serve": "--weights tiny --adapter run --device cpu --max-images 4",
     "bundle": "check tiny",
     "export": "run --to kohya --weights tiny --out out{i}",
     "import": "kohya/fairref-gender.safetensors --weights tiny --out out{i}.safetensors",

@@ -1,6 +1,7 @@
 """The page in a real browser, as a visitor uses it: type, draw, compare, download, open the link anew."""
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -48,7 +49,18 @@ def server(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
-    argv = [sys.executable, "-c", ALONE, "serve", "--port", str(port), "--device", "cpu"]
+    argv = [
+        sys.executable,
+        "-c",
+        ALONE,
+        "serve",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--max-waiting",
+        "2",
+    ]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     ends = time.monotonic() + 600
@@ -81,7 +93,7 @@ def tab(browser):
 
 def arrive(tab, address):
     tab.go(address)
-    tab.wait(f"{PICTURES}.length > 0 && document.querySelector('textarea')?.value")
+    tab.wait(f"{PICTURES}.length > 0 && document.querySelector('#prompt textarea, #prompt input')?.value")
 
 
 def press_until(tab, condition):
@@ -93,12 +105,13 @@ def press_until(tab, condition):
     raise AssertionError(condition)
 
 
-def ask(tab, prompt):
+def ask(tab, prompt, by_enter=False):
     """Writes the prompt into its field and draws, with the keyboard alone."""
-    press_until(tab, f"{FOCUS}.tagName === 'TEXTAREA'")
+    press_until(tab, f"{FOCUS}.id === '' && {FOCUS}.closest('#prompt') !== null")
     tab.js(f"{FOCUS}.select()")
     tab.type(prompt)
-    press_until(tab, f"{FOCUS}.innerText === 'Draw'")
+    if not by_enter:
+        press_until(tab, f"{FOCUS}.innerText === 'Draw'")
     tab.key("Enter")
 
 
@@ -145,7 +158,7 @@ def test_from_the_first_visit_to_the_link(server, tab, browser, tmp_path):
     anew = browser.tab(390, dark=True)
     anew.go(f"{server}/{link}")
     assert drawn(anew, prompt) == pictures  # byte for byte
-    assert anew.js("document.querySelector('textarea').value") == prompt
+    assert anew.js("document.querySelector('#prompt textarea, #prompt input').value") == prompt
     anew.close()
     assert [url for url in tab.requests() if not url.startswith((server, "data:"))] == []
 
@@ -181,14 +194,49 @@ def test_a_bad_link_gets_a_sentence(server, tab, query, said):
 @pytest.mark.slow
 def test_cancel_frees_the_place(server, tab):
     arrive(tab, server)
-    long = f"{server}/?prompt=a+long+one&n=8&steps=100"
-    tab.go(long)
+    cancel = "[...document.querySelectorAll('button')].find(b => b.innerText === 'Cancel')"
+    assert tab.js(f"{cancel}.disabled")  # there is nothing to cancel
+    tab.go(f"{server}/?prompt=a+long+one&n=8&steps=100")
     tab.wait("!!document.querySelector('.fr .doing')")
     press_until(tab, f"{FOCUS}.innerText === 'Cancel'")
     tab.key("Enter")
-    assert tab.wait("document.querySelector('.fr .error')?.innerText") == "Cancelled."
-    ask(tab, "a photo of a short one")
+    assert tab.wait("document.querySelector('.fr [role=status]')?.innerText") == "Cancelled."
+    ask(tab, "a photo of a short one", by_enter=True)
     assert len(drawn(tab, "a photo of a short one")) in (8, 16)
+
+
+class Visitor:
+    """Somebody who asks for much through the API, and waits for it."""
+
+    def __init__(self, server):
+        self.connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=600)
+        body = json.dumps({"data": ["a photo", "", 0, 8, 2.5, 100, "gender", 1.0]})
+        self.connection.request("POST", "/gradio_api/call/draw", body, {"Content-Type": "application/json"})
+        event = json.loads(self.connection.getresponse().read())["event_id"]
+        self.connection.request("GET", f"/gradio_api/call/draw/{event}")
+        self.connection.getresponse()
+
+    def leave(self):
+        self.connection.close()
+
+
+@pytest.mark.slow
+def test_who_waits_and_who_finds_the_queue_full_are_told(server, tab):
+    visitors = [Visitor(server)]
+    tab.go(f"{server}/?prompt=a+link+that+waits")
+    assert tab.wait("document.querySelector('.fr [role=status]')?.innerText") == "Waiting for its turn …"
+    tab.wait(
+        "performance.getEntriesByType('resource').some(e => e.name.includes('queue/join'))"
+    )  # it has its place
+    visitors.append(Visitor(server))
+    other = tab.browser.tab(1280)
+    arrive(other, server)  # who only looks takes no place
+    ask(other, "one too many")
+    assert "The queue is full" in other.wait("document.querySelector('.fr .error')?.innerText")
+    other.close()
+    for visitor in visitors:
+        visitor.leave()
+    assert len(drawn(tab, "a link that waits")) == 8
 
 
 @pytest.mark.slow

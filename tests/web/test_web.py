@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import re
 import zipfile
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from tiny_run import make_setup, moved
 
+from fairref.bundle.loading import load_bundle
 from fairref.commands import serve
 from fairref.errors import UserError
 from fairref.evaluation.certainty import share
@@ -49,12 +51,8 @@ def studio(loaded_tiny_faces, adapter):
 
 def drawn_by(studio, view):
     """What it draws, and how often it said how far it is."""
-    drawing, told = studio.draw(view), []
-    while True:
-        try:
-            told.append(next(drawing))
-        except StopIteration as end:
-            return end.value, told
+    *told, drawn = studio.draw(view)
+    return drawn, told
 
 
 def pixels(data):
@@ -106,13 +104,13 @@ def test_without_an_adapter_it_shows_the_original(loaded_tiny):
         ({}, "no prompt"),
         ({"prompt": "  "}, "no prompt"),
         ({"prompt": "x" * 1001}, "1001 letters; expected at most 1000"),
-        ({"prompt": "a\nb"}, "line breaks"),
-        ({"prompt": "a", "seed": "-1"}, "seed is -1; expected 0 to 4.29497e"),
+        ({"prompt": "a\x07b"}, "control characters"),
+        ({"prompt": "a", "seed": "-1"}, "seed is -1; expected 0 to 4294967295"),
         ({"prompt": "a", "seed": "1.5"}, "seed is '1.5'; expected a whole number"),
         ({"prompt": "a", "seed": "nan"}, "expected a whole number"),
         ({"prompt": "a", "n": 9}, "number of images is 9; expected 1 to 8"),
         ({"prompt": "a", "n": 0}, "number of images is 0"),
-        ({"prompt": "a", "steps": 1e9}, "number of steps is 1e.09"),
+        ({"prompt": "a", "steps": 1e9}, "number of steps is 1000000000; expected 1 to 100"),
         ({"prompt": "a", "guidance": "inf"}, "guidance scale is inf"),
         ({"prompt": "a", "guidance": {"a": 1}}, "guidance is .*; expected a number"),
         ({"prompt": "a", "strength": 1.6}, "strength is 1.6"),
@@ -124,9 +122,11 @@ def test_what_a_request_may_ask_for(values, said):
         read_view(values, View(""), Limits())
 
 
-@pytest.mark.parametrize("prompt", ["a photo of a pilot", HOSTILE, "100 % = 1 + 1 & more?", "日本語"])
+@pytest.mark.parametrize(
+    "prompt", ["a photo of a pilot", HOSTILE, "100 % = 1 + 1 & more?", "日本語", "a 👩\u200d✈️"]
+)
 def test_a_link_holds_a_view(prompt):
-    view = View(prompt, "not blue", 2**32 - 1, 8, 7.125, 33, "fair & more", 1.25)
+    view = View(prompt, "not blue", 2**32 - 1, 8, 1 / 3, 33, "fair & more", 0.123456789012)
     assert read_view(dict(parse_qsl(view.query())), View(""), Limits()) == view
 
 
@@ -179,6 +179,39 @@ def test_downloads_are_the_files(studio):
     }
 
 
+def test_blanks_of_all_kinds_are_blanks():
+    assert (
+        read_view({"prompt": " a\u00a0photo\n of\ta pilot\n"}, View(""), Limits()).prompt
+        == "a photo of a pilot"
+    )
+
+
+def test_a_prefix_is_there_or_not_and_no_path_is_told(loaded_tiny, tmp_path):
+    prefix = torch.randn(3, loaded_tiny.text_encoder.text_model.embeddings.token_embedding.weight.shape[1])
+    save_adapter(tmp_path / "prefix.safetensors", {"prefix": prefix}, {"base": loaded_tiny.fingerprints})
+    studio = Studio(loaded_tiny, {"soft": read_adapter(tmp_path / "prefix.safetensors")}, Limits(seconds=1e6))
+    with pytest.raises(UserError) as refused:
+        drawn_by(studio, replace(studio.default, prompt="a", strength=0.5))
+    assert "The strength of soft is 0.5; it is a prefix" in str(refused.value) and str(tmp_path) not in str(
+        refused.value
+    )
+
+
+def test_a_bare_model_without_judges_is_drawn(tiny_folder, tmp_path):
+    for name in ("model_index.json", "scheduler", "tokenizer", "text_encoder", "unet", "vae"):
+        (tmp_path / name).symlink_to(tiny_folder / name)
+    studio = Studio(load_bundle(tmp_path), {}, Limits(images=2, seconds=1e6))
+    assert studio.default.n == 2
+    drawn, _ = drawn_by(studio, replace(studio.default, prompt="a", n=1, steps=1))
+    assert drawn.classes == {} and "judge" not in shown.shown(drawn)
+
+
+def test_an_adapter_where_there_is_none_is_said(loaded_tiny):
+    studio = Studio(loaded_tiny, {}, Limits())
+    with pytest.raises(UserError, match="no adapter 'fair' here; expected one of none"):
+        drawn_by(studio, replace(studio.default, prompt="a", adapter="fair"))
+
+
 def answers(path, chunks=(b"",), limit=100, root_path=""):
     """The guard's status for a request, and what the application behind it got; None: it got nothing."""
     got, sent = [], []
@@ -188,6 +221,7 @@ def answers(path, chunks=(b"",), limit=100, root_path=""):
     ]
 
     async def app(scope, receive, send):
+        assert not scope["path"].startswith("/fair")
         got.append((await receive())["body"])
         assert (await receive())["type"] == "http.disconnect"
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -198,7 +232,7 @@ def answers(path, chunks=(b"",), limit=100, root_path=""):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(app, limit)({"type": "http", "path": path, "root_path": root_path}, receive, send))
+    asyncio.run(Guard(app, limit, root_path)({"type": "http", "path": path}, receive, send))
     return sent[0]["status"], got[0] if got else None
 
 
@@ -262,12 +296,19 @@ def test_a_large_request_is_refused():
     assert answers("/config", (b"x" * 60, b"x" * 41)) == (413, None)
 
 
+def test_the_name_of_a_session_is_short():
+    for name, status in (("x" * 64, 200), ("x" * 65, 400)):
+        body = json.dumps({"data": [], "session_hash": name}).encode()
+        assert answers("/gradio_api/queue/join", (body,), 1000)[0] == status
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
         (["--auth", "name"], "--auth is not NAME:PASSWORD"),
         (["--port", "0"], "--port"),
-        (["--host", "192.0.2.1"], "can't listen there"),
+        (["--host", "192.0.2.1"], r"can't listen there \(Cannot assign requested address\)"),
+        (["--root-path", "fair"], "expected a path as /fairref"),
         (["--adapter", "nowhere"], "nowhere: no such adapter"),
     ],
 )
