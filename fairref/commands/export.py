@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from fairref import settings
 from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
+from fairref.errors import UserError
 from fairref.exchange.export import FORMATS, export_adapter
 from fairref.exchange.exported import SPACE, WHOLE
+from fairref.generation.adapters import own_adapters
 
 
 def parser() -> cli.Parser:
@@ -17,7 +19,11 @@ def parser() -> cli.Parser:
         description="Write an adapter as other tools take it, with a model card and a check.",
         example="fairref export runs/gender --to kohya --out fairer",
     )
-    parser.add_argument("adapter", help="a run's folder, or an adapter file")
+    parser.add_argument(
+        "adapter",
+        nargs="?",
+        help="a run's folder, or an adapter file (None: the bundle's own, with --to space)",
+    )
     parser.add_argument(
         "--to",
         required=True,
@@ -41,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: the folder, and how to check it."""
     options = parser().parse_args(argv)
     bundle = load_bundle(options.weights)
-    folder = export_adapter(bundle, options.adapter, options.to, options.out, options.half, options.any_base)
+    adapter = options.adapter
+    if adapter is None and options.to == SPACE:
+        adapter = next(iter(own_adapters(bundle)), None)
+    if adapter is None:
+        raise UserError("fairref export: no adapter is named; give a run's folder or an adapter file.")
+    folder = export_adapter(bundle, adapter, options.to, options.out, options.half, options.any_base)
     if options.to == SPACE:
         print("push it to a Space of the hub; README.md says what is in it")
         return

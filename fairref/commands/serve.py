@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fairref.bundle.loading import load_bundle
 from fairref.commands import cli
 from fairref.errors import UserError
-from fairref.generation.adapters import read_adapter
+from fairref.generation.adapters import own_adapters, read_adapter
 from fairref.processes import DTYPES, choose_device
 from fairref.settings import MAX_COUNT
 from fairref.web import server
@@ -16,7 +16,6 @@ from fairref.web.page import need_gradio
 from fairref.web.studio import Studio
 from fairref.web.view import Limits, read_view
 
-ADAPTERS = "adapters"  # a bundle's folder of adapters that come with it
 EXAMPLE = "a photo of the face of a pilot, a person"
 
 
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     need_gradio()
     bundle = load_bundle(options.weights, choose_device(options.device), DTYPES[options.dtype or "float32"])
     limits = Limits(images=options.max_images, waiting=options.max_waiting, seconds=options.max_seconds)
-    paths = options.adapter or sorted((bundle.path / ADAPTERS).glob("*.safetensors"))
+    paths = options.adapter or own_adapters(bundle)
     studio = Studio(bundle, _named([read_adapter(path) for path in paths]), limits, options.any_base)
     *_, example = studio.draw(read_view({"prompt": options.example}, studio.default, limits), math.inf)
     app = server.application(studio, example, auth, root)

@@ -40,6 +40,7 @@ from fairref.generation.lora import (
 
 FORMAT, IMPORTED = "fairref-adapter-1", "fairref-adapter-2"
 FILE = "adapter.safetensors"
+OWN = "adapters"  # a bundle's folder of adapters that come with it
 DOWN, UP, WHOLE = ".lora_down.weight", ".lora_up.weight", ".weight"
 STRONGEST = 1.5  # the largest strength
 NOT_OURS = (
@@ -97,6 +98,11 @@ def adapter_file(path: str | Path) -> Path:
             " another tool's file."
         )
     return file
+
+
+def own_adapters(bundle: Bundle) -> list[Path]:
+    """The files of adapters that come with a bundle."""
+    return sorted((bundle.path / OWN).glob("*.safetensors"))
 
 
 def read_adapter(path: str | Path) -> AdapterFile:

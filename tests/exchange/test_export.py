@@ -745,6 +745,12 @@ def test_a_space_names_its_base_and_holds_fairref(tmp_path, runs):
     assert not any(name.startswith("fairref/weights/") for name in held)
 
 
+def test_without_an_adapter_only_a_space_has_one(tmp_path, tiny_folder):
+    for argv in (["--to", "kohya"], ["--to", "space", "--weights", str(tiny_folder)]):
+        with pytest.raises(UserError, match="no adapter is named"):
+            export.main([*argv, "--out", str(tmp_path / "out")])
+
+
 def test_a_space_of_another_base_is_refused(tmp_path, weights_of_tiny):
     """Whatever its folder is called."""
     weights, adapter = weights_of_tiny
@@ -757,7 +763,7 @@ def test_a_space_of_another_base_is_refused(tmp_path, weights_of_tiny):
 @pytest.mark.slow
 def test_a_space_of_the_small_bundle_installs_and_serves(tmp_path):
     out = tmp_path / "space"
-    export.main(["weights/emoji/adapters/gender.safetensors", "--to", "space", "--out", str(out)])
+    export.main(["--to", "space", "--out", str(out)])  # with the adapter that comes with the bundle
     (wheel,) = out.glob("*.whl")
     pip = [
         sys.executable,
