@@ -51,7 +51,9 @@ class Parser(argparse.ArgumentParser):
             is_empty = "" in (value, *(value if isinstance(value, list) else ()))
             if action.option_strings and is_empty and action.default != "":
                 self.error(f"{action.option_strings[0]} is empty")
-            if value == []:  # what some versions of argparse make of --option=--
+            if value == [] or (
+                isinstance(value, list) and [] in value
+            ):  # what some versions of argparse make of --option=--
                 self.error(f"{(action.option_strings or [action.dest])[0]} is '--', expected a value")
         return found
 

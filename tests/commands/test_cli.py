@@ -184,3 +184,16 @@ def test_a_terminal_that_hangs_up_leaves_a_run_that_can_go_on(tiny_folder, tmp_p
     assert done == list(range(len(done)))
     assert (out / f"checkpoint-{len(done):06d}.safetensors").is_file()
     assert (out / "adapter.safetensors").is_file() is not signals
+
+
+@pytest.mark.parametrize("action", ["store", "append"])
+def test_two_dashes_are_no_value(action):
+    parser = cli.Parser(prog="fairref x")
+    parser.add_argument("--target", action=action)
+    try:
+        found = parser.parse_args(["--target=--"]).target
+    except UserError as error:
+        assert "--target" in str(error)
+    else:  # newer versions of argparse take it as a text
+        assert found in ("--", ["--"])
+    assert parser.parse_args(["--target=a"]).target in ("a", ["a"])
