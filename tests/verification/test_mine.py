@@ -20,7 +20,7 @@ from fairref.verification.quantities import QUANTITIES
 from fairref.verification.verify import all_checks
 
 ROOT = Path(__file__).resolve().parents[2]
-# What is said of each of the mistakes, in their order. They were written before, and not by whoever wrote the check.
+# What is said of each of the mistakes, in their order. They were written from the exercises alone, before the check.
 SAID = (
     ("alpha_bar", "a root of the result is taken too often"),
     ("sigma_t", "the result is squared \\(a root is missing\\)"),
