@@ -4,6 +4,10 @@ import json
 import re
 from pathlib import Path
 
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~*$}/-])/(?:home|root|work|tmp|Users|opt|mnt|srv)/\w"
+)  # a folder of one machine
+
 
 def text_of(document: Path) -> str:
     """The text of a Markdown file or of a notebook's Markdown cells."""

@@ -7,14 +7,13 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from documents import headings, text_of
+from documents import MACHINE_PATH, headings, text_of
 
 from fairref.verification.mine import check_answers
 from fairref.verification.quantities import QUANTITIES
 
 COURSE = Path(__file__).resolve().parents[1] / "docs" / "course"
 CHAPTERS = sorted(COURSE.glob("*.ipynb"))
-MACHINE_PATH = re.compile(r"(?<![\w.~*$}/-])/(?:home|root|work|tmp|Users|opt|mnt|srv)/\w")
 LARGEST = 600_000  # bytes of a notebook
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 FINETUNED = {"cell-26": 12, "cell-28": 48}  # cells of chapter 5 that finetune: how many pictures they count

@@ -12,6 +12,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from documents import MACHINE_PATH
 from waiting import done
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +85,6 @@ CORE = (
     "generation/rollout",
 )
 CORE_LINES = 2400
-MACHINE_PATH = re.compile(r"(?<![\w.~*$}/-])/(?:home|root|work|tmp|Users|opt|mnt|srv)/\w")
 
 
 def module_name(path):

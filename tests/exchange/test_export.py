@@ -768,7 +768,7 @@ def test_a_space_of_the_small_bundle_installs_and_serves(tmp_path):
     pip = [
         sys.executable,
         "-m",
-        *"pip install -q --no-deps --target".split(),
+        *["pip", "install", "-q", "--no-deps", "--target"],
         str(tmp_path / "lib"),
         str(wheel),
     ]
