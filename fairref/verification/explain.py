@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,14 +171,27 @@ PLACES = {  # a check's equation -> where it is
         f"{METHOD}#8-evaluation",
     ),
 }
-ALIASES = {
-    "a.1": "Algorithm A.1",
-    "b_t": "eq 9",
-    "k_i": "z_0",
-    "w_i": "A_t, C_i",
-    "q": "eqs 4, 5",
-    "l_align": "eq 6",
-    "l_img": "eq 7",
+ALIASES = {  # names of the course, of gradient modes and of papers -> equations
+    "alpha_bar": ["eq 1"],
+    "sigma_t": ["eq 2", "eq 3"],
+    "epsilon": ["guidance"],
+    "z_0": ["eq 10", "z_0"],
+    "b_t": ["eq 9"],
+    "gradient": ["eq 9"],
+    "exact": ["eq 9"],
+    "k_i": ["z_0"],
+    "w_i": ["A_t, C_i"],
+    "adjusted": ["Algorithm A.1", "B_t = I"],
+    "a.1": ["Algorithm A.1"],
+    "algorithm a1": ["Algorithm A.1"],
+    "paper": ["Algorithm A.1"],
+    "solver": ["A_t = 1"],
+    "none": ["B_t = I"],
+    "draft": ["last:K"],
+    "alignprop": ["random:K", "bernoulli"],
+    "q": ["eqs 4, 5"],
+    "l_align": ["eq 6"],
+    "l_img": ["eq 7"],
 }
 
 
@@ -185,15 +199,17 @@ def explain(name: str) -> str:
     """What is known of an equation, "eq 9" or "9", as text. Raises UserError, which lists the equations."""
     found = list(_named(name))
     if not found:
-        raise UserError(f"--explain is '{name}'; expected one of {', '.join(map(repr, PLACES))}.")
+        near = get_close_matches(name.lower(), ALIASES | {of.lower(): of for of in PLACES})
+        hint = f" near are {', '.join(map(repr, near))};" if near else ""
+        known = ", ".join(map(repr, [*PLACES, *ALIASES]))
+        raise UserError(f"--explain is '{name}';{hint} expected one of {known}.")
     return "\n\n".join(map(_text, found))
 
 
 def _named(name) -> Iterator[str]:
     """The equations of a name or of its beginning; a number names all that have it, and stands for K, M or ALPHA."""
     wanted = " ".join(name.lower().split())
-    wanted = ALIASES.get(wanted, wanted).lower()
-    exact = [equation for equation in PLACES if wanted in (equation.lower(), *equation.lower().split(", "))]
+    exact = ALIASES.get(wanted) or [of for of in PLACES if wanted in (of.lower(), *of.lower().split(", "))]
     numbers = re.fullmatch(r"(?:eq(?:uation)?s?\.? ?)?\(?(\d+(?:(?:, ?| and )\d+)*)\)?", wanted)
     if numbers and not exact:
         asked = set(re.findall(r"\d+", numbers[1]))

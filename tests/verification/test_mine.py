@@ -10,6 +10,7 @@ from mistakes import MISTAKES
 from slips import SLIPS
 
 from fairref.commands import verify as command
+from fairref.diffusion.gradient import MODES
 from fairref.errors import UserError
 from fairref.verification import diagnosis
 from fairref.verification.changes import Apart
@@ -161,6 +162,13 @@ def test_every_equation_of_verify_is_explained():
     assert "coupling" in explain("eq 9") and "eqs 4, 5" in explain("5")
     with pytest.raises(UserError, match=r"expected one of 'eq 1', 'eq 2', .*'A_t, C_i', 'A_t = 1'"):
         explain("eq 12")
+    with pytest.raises(UserError, match=r"near are .*'eq 10'.*; expected one of .*'alpha_bar'"):
+        explain("eq 1O")
+
+
+def test_every_name_of_the_course_and_of_a_gradient_is_explained():
+    for name in [*QUANTITIES, *(mode.split(":")[0] for mode in MODES)]:
+        assert explain(name)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +176,8 @@ def test_every_equation_of_verify_is_explained():
     [
         ("B_t", ["eq 9"]),
         ("k_i", ["z_0"]),
+        ("z_0", ["eq 10", "z_0"]),
+        ("Algorithm A1", ["Algorithm A.1"]),
         ("w_i", ["A_t, C_i"]),
         ("L_align", ["eq 6"]),
         ("L_img", ["eq 7"]),
