@@ -83,6 +83,7 @@ def setting(
 
 
 TARGET = {"attr": ()}
+ADJUSTED = ("paper", "solver", "none")
 LORA, EVALUATED = ("text_encoder", "unet", "both"), ("both", "best", "ema", "raw")
 
 
@@ -191,8 +192,15 @@ class Recipe:
     )
     grad_steps: int = setting(
         0,
-        "sampling steps that are drawn for the adjusted gradient, which stays unbiased; 0: all of them",
-        only_with={"gradient": ("paper", "solver", "none")},
+        "sampling steps an image, on the average, that are drawn for the adjusted gradient, which stays unbiased; 0:"
+        " all of them",
+        only_with={"gradient": ADJUSTED},
+    )
+    keep_graphs: bool = setting(
+        False,
+        "keep the U-Net's graph of each sampling step until its gradient is known: less time, and memory that grows"
+        " with the steps; without --grad-steps",
+        only_with={"gradient": ADJUSTED},
     )
     micro_batch: int = setting(
         0,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.special import bdtr, bdtrc
+from scipy.special import bdtr, bdtrc, log_softmax
 from scipy.stats import multinomial
 
 EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not enumerated
@@ -143,8 +143,7 @@ def cross_entropy(logits: np.ndarray) -> np.ndarray:
     Where p saturates at 1.0 the distances tie and assignments would be arbitrary. The cheapest one by
     cross-entropy is what the ranking by log-odds picks for K = 2.
     """
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.log(np.exp(shifted).sum(1, keepdims=True)) - shifted
+    return -log_softmax(logits, axis=1)
 
 
 def two_classes(logits: np.ndarray, size: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -204,7 +203,7 @@ class Solver:
             x = np.hstack([np.ones((len(n), 1)), n - len(cost) * self.target])  # (M, 1 + K)
             y = mean_by(self.group, self.sums[assign_each(cost, n).T]).reshape(len(n), -1)  # (M, G J)
             xx, xy, yy, M = xx + x.T @ x, xy + x.T @ y, yy + (y**2).sum(0), M + len(n)
-            inverse = np.linalg.pinv(xx, rcond=RANK, hermitian=True)  # the counts' sum is N: one of them is too much
+            inverse = np.linalg.pinv(xx, rcond=RANK, hermitian=True)  # not 1 / xx: the counts add up to N
             fit = inverse @ xy  # (1 + K, G J)
             stderr = np.sqrt(inverse[0, 0] * np.maximum(yy - (fit * xy).sum(0), 0) / (M - len(self.target)))
             constant = (xy[0] == 0) | (xy[0] == M)
@@ -277,9 +276,9 @@ class Changes(NamedTuple):
         """
         (N, G), K = assigned.shape, len(self.rank)
         row, start = np.arange(G), np.broadcast_to(start, G)
-        absent = (assigned != np.arange(K, dtype=assigned.dtype)[:, None, None]) * self.rank.dtype.type(N)  # (K, N, G)
+        others = assigned != np.arange(K, dtype=assigned.dtype)[:, None, None]  # (K, N, G) images not of u
         # (K, K, G) the rank of the image of u that goes to v most cheaply; N if u has none
-        first = np.maximum(self.rank[:, :, :, None], absent[:, None]).min(2)
+        first = np.maximum(self.rank[:, :, :, None], (others * self.rank.dtype.type(N))[:, None]).min(2)
         edges = self.cost.take(first + (N + 1) * np.arange(K * K).reshape(K, K, 1))
         edges[:, start, row] = np.inf  # no way leads back
         length = edges[start, :, row].T  # (K, G) of the shortest way found, from start to each class

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairref.nets import attention, is_count, require, require_numbers
+from fairref.errors import is_count, require, require_numbers
+from fairref.nets import attention
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], the same for every CLIP
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -84,5 +84,7 @@ def require_gradients(setup: Setup) -> None:
 
 
 def lacking(setup: Setup) -> list[str]:
-    """What the run's terms say of parts that they go without."""
-    return [sentence for term in TERMS.values() for sentence in term.lacks(setup)]
+    """What the run's terms say of parts that they go without, where these would have a weight."""
+    weights = {"dino": setup.recipe.lambda_img, "embedder": setup.recipe.lambda_face}
+    parts = [row for term in TERMS.values() for row in term.without] if setup.target else []
+    return [said for part, said in parts if weights.get(part, 1) and not setup.bundle.has(part)]

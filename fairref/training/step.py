@@ -47,7 +47,8 @@ def iteration_gradient(
     if targets is None:
         return [torch.full_like(p, torch.nan) for p in parameters], about
     g, sums = image_gradient(setup, task, pair, targets.q)  # (n, 4, h, w)
-    gradient = sampling_gradient(setup, drawn, g, text, parameters, i)
+    drawn = draw_terms(setup, drawn, g, i)
+    gradient = sampling_gradient(setup, drawn, g, text, parameters)
     if watch:
         watch(task, drawn, pair, targets.q, g, gradient)
     *gradient, sums = setup.processes.total([*gradient, sums.to(gradient[0])])  # one message, all of one type
@@ -100,6 +101,7 @@ class Rollout(NamedTuple):
     table: SolverTable
     model: GuidedModel
     path: list[Step]
+    w: Tensor  # (S,) or (S, n) w_i, or the factors kappa_i of a mode with coupling
 
 
 def sample_path(setup: Setup, model: Bundle, task: Task, text: Tensor, i: int) -> Rollout:
@@ -107,9 +109,10 @@ def sample_path(setup: Setup, model: Bundle, task: Task, text: Tensor, i: int) -
     recipe = setup.recipe
     stop = gradient_mode(recipe.gradient).stop(task.S, draws(recipe.seed, STOP, i))
     table = solver_table(setup.bundle.schedule, task.S, recipe.end, stop=stop)
+    w = term_weights(setup, table, i)
     z_T = first_noise(setup.bundle, recipe.seed, i, setup.processes.part(recipe.batch))  # (n, 4, h, w)
-    from_text = guided(model, text, task.guidance)
-    return Rollout(table, from_text, rollout(from_text, table, z_T))
+    from_text = guided(model, text, task.guidance, recipe.keep_graphs)
+    return Rollout(table, from_text, rollout(from_text, table, z_T), w)
 
 
 @torch.no_grad()
@@ -166,24 +169,40 @@ def all_logits(setup: Setup, pair: ImagePair) -> tuple[dict[str, Tensor], Tensor
     return dict(zip(here, everywhere, strict=True)), setup.processes.gather(has_face.float(), N) > 0
 
 
+def term_weights(setup: Setup, table: SolverTable, i: int) -> Tensor:
+    """(S,) w_i of the steps that the iteration's mode keeps, 0 of others; with coupling kappa_i."""
+    mode = gradient_mode(setup.recipe.gradient)
+    kept = mode.steps(table.S, draws(setup.recipe.seed, GRAD_STEPS, i)).double()
+    return kept * (mode.coupling or mode.weights(setup.bundle.schedule, table))
+
+
+def draw_terms(setup: Setup, drawn: Rollout, g: Tensor, i: int) -> Rollout:
+    """The run with weights w (S, n) of which only some are not 0: `grad_steps` N terms of a step and one of all N
+    images are drawn, with probability proportional to |w_i| ‖g_n‖."""
+    (S,), N, M = drawn.w.shape, setup.recipe.batch, setup.recipe.grad_steps
+    if not 0 < M < S:
+        return drawn
+    size = setup.processes.gather(g.double().flatten(1).norm(dim=1), N).cpu()  # (N,)
+    u = draws(setup.recipe.seed, GRAD_STEPS, i).random()
+    rows = setup.processes.part(N)
+    terms = subsample(drawn.w.repeat(N), M * N, u, size.repeat_interleave(S)).view(N, S)
+    return drawn._replace(w=terms[rows.start : rows.stop].T)
+
+
 def sampling_gradient(
-    setup: Setup, drawn: Rollout, g: Tensor, text: Tensor, parameters: Sequence[nn.Parameter], i: int
+    setup: Setup, drawn: Rollout, g: Tensor, text: Tensor, parameters: Sequence[nn.Parameter]
 ) -> list[Tensor]:
     """dL/dparameters of this process's images: g = dL/dz_0 goes back along their path, then through the text."""
     recipe, model = setup.recipe, drawn.model
-    mode, rng = gradient_mode(recipe.gradient), draws(recipe.seed, GRAD_STEPS, i)
-    kept = mode.steps(drawn.table.S, rng)
-    if mode.coupling:
+    if gradient_mode(recipe.gradient).coupling:
         parts = [zeros_like(leaf) for leaf in model.leaves]
         for rows in torch.arange(len(g)).split(recipe.micro_batch or max(len(g), 1)):
             path = [step._replace(z=step.z[rows]) for step in drawn.path]
-            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows], mode.coupling * kept.double())
+            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows], drawn.w)
             parts = [a + b for a, b in zip(parts, of_rows, strict=True)]
     else:
-        w = mode.weights(setup.bundle.schedule, drawn.table) * kept
-        if 0 < recipe.grad_steps < drawn.table.S:
-            w = subsample(w, recipe.grad_steps, rng.random())
-        parts = adjusted_gradient(model, drawn.table, w, drawn.path, g, recipe.micro_batch)
+        at_once = 0 if recipe.keep_graphs else recipe.micro_batch
+        parts = adjusted_gradient(model, drawn.table, drawn.w, drawn.path, g, at_once)
     dc, dc_empty, *of_unet = parts
     in_text = [torch.zeros_like(p) for p in parameters]
     if text.requires_grad:

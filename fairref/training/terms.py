@@ -16,12 +16,7 @@ from fairref.diffusion.model import network_dtype, scaled_vjp
 from fairref.fairness import losses
 from fairref.fairness.faces import Faces, align_crops, scale_gradient, shared_boxes
 from fairref.generation.rollout import decode
-from fairref.generation.views import (
-    faces_of,
-    map_batches,
-    scatter_to_images,
-    select_faces,
-)
+from fairref.generation.views import faces_of, map_batches, scatter_to_images, select_faces
 from fairref.judges.sfnet import embed_faces
 from fairref.training.own_losses import OwnLoss
 from fairref.training.setup import Setup, Task
@@ -45,9 +40,7 @@ class ImagePair:
     faces: Faces | None = None  # of x
     o_faces: Faces | None = None
     o_class: Tensor | None = None  # (n, A); says nothing where o shows no face
-    original_confident: Tensor | None = (
-        None  # (n,) bool: each of o's classes has p >= MIN_ORIGINAL_CONFIDENCE
-    )
+    original_confident: Tensor | None = None  # (n,) bool: o's classes have p >= MIN_ORIGINAL_CONFIDENCE
     o_embedding: Tensor | None = None  # (n, D) of o's face, zero where there is none
 
     def __getitem__(self, rows: Tensor) -> "ImagePair":
@@ -164,20 +157,16 @@ def own_term(own: OwnLoss) -> Callable[[View], Values]:
 
 @dataclass(frozen=True)
 class Term:
-    """A row of TERMS: one term of the loss, what it takes, and what a run without it says."""
+    """A row of TERMS: one term of the loss, and what it takes."""
 
     values: Callable[[View], Values]
     in_run: Callable[[Setup], bool]  # whether a run has it
     needs: tuple[str, ...] = ()  # parts of a bundle without which a run is refused
-    lacks: Callable[[Setup], list[str]] = lambda setup: []  # what a run says of parts that it goes without
+    without: tuple[tuple[str, str], ...] = ()  # parts that it can do without, and what the run then says
 
 
 def _has_target(setup: Setup) -> bool:
     return setup.target is not None
-
-
-def _lacks(setup: Setup, part: str, weight: float, sentence: str) -> list[str]:
-    return [sentence] if _has_target(setup) and weight and not setup.bundle.has(part) else []
 
 
 TERMS: dict[str, Term] = {
@@ -185,20 +174,13 @@ TERMS: dict[str, Term] = {
         align,
         _has_target,
         ("classifiers.finetune",),
-        lambda s: _lacks(s, "detector", 1, "no face detector: its classifiers look at whole images"),
+        (("detector", "no face detector: its classifiers look at whole images"),),
     ),
-    "image": Term(
-        image,
-        _has_target,
-        ("clip",),
-        lambda s: _lacks(s, "dino", s.recipe.lambda_img, "no DINO: L_img compares images by CLIP alone"),
-    ),
+    "image": Term(image, _has_target, ("clip",), (("dino", "no DINO: L_img compares images by CLIP alone"),)),
     "face": Term(
         face,
         lambda setup: _has_target(setup) and setup.judges_faces,
-        lacks=lambda s: _lacks(
-            s, "embedder", s.recipe.lambda_face, "no face embedder: the loss has no L_face"
-        ),
+        without=(("embedder", "no face embedder: the loss has no L_face"),),
     ),
     "text": Term(text, lambda setup: setup.recipe.lambda_text > 0, ("clip",)),
 }

@@ -244,11 +244,36 @@ def test_the_gradient_may_take_a_few_steps_only(bundles, monkeypatch):
         monkeypatch.setattr(step, drawing, cache_of_one(getattr(step, drawing)))
     seen = []
     for u in ((np.arange(40) + 0.5) / 40).tolist():
-        monkeypatch.setattr(step, "subsample", lambda w, M, _, u=u: subsample(w, M, u))
+        monkeypatch.setattr(step, "subsample", lambda w, M, _, size, u=u: subsample(w, M, u, size))
         seen.append(iteration_gradient(with_steps(2), model, parameters, 0)[0])
     means = [torch.stack(g).mean(0) for g in zip(*seen, strict=True)]
     for mean, b in zip(means, whole, strict=True):
         assert float((mean - b).norm() / b.norm()) < 0.05  # a grid of 40 draws, not all of them
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "both", "prefix"])
+def test_kept_graphs_change_nothing_but_what_is_evaluated(bundles, monkeypatch, component):
+    setup = make_setup(bundles[torch.float64], batch=3, steps=4, component=component, micro_batch=2)
+    model, state = moved(setup)
+    parameters, evaluated = list(state.adapter.parameters()), []
+    real = type(model.unet).forward
+    monkeypatch.setattr(
+        type(model.unet), "forward", lambda self, z, t, c: evaluated.append(len(z)) or real(self, z, t, c)
+    )
+
+    def found(**changes):
+        evaluated.clear()
+        changed = replace(setup, recipe=replace(setup.recipe, **changes))
+        return *iteration_gradient(changed, model, parameters, 0), sum(evaluated)
+
+    gradient, metrics, rows = found()
+    kept, same, fewer = found(keep_graphs=True)
+    assert same == metrics and (rows, fewer) == (
+        3 * 4 * 3 * 2,
+        2 * 4 * 3 * 2,
+    )  # the path, the frozen one, the VJPs
+    for a, b in zip(kept, gradient, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.abs().max()))
 
 
 def test_at_the_start_both_models_draw_the_same_and_nothing_is_drawn_twice(bundles, monkeypatch):

@@ -105,7 +105,7 @@ def test_what_an_iteration_draws_follows_from_the_seed_and_the_iteration(bundle,
     drawn = []
     if what == "steps of the gradient":
         real = step.subsample
-        monkeypatch.setattr(step, "subsample", lambda w, M, u: drawn.append(u) or real(w, M, u))
+        monkeypatch.setattr(step, "subsample", lambda w, M, u, size: drawn.append(u) or real(w, M, u, size))
     if what == "noise":
         real = step.first_noise
         monkeypatch.setattr(
