@@ -7,7 +7,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from fairref.fairness.losses import confident_targets, leaving_targets
+from fairref.fairness import losses
 from fairref.fairness.transport import expected_ot
 
 SURE = 6.0  # log-odds by which an image shows its class; images of a class differ in the rest
@@ -16,13 +16,13 @@ SURE = 6.0  # log-odds by which an image shows its class; images of a class diff
 def asked_to_change(counts: Sequence[int], target: Tensor, C: float, leave: bool = False) -> Tensor:
     """How many images of class k, of which the batch has counts[k], are told class l (K, K); 0 for l = k.
 
-    target (K,). leave: with the threshold on leaving (`leaving_targets`).
+    target (K,). leave: with the threshold on leaving (`losses.leaving_targets`).
     """
     K = len(counts)
     own = torch.repeat_interleave(torch.arange(K), torch.as_tensor(counts))  # (N,)
     unlike = np.random.default_rng(0).normal(size=(len(own), K))
     q = expected_ot(torch.from_numpy(unlike) + SURE * torch.eye(K)[own], target).q
-    y, told = confident_targets(leaving_targets(q, own, C) if leave else q, C)
+    y, told = losses.confident_targets(losses.leaving_targets(q, own, C) if leave else q, C)
     moves = torch.zeros(K, K, dtype=torch.long)
     moves.index_put_((own[told], y[told]), torch.tensor(1), accumulate=True)
     return moves.fill_diagonal_(0)
