@@ -12,7 +12,7 @@ import fairref
 from fairref.diffusion import gradient, model, sampler, solver
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
-from fairref.fairness import losses, metrics, transport
+from fairref.fairness import losses, metrics, threshold, transport
 from fairref.verification import derivation
 from fairref.verification.verify import all_checks
 
@@ -23,6 +23,7 @@ TEST_DERIVATION, TEST_SOLVER, TEST_LOSSES = (
     for name in ("diffusion/test_derivation", "diffusion/test_solver", "fairness/test_losses")
 )
 TEST_VERIFY = "tests/verification/test_verify.py"
+TEST_THRESHOLD = "tests/fairness/test_threshold.py"
 TEST_TRANSPORT, TEST_METRICS = "tests/fairness/test_transport.py", "tests/fairness/test_metrics.py"
 
 
@@ -148,6 +149,14 @@ PLACES = {  # a check's equation -> where it is
     "eq 6": Place(
         (losses.confident_targets, losses.align_loss),
         (f"{TEST_LOSSES}::test_align_loss_is_eq_6_with_its_gradient",),
+        f"{METHOD}#3-the-distributional-alignment-loss-eqs-4-to-6",
+    ),
+    "eq 6, C": Place(
+        (threshold.asked_to_change, threshold.pull_left, losses.leaving_targets),
+        (
+            f"{TEST_THRESHOLD}::test_who_is_asked_of_four_classes_is_what_each_count_vector_says",
+            f"{TEST_THRESHOLD}::test_what_is_left_of_the_pull_is_the_slope_over_the_share",
+        ),
         f"{METHOD}#3-the-distributional-alignment-loss-eqs-4-to-6",
     ),
     "eq 7": Place(

@@ -189,7 +189,7 @@ def test_every_name_of_the_course_and_of_a_gradient_is_explained():
         ("equation 9", ["eq 9"]),
         ("eq. (10)", ["eq 10"]),
         ("eqs 2, 3", ["eq 2", "eq 3"]),
-        ("eqs 4 and 6", ["eqs 4, 5", "eq 6"]),
+        ("eqs 4 and 6", ["eqs 4, 5", "eq 6", "eq 6, C"]),
     ],
 )
 def test_the_names_that_a_reader_types_are_known(name, equations):
