@@ -252,7 +252,8 @@ class Recipe:
     tensorboard: bool = setting(False, "write the metrics for TensorBoard, too (extra log)")
     compile: bool = setting(False, "torch.compile the U-Net")
     recompute: bool = setting(
-        False, "recompute each U-Net block in its backward pass: less memory, more time"
+        False,
+        "recompute the blocks of the U-Net, the decoder, CLIP and DINO in their backward pass: less memory, more time",
     )
     evaluate: str = setting(
         "both",

@@ -229,8 +229,9 @@ def image_gradient(setup: Setup, task: Task, pair: ImagePair, q: dict[str, Tenso
         )
         dtype = network_dtype(setup.bundle.vae, x)
         dx = loss_gradient(loss, x, dtype)
-        z_0 = part.z_0.requires_grad_(True)
-        (g[rows],) = scaled_vjp(decode(setup.bundle, z_0), [z_0], dx, dtype)
+        for some in rows.split(1 if setup.recipe.recompute else len(rows)):  # the decoder takes most memory
+            z_0 = pair.z_0[some].requires_grad_(True)
+            (g[some],) = scaled_vjp(decode(setup.bundle, z_0), [z_0], dx[some - rows[0]], dtype)
         sums += values
     return g, sums
 
