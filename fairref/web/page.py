@@ -47,9 +47,9 @@ def page(studio: Studio, example: Drawn) -> object:
                     go = gr.Button("Draw", variant="primary", elem_id="draw")
                     stop = gr.Button("Cancel", interactive=False)
             with gr.Column(scale=5, min_width=300):
-                with gr.Row():
-                    for name, what in shown.SWITCHES.items():  # outside of what each drawing replaces
-                        gr.Checkbox(label=f"show {what}", container=False, interactive=True, elem_id=name)
+                with gr.Row():  # outside of what each drawing replaces; the second needs a second attribute
+                    for k, (name, what) in enumerate(shown.SWITCHES.items()):
+                        gr.Checkbox(label=f"show {what}", visible=len(studio.classes) > k, elem_id=name)
                 out = gr.HTML(shown.shown(example))
                 with gr.Accordion("History of this browser", open=False):
                     listed, clear = gr.HTML(shown.history_of([])), gr.Button("Clear")

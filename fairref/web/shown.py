@@ -28,7 +28,7 @@ CSS = """
 .fr .one svg{position:absolute;inset:0;width:100%;height:100%;display:none}
 .fr .told{display:none;font-size:.78rem;line-height:1.35;color:var(--body-text-color-subdued);padding-top:.15rem}
 body:has(#judge input:checked) .fr :is(.one svg,.told),body:has(#others input:checked) .fr .others{display:block}
-body:not(:has(.fr .told)) #judge,body:not(:has(.fr .others)) #others,.fr .others{display:none}
+.fr .others{display:none}
 .fr .bars{display:grid;grid-template-columns:max-content minmax(6rem,1fr) max-content;
 gap:.25rem .7rem;align-items:center;max-width:46rem;font-size:.88rem}
 .fr .bars b{grid-column:1/-1;font-weight:600;margin-top:.3rem}

@@ -129,6 +129,11 @@ def test_what_a_request_may_ask_for(values, said):
         read_view(values, View(""), Limits())
 
 
+def test_a_limit_of_one_is_no_range():
+    with pytest.raises(UserError, match=r"number of images is 2; expected 1\.$"):
+        read_view({"prompt": "a", "n": 2}, View(""), Limits(images=1))
+
+
 @pytest.mark.parametrize(
     "prompt", ["a photo of a pilot", HOSTILE, "100 % = 1 + 1 & more?", "日本語", "a 👩\u200d✈️"]
 )
