@@ -12,12 +12,14 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 DEBUG = "FAIRREF_DEBUG"  # the environment variable with which an error keeps its traceback
 LONGEST = 2000  # characters of a sentence
+REMEDY = "correct the config.json or use another checkpoint"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGE = Path(__file__).parent
 STANDARD, LIBRARIES = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages"}
@@ -106,6 +108,44 @@ def one_line(text: str) -> str:
     """A text in one line; the middle of one that is very long is left out."""
     text = " ".join(text.splitlines())
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def require(condition: bool, found: str, expected: str, remedy: str = REMEDY) -> None:
+    """Raise a UserError unless `condition` holds."""
+    if not condition:
+        raise UserError(f"found {found}, expected {expected}; {remedy}.")
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` is a positive int (bool is not a count)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_positive(value: object) -> bool:
+    """Whether `value` is a positive number."""
+    return is_count(value) or (isinstance(value, float) and value > 0)
+
+
+def are_counts(values: object) -> bool:
+    """Whether `values` is a non-empty tuple of positive ints."""
+    return isinstance(values, tuple) and len(values) > 0 and all(is_count(value) for value in values)
+
+
+NUMBERS = {  # type of a field -> the test that its value must pass, and that test in words
+    int: (is_count, "a positive whole number"),
+    float: (is_positive, "a positive number"),
+    tuple[int, ...]: (are_counts, "a list of positive whole numbers"),
+    int | tuple[int, ...]: (lambda value: is_count(value) or are_counts(value), "positive whole numbers"),
+}
+
+
+def require_numbers(config: object) -> None:
+    """Raise a UserError unless each field of the dataclass `config` passes the test of its type in NUMBERS."""
+    for field in fields(config):
+        if field.type in NUMBERS:
+            value = getattr(config, field.name)
+            holds, expected = NUMBERS[field.type]
+            require(holds(value), f"{field.name} = {value!r}", expected)
 
 
 def typed(function: Callable[P, R]) -> Callable[P, R]:

@@ -83,6 +83,7 @@ def setting(
 
 
 TARGET = {"attr": ()}
+ADJUSTED = ("paper", "solver", "none")
 LORA, EVALUATED = ("text_encoder", "unet", "both"), ("both", "best", "ema", "raw")
 
 
@@ -108,14 +109,22 @@ class Recipe:
     targets: str = setting(
         "transport",
         "what an image's target class is. transport: that of expected optimal transport (eqs 4, 5). random: drawn from"
-        " the target shares, whatever the image shows. This ablation says what the transport is worth",
-        choices=("transport", "random"),
+        " the target shares, whatever the image shows. This ablation says what the transport is worth. soft: the"
+        " transport's chances of all classes (eq 5), of all images, without the threshold C in L_align",
+        choices=("transport", "random", "soft"),
         only_with=TARGET,
     )
     C: float = setting(
         0.8,
         "L_align leaves out images whose target is less certain than this (eq 6)",
         high=1,
+        only_with=TARGET,
+    )
+    threshold: str = setting(
+        "reach",
+        "which chance must be C. reach: that of the likeliest class (eq 6). leave: that of leaving the image's own"
+        " class, whose target is then the likeliest other. With two classes both are the same",
+        choices=("reach", "leave"),
         only_with=TARGET,
     )
     lambda_img: float = setting(
@@ -191,8 +200,15 @@ class Recipe:
     )
     grad_steps: int = setting(
         0,
-        "sampling steps that are drawn for the adjusted gradient, which stays unbiased; 0: all of them",
-        only_with={"gradient": ("paper", "solver", "none")},
+        "sampling steps an image, on the average, that are drawn for the adjusted gradient, which stays unbiased; 0:"
+        " all of them",
+        only_with={"gradient": ADJUSTED},
+    )
+    keep_graphs: bool = setting(
+        False,
+        "keep the U-Net's graph of each sampling step until its gradient is known: less time, and memory that grows"
+        " with the steps; without --grad-steps",
+        only_with={"gradient": ADJUSTED},
     )
     micro_batch: int = setting(
         0,

@@ -215,14 +215,14 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "the steps of the gradient are the same in all iterations": (
         STEP,
-        "draws(recipe.seed, GRAD_STEPS, i)",
-        "draws(recipe.seed, GRAD_STEPS, 0)",
+        "draws(setup.recipe.seed, GRAD_STEPS, i).random()",
+        "draws(setup.recipe.seed, GRAD_STEPS, 0).random()",
         f"{STREAMS}::test_what_an_iteration_draws_follows_from_the_seed_and_the_iteration",
     ),
     "the steps of the gradient are the same in all runs": (
         STEP,
-        "draws(recipe.seed, GRAD_STEPS, i)",
-        "draws(0, GRAD_STEPS, i)",
+        "draws(setup.recipe.seed, GRAD_STEPS, i)).double()",
+        "draws(0, GRAD_STEPS, i)).double()",
         KEYS,
     ),
     "a run stops at the same step in all iterations": (
@@ -233,15 +233,21 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "a step of the coupled gradient that is not kept is kept": (
         STEP,
-        "mode.coupling * kept.double()",
-        "mode.coupling * torch.ones(len(kept))",
+        "return kept *",
+        "return (torch.ones(len(kept)) if mode.coupling else kept) *",
         f"{LITERAL}[last:2-zero]",
     ),
     "a step of the adjusted gradient that is not kept is kept": (
         STEP,
-        "drawn.table) * kept",
-        "drawn.table)",
+        "return kept *",
+        "return (kept if mode.coupling else torch.ones(len(kept))) *",
         f"{LITERAL}[drtune:2-sigma_min]",
+    ),
+    "a drawn term is another image's": (
+        STEP,
+        "terms[rows.start : rows.stop]",
+        "terms[: len(rows)]",
+        f"{PROCESSES}::test_an_iteration_of_two_processes_is_that_of_one",
     ),
     "EXPLICIT is ORDER": (
         STEP,

@@ -193,6 +193,9 @@ def _pair(patch, processes, device, folder, place):
         found[f"faces.{count}"] = processes.gather(drawn[-1].faces.has_face.double(), count)
         found[f"q.{count}"] = torch.cat([ot.q for ot in targets[-1].values()], 1)
         found[f"gradient.{count}"] = torch.cat([g.flatten() for g in gradient])
+        few = replace(setup, recipe=replace(setup.recipe, grad_steps=1))
+        some, _ = iteration_gradient(few, model, list(state.adapter.parameters()), 1)
+        found[f"drawn terms.{count}"] = torch.cat([g.flatten() for g in some])
         sums = [metrics[name] for name in ("loss", "align", "image", "face", "confident", "faces", "cost")]
         found[f"sums.{count}"] = torch.tensor(sums, dtype=torch.float64)
         update(setup.recipe, state, gradient)
@@ -280,11 +283,13 @@ def test_two_processes_share_out_what_is_not_kept_and_draw_nothing_twice(pairs):
 
 
 @pytest.mark.parametrize("count", PAIR_N)
-@pytest.mark.parametrize("what", ["noise", "images", "faces", "q", "sums", "gradient", "end"])
+@pytest.mark.parametrize("what", ["noise", "images", "faces", "q", "sums", "gradient", "drawn terms", "end"])
 def test_an_iteration_of_two_processes_is_that_of_one(pairs, what, count):
     """In float64, and of images that are all different; the targets are drawn, so all processes draw the same."""
     one, *two = (found[f"{what}.{count}"] for found in pairs)
     assert float(one.norm()) > 1e-3
+    if what == "drawn terms":
+        assert not torch.allclose(one, pairs[0][f"gradient.{count}"], rtol=0.1, atol=0)
     if what in ("noise", "images", "q"):
         assert len(one.unique(dim=0)) > count / 2
     if what == "faces":

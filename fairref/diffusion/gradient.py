@@ -107,19 +107,20 @@ def step_weights(schedule: Schedule, table: SolverTable, mode: str = "paper") ->
     return gradient_mode(mode).weights(schedule, table)
 
 
-def subsample(w: Tensor, M: int, u: float | Tensor) -> Tensor:
-    """(S,) weights of M draws of steps, with probability proportional to |w_i| and the sign of w_i kept.
+def subsample(w: Tensor, M: int, u: float | Tensor, size: Tensor | float = 1.0) -> Tensor:
+    """(P,) weights of M draws from P terms of weight w, with probability proportional to |w| size, w's sign kept.
 
-    u, uniform in [0, 1), is all of the chance; several at once, (R, 1), give (R, S). The draws are the points
-    u, u + 1, ..., u + M - 1 on the line on which step i has the length M |w_i| / sum |w|. The expected result is w,
-    so the gradient stays unbiased; all draws weigh the same, and steps that are not drawn get 0."""
+    u, uniform in [0, 1), is all of the chance; several at once, (R, 1), give (R, P). The draws are the points
+    u, u + 1, ..., u + M - 1 on the line on which term p has the length M |w_p| size_p / sum |w| size. The expected
+    result is w, so the gradient stays unbiased; terms that are not drawn get 0."""
     if M < 1:
         raise UserError(f"the number of gradient steps is {M}; expected at least 1.")
-    total = w.abs().sum()
-    edge = torch.cat([w.new_zeros(1), (w.abs() * M / total).cumsum(0)])
+    length = w.abs() * size
+    length = length * M / length.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    edge = torch.cat([w.new_zeros(1), length.cumsum(0)])
     edge[-1] = M  # but for rounding
-    points = torch.ceil(edge - u).clamp(min=0).diff()  # (S,) draws of each step
-    return points * w.sign() * total / M
+    points = torch.ceil(edge - u).clamp(min=0).diff()  # (P,) draws of each term
+    return points * (w / length).where(length > 0, 0)
 
 
 def adjusted_gradient(
@@ -127,16 +128,16 @@ def adjusted_gradient(
 ) -> list[Tensor]:
     """sum_i w_i VJP_i(g) for each of the model's leaves, at least float32. Grad mode must be on.
 
-    w (S,): `step_weights`; steps of weight 0 are not evaluated. path: the Steps of the run; g = dL/dz_0
-    (N, 4, h, w). micro_batch: at most this many pairs of an image and a step at once; 0: all images of one
-    step, which embeddings of one row an image need."""
-    N = g.shape[0]
-    pairs = [(i, n) for i in range(table.S) if w[i] != 0 for n in range(N)]
+    w (S,): `step_weights`, or (S, N), each image's own; what has weight 0 is not evaluated. path: the Steps of the
+    run; g = dL/dz_0 (N, 4, h, w). micro_batch: at most this many pairs of an image and a step at once; 0: all images
+    of one step, which embeddings of one row an image need."""
+    N, w = len(g), w.view(table.S, -1).expand(-1, len(g))
+    pairs = [(i, n) for i in range(table.S) for n in range(N) if w[i, n] != 0]
     total = [zeros_like(leaf) for leaf in model.leaves]
     for start in range(0, len(pairs), micro_batch or N):
         steps, images = map(list, zip(*pairs[start : start + (micro_batch or N)], strict=True))
         z = torch.stack([path[i].z[n] for i, n in zip(steps, images, strict=True)])  # (B, 4, h, w)
-        v = w[steps].to(g).view(-1, *[1] * (g.dim() - 1)) * g[images]  # (B, 4, h, w)
+        v = w[steps, images].to(g).view(-1, *[1] * (g.dim() - 1)) * g[images]  # (B, 4, h, w)
         parts, _ = model.vjp(z, table.timesteps[steps].to(z.device), v)
         total = [a + b for a, b in zip(total, parts, strict=True)]
     return total

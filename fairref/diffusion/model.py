@@ -5,8 +5,8 @@ the same for all images, or (B, T, d).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 # float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 upwards
 # before 65504 and 2^27 downwards before 2^-24, and what a U-Net does to a cotangent is mostly to shrink it.
 HALF_PEAK = 16.0
+
+Grads = tuple[list[Tensor], Tensor | None]
+VJP = Callable[[Tensor], Grads]  # of v
 
 
 class Model(Protocol):
@@ -27,9 +30,7 @@ class Model(Protocol):
     def eps(self, z: Tensor, t: int | Tensor) -> Tensor:
         """eps(z, t) shaped as z (B, ...), for a time step t or one a row (B,)."""
 
-    def vjp(
-        self, z: Tensor, t: int | Tensor, v: Tensor, wrt_z: bool = False
-    ) -> tuple[list[Tensor], Tensor | None]:
+    def vjp(self, z: Tensor, t: int | Tensor, v: Tensor, wrt_z: bool = False) -> Grads:
         """v^T d eps/d(leaves), summed over rows, and v^T d eps/dz where `wrt_z`, else None. Grad mode must be on."""
 
 
@@ -56,39 +57,42 @@ class GuidedModel:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 
     @property
+    def texts(self) -> list[Tensor]:
+        """[c, c_empty if there is one]."""
+        return [self.c, *([] if self.c_empty is None else [self.c_empty])]
+
+    @property
     def leaves(self) -> list[Tensor]:
-        """[c, c_empty if there is one, *parameters]."""
-        return [self.c, *([] if self.c_empty is None else [self.c_empty]), *self.parameters]
+        """[*texts, *parameters]."""
+        return [*self.texts, *self.parameters]
 
     def eps(self, z: Tensor, t: int | Tensor) -> Tensor:
         """The guided noise prediction (B, 4, h, w) in the dtype of z; the U-Net computes in its own."""
-        branches = self._call(z, t, [self.c] if self.s == 1 else [self.c_empty, self.c]).to(z.dtype)
-        return branches if self.s == 1 else guide(*branches.chunk(2), self.s)
+        return self._eps(z, t, self.texts)
 
-    def vjp(
-        self, z: Tensor, t: int | Tensor, v: Tensor, wrt_z: bool = False
-    ) -> tuple[list[Tensor], Tensor | None]:
+    def vjp(self, z: Tensor, t: int | Tensor, v: Tensor, wrt_z: bool = False) -> Grads:
         """v^T d eps/d(leaves), at least float32, and v^T d eps/dz: z (B, 4, h, w), which is a constant unless `wrt_z`.
 
         The cotangent of the empty branch is (1 - s) v, that of the prompt's branch s v.
         """
-        texts = [_leaf(self.c)] if self.s == 1 else [_leaf(self.c_empty), _leaf(self.c)]
-        z = z.detach().requires_grad_(wrt_z)
-        eps = self._call(z, t, texts)
-        cotangent = v if self.s == 1 else torch.cat([(1 - self.s) * v, self.s * v])
-        inputs = [*texts, *self.parameters, *([z] if wrt_z else [])]
-        grads = scaled_vjp(eps, inputs, cotangent)
-        through_z = grads.pop().to(z.dtype) if wrt_z else None
-        if self.s == 1:
-            dc, *of_parameters = grads
-            dc_empty = zeros_like(self.c_empty)
-        else:
-            dc_empty, dc, *of_parameters = grads
-        return [dc, *([] if dc_empty is None else [dc_empty]), *of_parameters], through_z
+        return self.kept(z, t, wrt_z)[1](v)
 
-    def _call(self, z, t, texts):
-        """The U-Net's eps of z for each of the texts, one after the other: (branches B, 4, h, w)."""
-        dtype = network_dtype(self.unet, z)
+    def kept(self, z: Tensor, t: int | Tensor, wrt_z: bool = False) -> tuple[Tensor, VJP]:
+        """`eps`, and `vjp` as a function of v alone, which serves once: the evaluation's graph is kept until then."""
+        with torch.enable_grad():
+            texts, z = [_leaf(text) for text in self.texts], z.detach().requires_grad_(wrt_z)
+            eps = self._eps(z, t, texts)
+
+        def vjp(v: Tensor) -> Grads:
+            inputs = [*texts, *self.parameters, *([z] if wrt_z else [])]
+            grads = scaled_vjp(eps, inputs, v, network_dtype(self.unet, z))
+            return grads, grads.pop().to(z.dtype) if wrt_z else None
+
+        return eps.detach(), vjp
+
+    def _eps(self, z, t, texts):
+        """eps of z for the texts [c, c_empty]; the U-Net takes the empty branch's rows first."""
+        dtype, texts = network_dtype(self.unet, z), texts[:1] if self.s == 1 else texts[::-1]
         rows = max(map(len, texts))  # 1: the U-Net reads each text once for all images
         if rows not in (1, len(z)):
             raise ValueError(
@@ -96,7 +100,29 @@ class GuidedModel:
             )
         context = torch.cat([text.expand(rows, -1, -1) for text in texts]).to(dtype)
         t = t.repeat(len(texts)) if isinstance(t, Tensor) and t.dim() else t
-        return self.unet(torch.cat([z] * len(texts)).to(dtype), t, context)
+        branches = self.unet(torch.cat([z] * len(texts)).to(dtype), t, context).to(z.dtype)
+        return branches if self.s == 1 else guide(*branches.chunk(2), self.s)
+
+
+@dataclass(frozen=True)
+class KeepingModel(GuidedModel):
+    """A guided model that keeps the graph of each time step it evaluates until `vjp` asks for the same: less time, and
+    memory that grows with the steps."""
+
+    graphs: dict[int, tuple[Tensor, VJP]] = field(default_factory=dict)  # t -> z and its vjp
+
+    def eps(self, z: Tensor, t: int) -> Tensor:
+        """As `GuidedModel.eps`."""
+        eps, vjp = self.kept(z, t)
+        self.graphs[t] = z, vjp
+        return eps
+
+    def vjp(self, z: Tensor, t: int | Tensor, v: Tensor, wrt_z: bool = False) -> Grads:
+        """As `GuidedModel.vjp`."""
+        kept_z, vjp = self.graphs.pop(int(torch.as_tensor(t).flatten()[0]), (None, None))
+        if wrt_z or kept_z is None or not torch.equal(kept_z, z):
+            return super().vjp(z, t, v, wrt_z)
+        return vjp(v)
 
 
 def network_dtype(network: nn.Module, z: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from fairref.errors import UserError
 
 # Below this many evaluations the last step is first order whatever the end: diffusers' lower_order_final.
 SECOND_ORDER_END_FROM = 15
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,7 @@ def ancestral_table(schedule: Schedule, S: int | None = None, variance: str = "s
 
 
 def step(
-    table: SolverTable,
-    i: int,
-    z: Tensor,
-    eps: Tensor,
-    previous: tuple[Tensor, Tensor] | None = None,
-    w: Tensor | None = None,
+    table: SolverTable, i: int, z: Tensor, eps: Tensor, previous: Pair | None = None, w: Tensor | None = None
 ) -> Tensor:
     """Row i of the table: z_{i+1} from z_i, eps_i, previous = (z_{i-1}, eps_{i-1}) and the noise w_i, all of
     one shape. previous is read by a second-order row only, w where sigma_i > 0 only."""

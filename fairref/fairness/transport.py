@@ -7,16 +7,17 @@ class counts n ~ Multinomial(N, D) matter. Everything here is float64 on the CPU
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.special import bdtr, bdtrc
+from scipy.special import bdtr, bdtrc, log_softmax
 from scipy.stats import multinomial
 
 EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not enumerated
 TOLERANCE = 0.01  # largest standard error that drawing stops at
-DRAWS_A_ROUND = 500
+DRAWS = 500  # at most, in one round
 TIE_BREAK = 1e-12  # weight of the cross-entropy in the cost, which decides between nearly equal distances
 ROUNDING = 2e-15  # a way through the classes must be shorter by more than what rounding makes of it
 TARGET_SUM_TOLERANCE = 1e-6  # a target's sum may miss 1 by this, for targets that come from float32
@@ -85,7 +86,8 @@ def joint_ot(
         else:
             tie_break = TIE_BREAK * joint_sum([cross_entropy(part) for part in parts])
             solver = Solver(distance + tie_break, np.repeat(np.arange(len(size)), size), joint, sums)
-            if solver.count_vectors() <= exact_limit:
+            possible = int((joint > 0).sum())
+            if math.comb(len(solver.group) + possible - 1, possible - 1) <= exact_limit:
                 q_rows, stderr_rows = solver.enumerate()
             else:
                 q_rows, stderr_rows = solver.draw(tolerance, rng or np.random.default_rng(0))
@@ -141,8 +143,7 @@ def cross_entropy(logits: np.ndarray) -> np.ndarray:
     Where p saturates at 1.0 the distances tie and assignments would be arbitrary. The cheapest one by
     cross-entropy is what the ranking by log-odds picks for K = 2.
     """
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.log(np.exp(shifted).sum(1, keepdims=True)) - shifted
+    return -log_softmax(logits, axis=1)
 
 
 def two_classes(logits: np.ndarray, size: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -169,109 +170,132 @@ class Solver:
     target: np.ndarray  # (K,)
     sums: np.ndarray  # (K, J) what is counted of each class
 
-    def count_vectors(self) -> int:
-        """How many class counts have a chance."""
-        possible = int((self.target > 0).sum())
-        return math.comb(len(self.group) + possible - 1, possible - 1)
-
     def enumerate(self) -> tuple[np.ndarray, np.ndarray]:
         """The expectation over all class counts."""
-        K = len(self.target)
-        assigned = every_assignment(self.cost[self.group], np.flatnonzero(self.target))  # (M, N)
-        counts = (assigned[:, :, None] == np.arange(K)).sum(1)  # (M, K)
-        weights = multinomial.pmf(counts, len(self.group), self.target)
-        weights /= weights.sum()  # it misses 1 by rounding only
-        q = np.stack([weights @ (assigned == k) for k in range(K)], 1)  # (N, K)
+        assigned = every_assignment(self.cost[self.group], np.flatnonzero(self.target))  # (N, M)
+        got = [assigned == k for k in range(len(self.target))]
+        weights = multinomial.pmf(np.stack([of_k.sum(0) for of_k in got], 1), len(assigned), self.target)
+        q = np.stack([of_k @ weights for of_k in got], 1) / weights.sum()  # it misses 1 by rounding only
         q = mean_by(self.group, q) @ self.sums
         return q, np.zeros_like(q)
 
     def draw(self, tolerance: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Monte Carlo over n ~ Multinomial(N, D), until every standard error is <= tolerance.
 
+        The counts are a control variate, for E[n] = N D is known: what an image gets is fitted by a constant and
+        n - N D, and q is the constant.
         A class that an image got in none of M draws, or in all, has the error 3 / M: its chance is then below 3 / M,
         or above 1 - 3 / M, with a confidence of 95 % (rule of three). Where D rules a class out, or all others, q is
         exact.
         """
-        cost, total, squares, M = self.cost[self.group], 0.0, 0.0, 0
-        stderr = np.inf
+        cost, M, stderr = self.cost[self.group], 0, np.inf
+        xx = xy = yy = 0.0  # sums over draws
         ways = (self.target > 0) @ self.sums  # (J,) classes with a chance that count as class j
-        exact = (ways == 0) | (ways == (self.target > 0).sum())
+        exact = np.tile((ways == 0) | (ways == (self.target > 0).sum()), len(self.cost))  # (G J,)
         while np.max(stderr) > tolerance:
-            draws = rng.multinomial(len(cost), self.target, DRAWS_A_ROUND)
-            counts, times = np.unique(draws, axis=0, return_counts=True)
-            for n, repeats in zip(counts, times, strict=True):
-                one = mean_by(self.group, self.sums[assign(cost, n)])  # (G, J)
-                total, squares = total + repeats * one, squares + repeats * one**2
-            M += DRAWS_A_ROUND
-            q = total / M
-            stderr = np.sqrt(np.maximum(squares / M - q**2, 0) / (M - 1))
-            stderr = np.where(exact, 0, np.where((q == 0) | (q == 1), 3 / M, stderr))
-        return q, stderr
+            more = DRAWS if M == 0 else M * ((np.max(stderr) / tolerance) ** 2 - 1) + len(self.target)
+            n = rng.multinomial(len(cost), self.target, min(math.ceil(more), DRAWS))
+            x = np.insert(n - len(cost) * self.target, 0, 1, axis=1)  # (M, 1 + K)
+            y = mean_by(self.group, self.sums[assign_each(cost, n).T]).reshape(len(n), -1)  # (M, G J)
+            xx, xy, yy, M = xx + x.T @ x, xy + x.T @ y, yy + (y**2).sum(0), M + len(n)
+            inverse = np.linalg.pinv(xx, rcond=1e-9, hermitian=True)  # not 1 / xx: the counts add up to N
+            fit = inverse @ xy  # (1 + K, G J)
+            stderr = np.sqrt(inverse[0, 0] * np.maximum(yy - (fit * xy).sum(0), 0) / (M - len(self.target)))
+            constant = (xy[0] == 0) | (xy[0] == M)
+            stderr = np.where(exact, 0, np.where(constant, 3 / M, stderr))
+        q = np.where(constant, xy[0] / M, fit[0])
+        return q.reshape(len(self.cost), -1), stderr.reshape(len(self.cost), -1)
 
 
 def assign(cost: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Each image's class (N,) when n_k images go to class k at the least cost: cost (N, K), n (K,)."""
-    classes = np.repeat(np.arange(len(n)), n)  # (N,)
+    classes = np.repeat(np.arange(len(n), dtype=np.min_scalar_type(len(n))), n)  # (N,)
     _, slots = linear_sum_assignment(cost[:, classes])  # a square matrix: one slot an image, in their order
     return classes[slots]
 
 
+def assign_each(cost: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`assign` for each row of counts (M, K) -> (N, M): from that of the row in the middle, move by move."""
+    middle = counts[((counts - counts.mean(0)) ** 2).sum(1).argmin()]
+    assigned = np.repeat(assign(cost, middle)[:, None], len(counts), 1)
+    surplus, changes = middle - counts, Changes.of(cost)
+    while len(rows := np.flatnonzero(surplus.any(1))):
+        start, end = surplus[rows].argmax(1), surplus[rows].argmin(1)
+        assigned[:, rows] = changes.move_one(assigned[:, rows], start, end)
+        surplus[rows, start] -= 1
+        surplus[rows, end] += 1
+    return assigned
+
+
 def every_assignment(cost: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The cheapest assignment of N images for every vector of counts of `classes`: cost (N, K) -> (M, N).
+    """The cheapest assignment of N images for every vector of counts of `classes`: cost (N, K) -> (N, M).
 
-    Neighbouring counts share their work. All images start in one class; an image more for another class, and
-    one less for the first, is the cheapest way through the classes (`move_one`), and what was cheapest for
-    the old counts so becomes it for the new ones. All M = C(N+k-1, k-1) vectors are reached in N (k-1) moves.
+    Neighbouring counts share their work: what is cheapest for one vector becomes, by one move (`Changes.move_one`),
+    what is cheapest for the next. All images start in one class; to another alone they go in their order. All
+    M = C(N+k-1, k-1) vectors are reached in N (k-2) rounds of moves.
     """
-    start, *others = classes
-    assigned = np.full((1, len(cost)), start)  # (M so far, N)
-    change = cost[:, None, :] - cost[:, :, None]  # (N, K, K) of the cost, when image i goes from u to v
-    for other in others:
-        rows, reached = assigned, [assigned]
-        while len(rows := rows[(rows == start).any(1)]):
-            rows = move_one(rows, change, start, other)
-            reached.append(rows)
-        assigned = np.concatenate(reached)
+    changes, classes = Changes.of(cost), classes.astype(np.min_scalar_type(cost.shape[1]))
+    start, second = classes[[0, -1]]
+    n = np.arange(len(cost) + 1 if second != start else 1)
+    assigned = np.where(changes.rank[start, second][:, None] < n, second, start)  # (N, M so far)
+    for other in classes[1:-1]:
+        reached = [assigned]
+        while (rows := reached[-1][:, (reached[-1] == start).any(0)]).size:
+            reached.append(changes.move_one(rows, start, other))
+        assigned = np.hstack(reached)
     return assigned
 
 
-def move_one(assigned: np.ndarray, change: np.ndarray, start: int, end: int) -> np.ndarray:
-    """The cheapest assignments (G, N) with one image less in `start` and one more in `end`.
+class Changes(NamedTuple):
+    """What it costs to move images from a class to another, the cheapest first: (K, K, N) from u, to v."""
 
-    Bellman and Ford's shortest way over the K classes, in which u -> v costs what the image of u costs that
-    goes to v most cheaply; each image on the way moves on by one class.
-    """
-    G, K = len(assigned), change.shape[1]
-    row = np.arange(G)
-    each = change[np.arange(len(change)), assigned]  # (G, N, K) of the cost, when image i goes to v
-    edges, image = np.full((G, K, K), np.inf), np.zeros((G, K, K), int)  # (G, from u, to v)
-    for u in range(K):
-        of_u = np.where((assigned == u)[:, :, None], each, np.inf)
-        image[:, u] = of_u.argmin(1)
-        edges[:, u] = np.take_along_axis(of_u, image[:, u][:, None], 1)[:, 0]
-    edges[:, :, start] = np.inf  # no way leads back
-    length = np.full((G, K), np.inf)
-    length[:, start] = 0
-    before = []  # K - 1 times (G, K): the class before v on the way, -1 where the way did not become shorter
-    for _ in range(K - 1):
-        through = length[:, :, None] + edges
-        u = through.argmin(1)
-        shorter = np.take_along_axis(through, u[:, None], 1)[:, 0]
-        better = shorter < length - ROUNDING
-        length, u = np.where(better, shorter, length), np.where(better, u, -1)
-        before.append(u)
-    assigned, v = assigned.copy(), np.full(G, end)
-    for u in reversed(before):
-        moves = row[u[row, v] >= 0]
-        to = v[moves]
-        v[moves] = u[moves, to]
-        assigned[moves, image[moves, v[moves], to]] = to
-    return assigned
+    image: np.ndarray  # by rank
+    rank: np.ndarray  # of each image
+    cost: np.ndarray  # by rank, and a last one, infinite: (K, K, N + 1)
+
+    @staticmethod
+    def of(cost: np.ndarray) -> "Changes":
+        """Those of cost (N, K)."""
+        change = cost.T[None] - cost.T[:, None]  # (K, K, N)
+        image = change.argsort(-1)
+        by_rank = np.take_along_axis(change, image, -1)
+        nobody = np.full((*change.shape[:2], 1), np.inf)
+        rank = image.argsort(-1).astype(np.min_scalar_type(len(cost)))
+        return Changes(image, rank, np.concatenate([by_rank, nobody], -1))
+
+    def move_one(self, assigned: np.ndarray, start: np.ndarray | int, end: np.ndarray | int) -> np.ndarray:
+        """The cheapest assignments (N, G), of cheapest ones, with an image less in `start` and one more in `end`.
+
+        Bellman and Ford's shortest way over the K classes, in which u -> v costs what the image of u costs that
+        goes to v most cheaply; each image on the way moves on by one class.
+        """
+        (N, G), K = assigned.shape, len(self.rank)
+        row, start = np.arange(G), np.broadcast_to(start, G)
+        others = assigned != np.arange(K, dtype=assigned.dtype)[:, None, None]  # (K, N, G) images not of u
+        # (K, K, G) the rank of the image of u that goes to v most cheaply; N if u has none
+        first = np.maximum(self.rank[:, :, :, None], (others * self.rank.dtype.type(N))[:, None]).min(2)
+        edges = self.cost.take(first + (N + 1) * np.arange(K * K).reshape(K, K, 1))
+        edges[:, start, row] = np.inf  # no way leads back
+        length = edges[start, :, row].T  # (K, G) of the shortest way found, from start to each class
+        later = []  # of the ways that became shorter: which, and the lengths before, (K, G) each
+        for _ in range(K - 2):
+            shorter = (length[:, None] + edges).min(0)
+            better = shorter < length - ROUNDING
+            if not better.any():
+                break
+            later.append((better, length))
+            length = np.where(better, shorter, length)
+        assigned, v = assigned.copy(), np.broadcast_to(end, G).copy()
+        for better, length in reversed(later):
+            moves = row[better[v, row]]
+            to = v[moves]
+            v[moves] = (length[:, moves] + edges[:, to, moves]).argmin(0)
+            assigned[self.image[v[moves], to, first[v[moves], to, moves]], moves] = to
+        assigned[self.image[start, v, first[start, v, row]], row] = v
+        return assigned
 
 
 def mean_by(group: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The mean of the rows `values` (N, K) that share a `group` (N,) 0..G-1 -> (G, K)."""
-    size = np.bincount(group)
-    total = np.zeros((len(size), values.shape[1]))
-    np.add.at(total, group, values)
-    return total / size[:, None]
+    """The mean of the rows `values` (..., N, K) that share a `group` (N,), ascending from 0 to G-1 -> (..., G, K)."""
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    return np.add.reduceat(values, starts, axis=-2) / np.bincount(group)[:, None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fairref.bundle.loading import Bundle
-from fairref.diffusion.model import GuidedModel, Model
+from fairref.diffusion.model import GuidedModel, KeepingModel, Model
 from fairref.diffusion.sampler import Step, noise, sample
 from fairref.diffusion.solver import SolverTable
 
@@ -41,9 +41,9 @@ def embed(bundle: Bundle, prompt: str, negative: str = "") -> Tensor:
     return encoder(embeddings=words)
 
 
-def guided(bundle: Bundle, text_embeddings: Tensor, s: float) -> GuidedModel:
-    """The bundle's U-Net with [c, c_empty] (2, T, d), detached, and the guidance scale s."""
-    return GuidedModel(bundle.unet, *text_embeddings.detach().split(1), s)
+def guided(bundle: Bundle, text_embeddings: Tensor, s: float, keep: bool = False) -> GuidedModel:
+    """The bundle's U-Net with [c, c_empty] (2, T, d), detached, and the guidance scale s; it may keep its graphs."""
+    return (KeepingModel if keep else GuidedModel)(bundle.unet, *text_embeddings.detach().split(1), s)
 
 
 @torch.no_grad()

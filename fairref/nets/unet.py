@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fairref.nets import attention, require, require_numbers
+from fairref.errors import require, require_numbers
+from fairref.nets import attention
 
 TRANSFORMER_GROUP_EPS = 1e-6  # GroupNorm before a transformer; the resnets' is config.norm_eps
 LAYER_NORM_EPS = 1e-5

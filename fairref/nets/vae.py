@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairref.nets import attention, require, require_numbers
+from fairref.errors import require, require_numbers
+from fairref.nets import attention
 
 EPS = 1e-6  # of every GroupNorm of the autoencoder; the U-Net's resnets use 1e-5
 
@@ -91,18 +92,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class DownBlock(nn.Module):
-    """One encoder level: resnets, then half the resolution unless it is the last."""
+class Level(nn.Module):
+    """One level of the encoder or the decoder: resnets, then half or twice the resolution unless it is the last."""
 
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, down: bool = False, up: bool = False):
         super().__init__()
-        self.resnets = nn.Sequential(
-            *(Resnet(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
-        )
-        self.downsamplers = nn.Sequential(*([] if last else [Downsample(c_out)]))
+        channels = (c_in, *[c_out] * (layers - 1))
+        self.resnets = nn.Sequential(*(Resnet(c, c_out, groups) for c in channels))
+        self.downsamplers = nn.Sequential(*([Downsample(c_out)] if down else []))
+        self.upsamplers = nn.Sequential(*([Upsample(c_out)] if up else []))
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.downsamplers(self.resnets(h))
+        return self.upsamplers(self.downsamplers(self.resnets(h)))
 
 
 class MidBlock(nn.Module):
@@ -117,20 +118,6 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](h)))
 
 
-class UpBlock(nn.Module):
-    """One decoder level: resnets, then twice the resolution unless it is the last."""
-
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, last: bool):
-        super().__init__()
-        self.resnets = nn.Sequential(
-            *(Resnet(c_in if j == 0 else c_out, c_out, groups) for j in range(layers))
-        )
-        self.upsamplers = nn.Sequential(*([] if last else [Upsample(c_out)]))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.upsamplers(self.resnets(h))
-
-
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> (B, 2 * latent channels, H/8, W/8): mean and log-variance before `quant_conv`."""
 
@@ -140,7 +127,7 @@ class Encoder(nn.Module):
         layers, last = config.layers_per_block, len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.Sequential(
-            *(DownBlock(widths[max(i - 1, 0)], c, layers, groups, i == last) for i, c in enumerate(widths))
+            *(Level(widths[max(i - 1, 0)], c, layers, groups, down=i < last) for i, c in enumerate(widths))
         )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
@@ -161,7 +148,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.Sequential(
-            *(UpBlock(widths[max(i - 1, 0)], c, layers, groups, i == last) for i, c in enumerate(widths))
+            *(Level(widths[max(i - 1, 0)], c, layers, groups, up=i < last) for i, c in enumerate(widths))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)

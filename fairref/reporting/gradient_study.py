@@ -185,7 +185,7 @@ def descent(
                     z_0 = drawn.path[-1].z.clone().requires_grad_(True)
                     loss = image_loss(decode(bundle, z_0), o.expand(N, -1, -1, -1), features, N).sum()
                     (g,) = torch.autograd.grad(loss, z_0)
-                    gradients = sampling_gradient(setup, drawn, g, text, parameters, i)
+                    gradients = sampling_gradient(setup, drawn, g, text, parameters)
                     for parameter, gradient in zip(parameters, gradients, strict=True):
                         parameter.grad = gradient
                     optimizer.step()

@@ -50,7 +50,7 @@ class Recorder:
         setup, N = self.setup, self.setup.recipe.batch
         batch = torch.cat([part.flatten() for part in gradient])
         rest, pull = batch.clone(), []
-        for row in gradient_rows(setup, self.model, parameters, i, task, drawn, g):
+        for row in gradient_rows(setup, self.model, parameters, task, drawn, g):
             rest -= row.to(rest)
             pull.append(torch.linalg.vector_norm(row))
         apart = float(torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(batch).clamp(min=1e-30))
@@ -89,7 +89,6 @@ def gradient_rows(
     setup: Setup,
     model: Bundle,
     parameters: Sequence[nn.Parameter],
-    i: int,
     task: Task,
     drawn: Rollout,
     g: Tensor,
@@ -102,11 +101,12 @@ def gradient_rows(
     n = len(g)
     if not n:
         return
+    w = drawn.w.view(len(drawn.w), -1).expand(-1, n)
     if not drawn.model.parameters and not setup.recipe.micro_batch:
         text = embed(model, task.prompt).detach()
         leaf = text.repeat_interleave(n, 0).requires_grad_(True)  # (2n, T, d)
         own = replace(drawn.model, c=leaf[:n], c_empty=leaf[n:])
-        (cotangents,) = sampling_gradient(setup, drawn._replace(model=own), g, leaf, [leaf], i)
+        (cotangents,) = sampling_gradient(setup, drawn._replace(model=own), g, leaf, [leaf])
         of_images = (
             scaled_vjp(embed(model, task.prompt), parameters, cotangents[k::n].to(text.dtype))
             for k in range(n)
@@ -115,11 +115,10 @@ def gradient_rows(
         of_images = (
             sampling_gradient(
                 setup,
-                drawn._replace(path=[step._replace(z=step.z[k : k + 1]) for step in drawn.path]),
+                drawn._replace(path=[step._replace(z=step.z[k : k + 1]) for step in drawn.path], w=w[:, k]),
                 g[k : k + 1],
                 embed(model, task.prompt),  # its graph serves once
                 parameters,
-                i,
             )
             for k in range(n)
         )

@@ -16,17 +16,21 @@ from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, gradie
 from fairref.diffusion.model import GuidedModel, scaled_vjp, zeros_like
 from fairref.diffusion.sampler import Step
 from fairref.diffusion.solver import SolverTable, solver_table
+from fairref.fairness.losses import leaving_targets
 from fairref.fairness.metrics import bias, blends, joint_counts
 from fairref.fairness.transport import joint_ot
 from fairref.generation.rollout import decode, embed, first_noise, guided, rollout
 from fairref.generation.views import map_batches, scatter_to_images
 from fairref.training.setup import Setup, Task
-from fairref.training.terms import STATISTICS, ImagePair, image_gradient, judged_pair, sums_of
+from fairref.training.terms import ImagePair, image_gradient, judged_pair, sums_of
 
 # what a draw is for: the order of prompts, S, the steps of the gradient, the order of explicit prompts, s,
 # the class counts of the transport, where the run stops
 ORDER, STEPS, GRAD_STEPS, EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7
 Metrics = dict[str, object]
+Targets = tuple[
+    dict[str, Tensor], Metrics
+]  # q (n, K_a) of this process's images for each attribute; what is said
 Watch = Callable[..., None]  # of (task, drawn, pair, q, g, this process's gradient)
 
 
@@ -46,12 +50,15 @@ def iteration_gradient(
     about = {"prompt": task.prompt, "S": task.S, "guidance": task.guidance}
     if targets is None:
         return [torch.full_like(p, torch.nan) for p in parameters], about
-    g, sums = image_gradient(setup, task, pair, targets.q)  # (n, 4, h, w)
-    gradient = sampling_gradient(setup, drawn, g, text, parameters, i)
+    q, said = targets
+    g, sums = image_gradient(setup, task, pair, q)  # (n, 4, h, w)
+    drawn = draw_terms(setup, drawn, g, i)
+    gradient = sampling_gradient(setup, drawn, g, text, parameters)
     if watch:
-        watch(task, drawn, pair, targets.q, g, gradient)
+        watch(task, drawn, pair, q, g, gradient)
     *gradient, sums = setup.processes.total([*gradient, sums.to(gradient[0])])  # one message, all of one type
-    return gradient, {**about, **_means(setup, sums), **targets.metrics}
+    means = dict(zip(sums_of(setup), sums.tolist(), strict=True))
+    return gradient, {**about, **means, **said}
 
 
 def draws(seed: int, stream: int, index: int) -> np.random.Generator:
@@ -100,6 +107,7 @@ class Rollout(NamedTuple):
     table: SolverTable
     model: GuidedModel
     path: list[Step]
+    w: Tensor  # (S,) or (S, n) w_i, or the factors kappa_i of a mode with coupling
 
 
 def sample_path(setup: Setup, model: Bundle, task: Task, text: Tensor, i: int) -> Rollout:
@@ -107,9 +115,10 @@ def sample_path(setup: Setup, model: Bundle, task: Task, text: Tensor, i: int) -
     recipe = setup.recipe
     stop = gradient_mode(recipe.gradient).stop(task.S, draws(recipe.seed, STOP, i))
     table = solver_table(setup.bundle.schedule, task.S, recipe.end, stop=stop)
+    w = term_weights(setup, table, i)
     z_T = first_noise(setup.bundle, recipe.seed, i, setup.processes.part(recipe.batch))  # (n, 4, h, w)
-    from_text = guided(model, text, task.guidance)
-    return Rollout(table, from_text, rollout(from_text, table, z_T))
+    from_text = guided(model, text, task.guidance, recipe.keep_graphs)
+    return Rollout(table, from_text, rollout(from_text, table, z_T), w)
 
 
 @torch.no_grad()
@@ -125,18 +134,10 @@ def draw_pair(setup: Setup, model: Bundle, task: Task, text: Tensor, drawn: Roll
     return judged_pair(setup, z_0, x, map_batches(lambda part: decode(bundle, part), z_o, micro_batch))
 
 
-class Targets(NamedTuple):
-    """What the transport says of this process's images."""
-
-    q: dict[str, Tensor]  # (n, K_a) eq 5 of each attribute; none without a target
-    metrics: Metrics
-
-
 def transport_targets(setup: Setup, task: Task, pair: ImagePair, i: int) -> Targets | None:
-    """Eqs 4, 5 on all N images, gathered from all processes, or classes drawn from the target; None where a logit is
-    not finite."""
+    """Eqs 4, 5 on all N images, gathered from all processes, or drawn classes. None where a logit is not finite."""
     if task.target is None:
-        return Targets({}, {})
+        return {}, {}
     logits, has_face = all_logits(setup, pair)
     if not all(torch.isfinite(of_attribute).all() for of_attribute in logits.values()):
         return None
@@ -148,10 +149,13 @@ def transport_targets(setup: Setup, task: Task, pair: ImagePair, i: int) -> Targ
         transports = joint_ot(logits, task.target.table, has_face, rng=rng)
         q = {name: transport.q for name, transport in transports.items()}
         cost = {"cost": next(iter(transports.values())).cost}
+    if setup.recipe.threshold == "leave":
+        own = {name: of_attribute.argmax(1).cpu() for name, of_attribute in logits.items()}
+        q = {name: leaving_targets(of_all, own[name], setup.recipe.C) for name, of_all in q.items()}
     rows = setup.processes.part(setup.recipe.batch)
     q = {name: of_all[rows.start : rows.stop] for name, of_all in q.items()}
     shown = [of_attribute[has_face] for of_attribute in logits.values()]  # (M, K_a) of all images
-    return Targets(q, {**cost, **_shares(setup, shown, task.explicit)})
+    return q, {**cost, **_shares(setup, shown, task.explicit)}
 
 
 def all_logits(setup: Setup, pair: ImagePair) -> tuple[dict[str, Tensor], Tensor]:
@@ -166,38 +170,46 @@ def all_logits(setup: Setup, pair: ImagePair) -> tuple[dict[str, Tensor], Tensor
     return dict(zip(here, everywhere, strict=True)), setup.processes.gather(has_face.float(), N) > 0
 
 
+def term_weights(setup: Setup, table: SolverTable, i: int) -> Tensor:
+    """(S,) w_i of the steps that the iteration's mode keeps, 0 of others; with coupling kappa_i."""
+    mode = gradient_mode(setup.recipe.gradient)
+    kept = mode.steps(table.S, draws(setup.recipe.seed, GRAD_STEPS, i)).double()
+    return kept * (mode.coupling or mode.weights(setup.bundle.schedule, table))
+
+
+def draw_terms(setup: Setup, drawn: Rollout, g: Tensor, i: int) -> Rollout:
+    """The run with weights w (S, n) of which only some are not 0: `grad_steps` N terms of a step and one of all N
+    images are drawn, with probability proportional to |w_i| ‖g_n‖."""
+    (S,), N, M = drawn.w.shape, setup.recipe.batch, setup.recipe.grad_steps
+    if not 0 < M < S:
+        return drawn
+    size = setup.processes.gather(g.double().flatten(1).norm(dim=1), N).cpu()  # (N,)
+    u = draws(setup.recipe.seed, GRAD_STEPS, i).random()
+    rows = setup.processes.part(N)
+    terms = subsample(drawn.w.repeat(N), M * N, u, size.repeat_interleave(S)).view(N, S)
+    return drawn._replace(w=terms[rows.start : rows.stop].T)
+
+
 def sampling_gradient(
-    setup: Setup, drawn: Rollout, g: Tensor, text: Tensor, parameters: Sequence[nn.Parameter], i: int
+    setup: Setup, drawn: Rollout, g: Tensor, text: Tensor, parameters: Sequence[nn.Parameter]
 ) -> list[Tensor]:
     """dL/dparameters of this process's images: g = dL/dz_0 goes back along their path, then through the text."""
     recipe, model = setup.recipe, drawn.model
-    mode, rng = gradient_mode(recipe.gradient), draws(recipe.seed, GRAD_STEPS, i)
-    kept = mode.steps(drawn.table.S, rng)
-    if mode.coupling:
+    if gradient_mode(recipe.gradient).coupling:
         parts = [zeros_like(leaf) for leaf in model.leaves]
         for rows in torch.arange(len(g)).split(recipe.micro_batch or max(len(g), 1)):
             path = [step._replace(z=step.z[rows]) for step in drawn.path]
-            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows], mode.coupling * kept.double())
+            of_rows, _ = exact_gradient(model, drawn.table, path, g[rows], drawn.w)
             parts = [a + b for a, b in zip(parts, of_rows, strict=True)]
     else:
-        w = mode.weights(setup.bundle.schedule, drawn.table) * kept
-        if 0 < recipe.grad_steps < drawn.table.S:
-            w = subsample(w, recipe.grad_steps, rng.random())
-        parts = adjusted_gradient(model, drawn.table, w, drawn.path, g, recipe.micro_batch)
+        at_once = 0 if recipe.keep_graphs else recipe.micro_batch
+        parts = adjusted_gradient(model, drawn.table, drawn.w, drawn.path, g, at_once)
     dc, dc_empty, *of_unet = parts
     in_text = [torch.zeros_like(p) for p in parameters]
     if text.requires_grad:
         in_text = scaled_vjp(text, parameters, torch.cat([dc, dc_empty]))
     own = {id(p): grad for p, grad in zip(model.parameters, of_unet, strict=True)}
     return [x + own[id(p)] if id(p) in own else x for x, p in zip(in_text, parameters, strict=True)]
-
-
-def _means(setup, sums):
-    """The sums over images for the metrics, those of images counted as shares."""
-    means = dict(zip(sums_of(setup), sums.tolist(), strict=True))
-    return {
-        name: value / setup.recipe.batch if name in STATISTICS else value for name, value in means.items()
-    }
 
 
 def _shares(setup, logits, explicit):

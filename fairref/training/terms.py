@@ -16,12 +16,7 @@ from fairref.diffusion.model import network_dtype, scaled_vjp
 from fairref.fairness import losses
 from fairref.fairness.faces import Faces, align_crops, scale_gradient, shared_boxes
 from fairref.generation.rollout import decode
-from fairref.generation.views import (
-    faces_of,
-    map_batches,
-    scatter_to_images,
-    select_faces,
-)
+from fairref.generation.views import faces_of, map_batches, scatter_to_images, select_faces
 from fairref.judges.sfnet import embed_faces
 from fairref.training.own_losses import OwnLoss
 from fairref.training.setup import Setup, Task
@@ -45,9 +40,7 @@ class ImagePair:
     faces: Faces | None = None  # of x
     o_faces: Faces | None = None
     o_class: Tensor | None = None  # (n, A); says nothing where o shows no face
-    original_confident: Tensor | None = (
-        None  # (n,) bool: each of o's classes has p >= MIN_ORIGINAL_CONFIDENCE
-    )
+    original_confident: Tensor | None = None  # (n,) bool: o's classes have p >= MIN_ORIGINAL_CONFIDENCE
     o_embedding: Tensor | None = None  # (n, D) of o's face, zero where there is none
 
     def __getitem__(self, rows: Tensor) -> "ImagePair":
@@ -111,9 +104,8 @@ def align(view: View) -> Values:
     """L_align (eq 6), summed over attributes."""
     recipe, parts = view.setup.recipe, []
     for name, q in view.q.items():
-        values, _ = losses.align_loss(
-            view.logits[name], select_faces(q, view.has_face), recipe.C, recipe.batch
-        )
+        of_faces, soft = select_faces(q, view.has_face), recipe.targets == "soft"
+        values, _ = losses.align_loss(view.logits[name], of_faces, recipe.C, recipe.batch, soft)
         parts.append(values)  # (M,)
     return scatter_to_images(sum(parts), view.has_face), 1.0
 
@@ -164,20 +156,16 @@ def own_term(own: OwnLoss) -> Callable[[View], Values]:
 
 @dataclass(frozen=True)
 class Term:
-    """A row of TERMS: one term of the loss, what it takes, and what a run without it says."""
+    """A row of TERMS: one term of the loss, and what it takes."""
 
     values: Callable[[View], Values]
     in_run: Callable[[Setup], bool]  # whether a run has it
     needs: tuple[str, ...] = ()  # parts of a bundle without which a run is refused
-    lacks: Callable[[Setup], list[str]] = lambda setup: []  # what a run says of parts that it goes without
+    without: tuple[tuple[str, str], ...] = ()  # parts that it can do without, and what the run then says
 
 
 def _has_target(setup: Setup) -> bool:
     return setup.target is not None
-
-
-def _lacks(setup: Setup, part: str, weight: float, sentence: str) -> list[str]:
-    return [sentence] if _has_target(setup) and weight and not setup.bundle.has(part) else []
 
 
 TERMS: dict[str, Term] = {
@@ -185,28 +173,21 @@ TERMS: dict[str, Term] = {
         align,
         _has_target,
         ("classifiers.finetune",),
-        lambda s: _lacks(s, "detector", 1, "no face detector: its classifiers look at whole images"),
+        (("detector", "no face detector: its classifiers look at whole images"),),
     ),
-    "image": Term(
-        image,
-        _has_target,
-        ("clip",),
-        lambda s: _lacks(s, "dino", s.recipe.lambda_img, "no DINO: L_img compares images by CLIP alone"),
-    ),
+    "image": Term(image, _has_target, ("clip",), (("dino", "no DINO: L_img compares images by CLIP alone"),)),
     "face": Term(
         face,
         lambda setup: _has_target(setup) and setup.judges_faces,
-        lacks=lambda s: _lacks(
-            s, "embedder", s.recipe.lambda_face, "no face embedder: the loss has no L_face"
-        ),
+        without=(("embedder", "no face embedder: the loss has no L_face"),),
     ),
     "text": Term(text, lambda setup: setup.recipe.lambda_text > 0, ("clip",)),
 }
-# what else is counted of images: name -> (its sum over a view, whether a run has it)
+# what else is counted of images, as a share of all: name -> (its sum over a view, whether a run has it)
 STATISTICS: dict[str, tuple[Callable[[View], Tensor], Callable[[Setup], bool]]] = {
     "confident": (lambda view: torch.stack([*view.confident.values()]).double().mean(0).sum(), _has_target),
     "faces": (
-        lambda view: view.has_face.sum(),
+        lambda view: view.has_face.double().sum(),
         lambda setup: _has_target(setup) and setup.bundle.has("detector"),
     ),
 }
@@ -227,7 +208,8 @@ def loss_of(view: View) -> tuple[Tensor, Tensor]:
     """L = Σ_terms Σ_i weight_i value_i of a view's images, and the sums that `sums_of` names, without graph."""
     terms = [values(view) for values in terms_of(view.setup).values()]
     loss = sum((weight * values).sum() for values, weight in terms)
-    counted = [count(view) for count, in_run in STATISTICS.values() if in_run(view.setup)]
+    N, counts = view.setup.recipe.batch, [of for of, in_run in STATISTICS.values() if in_run(view.setup)]
+    counted = [count(view) / N for count in counts]
     sums = [loss, *(values.sum() for values, _ in terms), *counted]
     return loss, torch.stack([part.detach().double().to(view.x.device) for part in sums])
 

@@ -240,18 +240,21 @@ def no_coupling() -> float:
 
 @check(
     "subsampling",
-    "M of S steps, with probability ~ |w_i|: the mean is the full gradient",
-    "10,000 draws on a grid",
+    "M pairs of a step and an image, with probability ~ |w_i| ‖g_n‖: the mean is the full gradient",
+    "40,000 draws on a grid",
     1e-3,
 )
 def subsampled() -> float:
-    """Compare the mean of the subsampled weights with all weights."""
-    errors = []
+    """Compare the mean of what drawn pairs add to the gradient with what all pairs add."""
+    errors, size = [], torch.tensor([1, 0.01, 3, 0]).double().repeat_interleave(20)
+    u = (torch.arange(40_000, dtype=torch.float64)[:, None] + 0.5) / 40_000
     for end in ("zero", "sigma_min"):
-        w = gradient.step_weights(LONG, solver.solver_table(LONG, 20, end))
+        w = gradient.step_weights(LONG, solver.solver_table(LONG, 20, end)).repeat(4)
         for M in (1, 4, 13):
-            u = (torch.arange(10_000, dtype=torch.float64)[:, None] + 0.5) / 10_000
-            errors.append(error(gradient.subsample(w, M, u).mean(0), w))
+            drawn = gradient.subsample(w, M, u, size)
+            errors.append(error(drawn.mean(0) * size, w * size))
+            times = drawn.abs() * size * M / (w.abs() * size).sum()  # all draws weigh the same
+            errors.append(error(times, times.round()))
     return max(errors)
 
 

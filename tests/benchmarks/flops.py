@@ -34,7 +34,7 @@ from fairref.judges.mobilenet import MobileNetConfig, MobileNetV3
 from fairref.judges.sfnet import SFNet, SFNetConfig
 from fairref.nets.clip import ClipImage, ClipVisionConfig
 from fairref.nets.unet import Conv3x3, Resnet, Transformer
-from fairref.nets.vae import MidBlock, UpBlock
+from fairref.nets.vae import Level, MidBlock
 from fairref.settings import Recipe
 
 LATENT, PICTURE = (4, 64, 64), (3, 512, 512)
@@ -51,7 +51,7 @@ BLOCKS = (
     Resnet,
     Transformer,
     MidBlock,
-    UpBlock,
+    Level,
 )
 
 aten = torch.ops.aten

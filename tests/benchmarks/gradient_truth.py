@@ -51,6 +51,7 @@ from fairref.training.step import (
     draws,
     sample_path,
     sampling_gradient,
+    term_weights,
     transport_targets,
 )
 from fairref.training.terms import ImagePair, View, image_gradient, loss_of
@@ -186,14 +187,15 @@ def batch_of(point: Point, i: int, mode: str = EXACT) -> Batch:
     text = embed(point.model, task.prompt)
     drawn = sample_path(setup, point.model, task, text, i)
     pair = draw_pair(setup, point.model, task, text, drawn)
-    return Batch(task, drawn, pair, transport_targets(setup, task, pair, i).q)
+    return Batch(task, drawn, pair, transport_targets(setup, task, pair, i)[0])
 
 
 def gradient_of(point: Point, batch: Batch, i: int, mode: str = EXACT) -> Tensor:
     """dL/dparameters (P,) of iteration i, as training finds it."""
     text, setup = embed(point.model, batch.task.prompt), of_mode(point.setup, mode)
+    drawn = batch.drawn._replace(w=term_weights(setup, batch.drawn.table, i))
     g, _ = image_gradient(setup, batch.task, batch.pair, batch.q)
-    parts = sampling_gradient(setup, batch.drawn, g, text, point.parameters, i)
+    parts = sampling_gradient(setup, drawn, g, text, point.parameters)
     return torch.cat([part.flatten() for part in parts])
 
 

@@ -95,7 +95,7 @@ def picture_gradient(setup, model, parameters: list, work: Work) -> list:
     for rows in torch.arange(len(g)).split(work.micro_batch or len(g)):
         part = z_0[rows].requires_grad_(True)
         (g[rows],) = scaled_vjp(decode(model, part), [part], R[rows])
-    return sampling_gradient(setup, run, g, text, parameters, 0)
+    return sampling_gradient(setup, run, g, text, parameters)
 
 
 def gradient_of(setup, model, parameters: list, work: Work) -> list:

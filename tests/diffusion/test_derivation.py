@@ -16,7 +16,7 @@ from fairref.diffusion.gradient import (
     step_weights,
     subsample,
 )
-from fairref.diffusion.model import GuidedModel
+from fairref.diffusion.model import GuidedModel, KeepingModel
 from fairref.diffusion.sampler import sample
 from fairref.diffusion.schedule import Schedule
 from fairref.diffusion.solver import ancestral_table, solver_table, step
@@ -297,18 +297,25 @@ def test_B_t_is_the_sum_of_all_paths_and_the_adjusted_gradient_keeps_the_direct_
 
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
 @pytest.mark.parametrize("M", [1, 3, 7, 19])
-def test_a_subsample_of_steps_is_unbiased(end, M):
-    w = step_weights(SCHEDULE, solver_table(SCHEDULE, 20, end))
-    assert end == "zero" or (w > 0).any()  # two steps of the other sign
-    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    draws = torch.stack([subsample(w, M, float(x)) for x in u])  # (4000, S)
-    torch.testing.assert_close(draws.mean(0), w, rtol=0, atol=float(w.abs().sum()) / M / 1000)
-    unit = w.abs().sum() / M
-    times = draws / unit
+@pytest.mark.parametrize("sizes", [(1.0,), (1.0, 0.02, 0.0, 5.0)])
+def test_a_subsample_of_steps_is_unbiased(end, M, sizes):
+    """Of steps alone, and of pairs of a step and an image, whose dL/dz_0 have some size, or are 0."""
+    steps = step_weights(SCHEDULE, solver_table(SCHEDULE, 20, end))
+    assert end == "zero" or (steps > 0).any()  # two steps of the other sign
+    w, size = steps.repeat(len(sizes)), torch.tensor(sizes).double().repeat_interleave(20)
+    u = (torch.arange(4000, dtype=torch.float64)[:, None] + 0.5) / 4000
+    draws = subsample(w, M, u, size)  # (4000, P)
+    assert torch.equal(draws[7], subsample(w, M, float(u[7]), size))
+    share = w.abs() * size / (w.abs() * size).sum()
+    # a term is drawn M share times on the average, and never one time more or less than that, rounded
+    unit = (w / (M * share)).where(share > 0, 0)
+    times = torch.where(share > 0, draws / unit, 0)
     torch.testing.assert_close(times, times.round(), **close)
-    assert ((times.abs().sum(1) - M).abs() < 1e-9).all()  # M draws, never more
-    assert (draws * w >= 0).all()
-    assert (times.abs() <= torch.ceil(w.abs() / unit) + 1e-9).all()
+    assert ((times.sum(1) - M).abs() < 1e-9).all()
+    assert ((times - M * share).abs() < 1 + 1e-9).all() and (draws * w >= 0).all()
+    torch.testing.assert_close(times.mean(0), M * share, rtol=0, atol=1 / 2000)
+    assert torch.equal(draws[:, share == 0], torch.zeros(4000, int((share == 0).sum())).double())
+    assert torch.equal(subsample(w, M, 0.3, 0 * size), torch.zeros_like(w))  # no image has a gradient
 
 
 def test_the_mean_of_subsampled_gradients_is_the_gradient():
@@ -328,6 +335,44 @@ def test_the_mean_of_subsampled_gradients_is_the_gradient():
     got = adjusted_gradient(model, table, subsample(w, 3, 0.4), path, g)[0]
     torch.testing.assert_close(got, torch.tensordot(subsample(w, 3, 0.4), one_by_one, 1), **close)
     assert len(unet.calls) <= 3
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_each_image_may_have_weights_of_its_own(micro_batch):
+    unet, table, z_T, c, c_empty = setting(S=5)
+    model = GuidedModel(unet, c, c_empty, 7.5)
+    path, g = walk(model, table, z_T)
+    w = random(5, len(g), seed=8) * (random(5, len(g), seed=9) > 0)
+    got = adjusted_gradient(model, table, w, path, g, micro_batch)
+    alone = [
+        adjusted_gradient(model, table, w[:, n], [x._replace(z=x.z[n : n + 1]) for x in path], g[n : n + 1])
+        for n in range(len(g))
+    ]
+    for leaf, of_images in zip(got, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(leaf, sum(of_images), **close)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_kept_graphs_give_the_same_gradient_without_another_evaluation(guidance):
+    unet, table, z_T, c, c_empty = setting(S=5)
+    model, keeping = (kind(unet, c, c_empty, guidance) for kind in (GuidedModel, KeepingModel))
+    path, g = walk(model, table, z_T)
+    w = step_weights(SCHEDULE, table)
+    expected = adjusted_gradient(model, table, w, path, g)
+    with torch.no_grad():
+        kept = list(sample(keeping, table, z_T))
+    for a, b in zip(kept, path, strict=True):
+        assert torch.equal(a.z, b.z) and not a.z.requires_grad
+        assert a.eps is None or (torch.equal(a.eps, b.eps) and not a.eps.requires_grad)
+    unet.calls.clear()
+    for once_more in (0, 5):  # a graph serves once
+        got = adjusted_gradient(keeping, table, w, kept, g)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert len(unet.calls) == once_more
+    with torch.no_grad():
+        kept = list(sample(keeping, table, z_T + 1))
+    got = adjusted_gradient(keeping, table, w, path, g)  # not the latents whose graphs are there
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])

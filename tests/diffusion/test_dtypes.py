@@ -98,12 +98,12 @@ def test_the_gradient_of_half_networks(bundles, monkeypatch, component, dtype):
         targets.append(real_ot(*args, **options))
         return targets[0]
 
-    def sampling_gradient(setup, drawn, g, text, parameters, i):
+    def sampling_gradient(setup, drawn, g, text, parameters):
         path = drawn.path
         seen[text.dtype] = (path[0].z.dtype, path[-1].z.dtype, g.dtype, {p.dtype for p in parameters})
         counts.append(roundings.count)
         pulled.append(g)
-        return real_gradient(setup, drawn, pulled[0], text, parameters, i)
+        return real_gradient(setup, drawn, pulled[0], text, parameters)
 
     for spy in (draw_pair, joint_ot, sampling_gradient):
         monkeypatch.setattr(iteration, spy.__name__, spy)

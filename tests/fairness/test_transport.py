@@ -259,7 +259,7 @@ def test_neighbouring_counts_share_their_work_and_each_is_cheapest(N, K, scale):
     cost = class_distance(draw_logits(N, K, scale=scale).numpy())
     cost[1] = cost[0]  # exact ties
     allowed = np.delete(np.arange(K), 1) if K > 3 else np.arange(K)
-    assigned = every_assignment(cost, allowed)
+    assigned = every_assignment(cost, allowed).T
     counts = (assigned[:, :, None] == np.arange(K)).sum(1)
     k = len(allowed)
     assert len(np.unique(counts, axis=0)) == len(counts) == math.comb(N + k - 1, k - 1)
@@ -354,7 +354,7 @@ def test_pot_finds_the_same_costs(N, K):
         plan = pot.emd(np.full(N, 1 / N), n / N, cost)
         ours = cost[np.arange(N), assign(cost, n)].mean()
         assert ours == pytest.approx((plan * cost).sum(), abs=1e-12)
-    every = every_assignment(cost, np.arange(K))
+    every = every_assignment(cost, np.arange(K)).T
     for row in every[:: max(1, len(every) // 40)]:
         n = np.bincount(row, minlength=K)
         value = pot.emd2(np.full(N, 1 / N), n / N, cost)

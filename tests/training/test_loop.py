@@ -20,7 +20,7 @@ from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.fairness.transport import joint_ot
 from fairref.training import checkpoints, loop, step
-from fairref.training.checks import check
+from fairref.training.checks import check, quiet_batches
 from fairref.training.logs import Log
 from fairref.training.loop import finetune, iterate, learning_rate, new_state, update
 from fairref.training.step import draw_task, iteration_gradient, prompt_of
@@ -244,11 +244,36 @@ def test_the_gradient_may_take_a_few_steps_only(bundles, monkeypatch):
         monkeypatch.setattr(step, drawing, cache_of_one(getattr(step, drawing)))
     seen = []
     for u in ((np.arange(40) + 0.5) / 40).tolist():
-        monkeypatch.setattr(step, "subsample", lambda w, M, _, u=u: subsample(w, M, u))
+        monkeypatch.setattr(step, "subsample", lambda w, M, _, size, u=u: subsample(w, M, u, size))
         seen.append(iteration_gradient(with_steps(2), model, parameters, 0)[0])
     means = [torch.stack(g).mean(0) for g in zip(*seen, strict=True)]
     for mean, b in zip(means, whole, strict=True):
         assert float((mean - b).norm() / b.norm()) < 0.05  # a grid of 40 draws, not all of them
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "both", "prefix"])
+def test_kept_graphs_change_nothing_but_what_is_evaluated(bundles, monkeypatch, component):
+    setup = make_setup(bundles[torch.float64], batch=3, steps=4, component=component, micro_batch=2)
+    model, state = moved(setup)
+    parameters, evaluated = list(state.adapter.parameters()), []
+    real = type(model.unet).forward
+    monkeypatch.setattr(
+        type(model.unet), "forward", lambda self, z, t, c: evaluated.append(len(z)) or real(self, z, t, c)
+    )
+
+    def found(**changes):
+        evaluated.clear()
+        changed = replace(setup, recipe=replace(setup.recipe, **changes))
+        return *iteration_gradient(changed, model, parameters, 0), sum(evaluated)
+
+    gradient, metrics, rows = found()
+    kept, same, fewer = found(keep_graphs=True)
+    assert same == metrics and (rows, fewer) == (
+        3 * 4 * 3 * 2,
+        2 * 4 * 3 * 2,
+    )  # the path, the frozen one, the VJPs
+    for a, b in zip(kept, gradient, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.abs().max()))
 
 
 def test_at_the_start_both_models_draw_the_same_and_nothing_is_drawn_twice(bundles, monkeypatch):
@@ -580,6 +605,24 @@ def test_a_checkpoint_of_another_rank_is_refused(bundles, tmp_path):
     _, other = new_state(make_setup(bundles[torch.float32], rank=3))
     with pytest.raises(UserError, match=r"checkpoint-000000\.safetensors"):
         checkpoints.restore(tmp_path, other)
+
+
+def test_a_run_says_which_batches_ask_for_nothing(bundles):
+    bundle = bundles[torch.float32]
+
+    def said(attribute="gender", **recipe):
+        setup = make_setup(bundle, attribute, batch=24, **recipe)
+        return quiet_batches(setup)
+
+    assert said() == ["gender: of 24 images, with 10 to 14 of each, nobody is asked to change (C = 0.8)"]
+    gender, tone = said("gender,skin_tone", C=0.5)
+    assert gender.startswith("gender: of 24 images, with 12 to 12 of each") and "with about" in tone
+    setup = make_setup(bundle, batch=24)
+    uneven = replace(setup, target=JointTarget(setup.target.classes, np.array([0.3, 0.7])))
+    assert quiet_batches(uneven) == [
+        "gender: of 24 images, with 5 to 9 woman, 15 to 19 man, nobody is asked to change (C = 0.8)"
+    ]
+    assert said(targets="random") == said(targets="soft") == said(None, lambda_text=1.0) == []
 
 
 def test_what_a_bundle_lacks_is_said(bundles):

@@ -41,7 +41,7 @@ def test_the_rows_sum_to_the_batchs_gradient(bundle, component, gradient):
     model, state = moved(setup)
     parameters = list(state.adapter.parameters())
     (task, drawn, _, _, g, mine), whole = watched(setup, model, parameters)
-    rows = torch.stack(list(gradient_rows(setup, model, parameters, 0, task, drawn, g)))
+    rows = torch.stack(list(gradient_rows(setup, model, parameters, task, drawn, g)))
     flat = torch.cat([part.flatten() for part in whole])
     assert torch.equal(flat, torch.cat([part.flatten() for part in mine]))
     torch.testing.assert_close(rows.sum(0), flat, rtol=0, atol=1e-10 * float(flat.abs().max()))
@@ -55,7 +55,7 @@ def test_a_row_is_that_of_the_gradient_matrix(bundle, grad_steps):
     model, state = moved(setup)
     parameters = list(state.adapter.parameters())
     (task, drawn, _, _, g, _), _ = watched(setup, model, parameters)
-    rows = torch.stack(list(gradient_rows(setup, model, parameters, 0, task, drawn, g)))
+    rows = torch.stack(list(gradient_rows(setup, model, parameters, task, drawn, g)))
     if grad_steps:  # the same draw of steps for every image
         assert torch.linalg.matrix_rank(rows) == 3
         return

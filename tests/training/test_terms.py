@@ -282,7 +282,7 @@ def test_with_two_attributes_a_face_counts_where_one_is_confident_and_is_its_own
     text = embed(model, task.prompt).detach()
     z_T = noise(0, 0, range(4), (4, RESOLUTION // 4, RESOLUTION // 4)).double()
     adapted_model = guided(model, text, task.guidance)
-    run = Rollout(table, adapted_model, rollout(adapted_model, table, z_T))
+    run = Rollout(table, adapted_model, rollout(adapted_model, table, z_T), table.k)
     pair = draw_pair(setup, model, task, text, run)
     assert not torch.equal(pair.x, pair.o)
     (h,) = bundle.classifiers["finetune"]

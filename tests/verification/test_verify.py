@@ -12,7 +12,7 @@ import torch
 from fairref.commands import verify as command
 from fairref.diffusion import gradient, model, solver
 from fairref.diffusion.schedule import Schedule
-from fairref.fairness import losses, metrics, transport
+from fairref.fairness import losses, metrics, threshold, transport
 from fairref.verification import derivation, fairness, gradients, published, sampling, verify
 from fairref.verification.checks import CHECKS, Check
 
@@ -110,26 +110,18 @@ MUTANTS = [  # owner, function, old, new, the check that must notice it
     (gradient, "A_t", "table.timesteps]", "table.timesteps - 1]", gradients.coefficients),
     (gradient, "adjusted_gradient", "table.timesteps[steps]", "table.timesteps[images]", gradients.adjusted),
     (gradient, "adjusted_gradient", "g[images]", "g[images[::-1]]", gradients.adjusted),
-    (gradient, "subsample", "w.sign()", "1", gradients.subsampled),
+    (gradient, "subsample", "(w / length)", "(w.abs() / length)", gradients.subsampled),
+    (gradient, "subsample", "w.abs() * size", "w.abs()", gradients.subsampled),
     (model, "guide", "s * (eps_prompt - eps_empty)", "s * (eps_empty - eps_prompt)", sampling.guidance),
-    (model.GuidedModel, "eps", "[self.c_empty, self.c]", "[self.c, self.c_empty]", sampling.guidance),
-    (model.GuidedModel, "vjp", "(1 - self.s) * v", "(self.s - 1) * v", gradients.adjusted),
-    (model.GuidedModel, "vjp", "self.s * v]", "v]", gradients.adjusted),
+    (model.GuidedModel, "_eps", "texts[::-1]", "texts", sampling.guidance),
     (
         model.GuidedModel,
-        "vjp",
-        "dc_empty, dc, *of_parameters",
-        "dc, dc_empty, *of_parameters",
+        "kept",
+        "[*texts, *self.parameters",
+        "[*texts[::-1], *self.parameters",
         gradients.adjusted,
     ),
-    (
-        model.GuidedModel,
-        "vjp",
-        "[_leaf(self.c_empty), _leaf(self.c)]",
-        "[_leaf(self.c), _leaf(self.c_empty)]",
-        gradients.adjusted,
-    ),
-    (model.GuidedModel, "vjp", ".pop()", ".pop().neg()", gradients.exact_without_matrices),
+    (model.GuidedModel, "kept", ".pop()", ".pop().neg()", gradients.exact_without_matrices),
     (solver, "_with_totals", "s_next * u[2:]", "s_next * u[1:-1]", sampling.totals),
     (solver, "_with_totals", "k = q * u[1:-1]", "k = -q * u[1:-1]", gradients.adjusted),
     (solver, "solver_table", "2 * h[:-1]", "h[:-1]", sampling.solver_steps),
@@ -156,16 +148,15 @@ MUTANTS = [  # owner, function, old, new, the check that must notice it
         "logits[:, 0] - logits[:, 1]",
         fairness.closed_form,
     ),
-    (
-        transport,
-        "every_assignment",
-        "cost[:, None, :] - cost[:, :, None]",
-        "cost[:, :, None] - cost[:, None, :]",
-        fairness.monte_carlo,
-    ),
+    (transport, "every_assignment", "< n, second, start", "< n, start, second", fairness.monte_carlo),
+    (transport.Changes, "move_one", "range(K - 2)", "range(0)", fairness.expected_transport),
+    (transport.Solver, "draw", "M, fit[0])", "M, fit[0] + fit[1])", fairness.monte_carlo),
     (transport, "class_distance", "rest**2 + p**2", "rest**2 - p**2", fairness.expected_transport),
     (transport, "class_sums", "np.eye(k)[c]", "np.eye(k)[::-1][c]", fairness.expected_transport),
     (losses, "align_loss", "cross_entropy.where(confident, 0)", "cross_entropy", fairness.align),
+    (losses, "leaving_targets", "leaves >= C", "1 - leaves >= C", fairness.asked_of_four),
+    (threshold, "pull_left", "a - 1, N - 1", "a, N - 1", fairness.pull_left),
+    (threshold, "asked_to_change", "own[told], y[told]", "y[told], own[told]", fairness.pull_left),
     (losses, "image_loss", "1 - F.cosine", "1 + F.cosine", fairness.semantics),
     (losses, "face_loss", "1 - F.cosine", "1 + F.cosine", fairness.face),
     (losses, "nearest_faces", "cosine > largest", "cosine < largest", fairness.face),
