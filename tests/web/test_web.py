@@ -179,7 +179,7 @@ def test_only_what_the_encoder_reads_is_named(studio, end, is_named):
 
 def test_what_fails_while_it_draws_is_said_but_not_shown(studio, monkeypatch, capsys):
     def broken(*args):
-        raise RuntimeError("out of memory at /home/somebody")
+        raise RuntimeError("out of memory in some layer")
 
     monkeypatch.setattr(studio, "_side", broken)
     with pytest.raises(UserError) as refused:
