@@ -19,7 +19,7 @@ INTRO = """# fairref
 Type a prompt. The original model and the fair one draw it from the same noise. The judge says what a picture looks
 like; nobody's gender, age or skin tone is known here, and the judge errs.
 """
-# Enter does what the button does, also where it is disabled
+# Enter presses the button, which does nothing while it is disabled
 PRESS = "() => document.querySelector('#draw').click()"
 # the address bar becomes the link to what is shown; the page is not loaded anew
 TO_LINK = "(query) => { if (query) history.replaceState(null, '', '?' + query); }"
@@ -104,7 +104,8 @@ def _wire(studio, blocks, example, fields, buttons, places):
         yield from _drawing(studio, dict(zip(FIELDS, values, strict=True)))
 
     def ask_link(asked):
-        yield from _drawing(studio, {**vars(example.view), **dict(parse_qsl(str(asked)))})
+        values = dict(parse_qsl(str(asked), keep_blank_values=True))
+        yield from _drawing(studio, {**vars(example.view), **values})
 
     def remember(query, line, history):
         history = with_view(history, query, line)
