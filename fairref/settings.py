@@ -88,6 +88,7 @@ def setting(
 
 TARGET = {"attr": ()}
 ADJUSTED = ("paper", "solver", "none")
+SOFT = ("prefix", "suffix", "deep", "generated")  # soft prompts
 LORA, EVALUATED = ("text_encoder", "unet", "both"), ("both", "best", "ema", "raw")
 
 
@@ -164,13 +165,12 @@ class Recipe:
     )
     component: str = setting(
         "text_encoder",
-        "what is trained: prefix (soft tokens before the prompt), or LoRA on text_encoder, unet or both",
-        choices=("prefix", "text_encoder", "unet", "both"),
+        "what is trained: LoRA on text_encoder, unet or both; or a soft prompt. prefix: tokens before the prompt;"
+        " suffix: behind it; deep: tokens before it in each layer; generated: tokens before it that are made from it",
+        choices=(*SOFT, *LORA),
     )
     rank: int = setting(50, "rank of the LoRA matrices", low=1, high=MAX_COUNT, only_with={"component": LORA})
-    tokens: int = setting(
-        5, "soft tokens of the prefix", low=1, high=MAX_COUNT, only_with={"component": ("prefix",)}
-    )
+    tokens: int = setting(5, "tokens of a soft prompt", low=1, high=MAX_COUNT, only_with={"component": SOFT})
     lr: float = setting(5e-5, "AdamW's learning rate", high=MAX_NUMBER)
     lr_end: float = setting(
         1.0,

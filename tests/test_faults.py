@@ -289,7 +289,7 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "one strength counts for the first LoRA only": (
         "fairref/generation/strengths.py",
-        "1.0 if adapter.prefix is not None else strengths[0] for",
+        "1.0 if adapter.soft else strengths[0] for",
         "1.0 if adapter is not adapters[0] else strengths[0] for",
         f"{ADAPTERS}::test_which_strength_counts_for_which_adapter[names1-strengths1-expected1]",
     ),

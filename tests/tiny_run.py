@@ -73,9 +73,9 @@ def images_by_hand(setup, model, i):
 
     def run(model):
         words = [model.text_encoder.embed(bundle.tokenizer([text])) for text in (prompt, "")]
-        if model.prefix is not None:
+        if model.soft is not None:
             words[0] = torch.cat(
-                [words[0][:, :1], model.prefix[None], words[0][:, 1 : -len(model.prefix)]], 1
+                [words[0][:, :1], model.soft.prefix[None], words[0][:, 1 : -len(model.soft)]], 1
             )
         c, c_empty = (model.text_encoder(embeddings=x).expand(N, -1, -1) for x in words)
         z, previous = z_T, None

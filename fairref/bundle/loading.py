@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairref.bundle.judges import load_templates, read_template_settings
 from fairref.bundle.manifest import MANIFEST, Manifest, places_of, read_manifest
@@ -76,7 +76,9 @@ class Bundle:
     embedder: Embedder | None = None  # aligned faces -> features
     face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
     dino: Features | None = None  # images -> features
-    prefix: Tensor | None = None  # soft prompt (P, D) of an adapter
+    soft: nn.Module | None = (
+        None  # soft prompt of an adapter: (bundle, ids (T,), c without it) -> c (1, T, D)
+    )
     empty_encoder: ClipText | None = None  # of the empty or negative prompt, where it is another one
     # fingerprint and strength of each adapter; at strength 0 it changes nothing
     adapters: tuple[tuple[str, float], ...] = ()
@@ -97,6 +99,11 @@ class Bundle:
         """What they compute in, as --dtype names it."""
         return str(next(self.unet.parameters()).dtype).removeprefix("torch.")
 
+    @property
+    def soft_tokens(self) -> int:
+        """How many tokens of a prompt its soft prompt takes."""
+        return 0 if self.soft is None else len(self.soft)
+
     def has(self, key: str) -> bool:
         """Whether it has the part with this key of the registry, as "classifiers.finetune" or "clip"."""
         group, _, role = key.rpartition(".")
@@ -116,7 +123,7 @@ class Bundle:
 
     @cached_property
     def all_fingerprints(self) -> dict[str, str]:
-        """Of each part by its key, of the prefix too; not of a user's own judges, whose files have their own hashes."""
+        """Of each part by its key, also of a soft prompt; not of a user's own judges: their files have hashes."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         parts |= {f"classifiers.{role}": judges for role, judges in parts.pop("classifiers").items()}
         parts |= parts.pop("others")

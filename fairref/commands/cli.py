@@ -129,7 +129,7 @@ def add_adapters(parser: Parser) -> None:
     parser.add_argument(
         "--adapter",
         action="append",
-        help="a run's folder or an adapter file; several add up, one a prefix at most",
+        help="a run's folder or an adapter file; several add up, one a soft prompt at most",
     )
     parser.add_argument(
         "--strength",

@@ -6,7 +6,7 @@ the same for all images, or (B, T, d).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -43,13 +43,15 @@ def guide(eps_empty: Tensor, eps_prompt: Tensor, s: float) -> Tensor:
 class GuidedModel:
     """A U-Net with classifier-free guidance of scale s. Leaves: c, c_empty, and what of the U-Net requires grad.
 
-    At s = 1 the empty branch has no weight and is left out; c_empty may then be None.
+    At s = 1 the empty branch has no weight and is left out; c_empty may then be None. Where `fixed_empty`, all of its
+    branch is a constant: it has no graph, and c_empty's gradient is zero.
     """
 
     unet: nn.Module
     c: Tensor
     c_empty: Tensor | None
     s: float
+    fixed_empty: bool = False
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -75,10 +77,16 @@ class GuidedModel:
 
         The cotangent of the empty branch is (1 - s) v, that of the prompt's branch s v.
         """
+        if self.fixed_empty and not wrt_z:  # its branch need not be evaluated
+            return replace(self, s=1.0, fixed_empty=False).vjp(z, t, self.s * v)
         return self.kept(z, t, wrt_z)[1](v)
 
     def kept(self, z: Tensor, t: int | Tensor, wrt_z: bool = False) -> tuple[Tensor, VJP]:
         """`eps`, and `vjp` as a function of v alone, which serves once: the evaluation's graph is kept until then."""
+        if self.fixed_empty and not wrt_z:
+            eps, vjp = replace(self, s=1.0, fixed_empty=False).kept(z, t)
+            eps_empty = GuidedModel(self.unet, self.c_empty, None, 1.0).eps(z.detach(), t)  # without a graph
+            return guide(eps_empty, eps, self.s), lambda v: vjp(self.s * v)
         with torch.enable_grad():
             texts, z = [_leaf(text) for text in self.texts], z.detach().requires_grad_(wrt_z)
             eps = self._eps(z, t, texts)

@@ -87,7 +87,7 @@ def prepare(bundle: Bundle, options: EvaluationOptions, processes: Processes = P
     *_, model = models.values()
     if processes.first:
         texts = [prompt for part in parts for prompt in part.prompts]
-        warn_of_cut(bundle.tokenizer, texts, 0 if model.prefix is None else len(model.prefix))
+        warn_of_cut(bundle.tokenizer, texts, model.soft_tokens)
     return Evaluation(settings, tuple(parts), models, adapted, options.any_base, labels, labelled, home=home)
 
 

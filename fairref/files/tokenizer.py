@@ -72,12 +72,12 @@ class Tokenizer:
         encodings = self._backend.encode_batch(_checked(texts))
         return torch.tensor([e.ids for e in encodings], dtype=torch.long).reshape(-1, self.length)
 
-    def cut(self, texts: list[str], prefix: int = 0) -> list[str]:
-        """Return the end of each text that does not fit behind `prefix` soft tokens; '' if all fits."""
+    def cut(self, texts: list[str], soft: int = 0) -> list[str]:
+        """Return the end of each text that does not fit beside `soft` soft tokens; '' if all fits."""
         lost = []
         for text, encoding in zip(texts, self._backend.encode_batch(_checked(texts)), strict=True):
             # the overflow is BOS, what didn't fit, EOS; offsets are characters of the text as given
-            place = self.length - 1 - prefix  # the first that is dropped, EOS where there is no prefix
+            place = self.length - 1 - soft  # the first that is dropped, EOS where there are no soft tokens
             start = [encoding.offsets[place][0]] if not encoding.special_tokens_mask[place] else []
             start += [rest.offsets[1][0] for rest in encoding.overflowing[:1]]
             lost.append(text[start[0] :].strip() if start else "")

@@ -2,7 +2,7 @@
 
 A file holds, in float32, what an adapter changes, and `info`, what it was made from:
 
-    prefix (P, D)                                         soft tokens before the prompt
+    prefix, suffix (P, D), deep (L, P, D), generated.*    a soft prompt, as in soft.py
     <network>.<layer>.lora_down.weight, .lora_up.weight   of each layer with LoRA, linear or a convolution
     <network>.<layer>.weight                              a whole matrix in the place of the layer's own
 
@@ -30,13 +30,14 @@ from fairref.generation.lora import (
     LAYERS,
     Adapter,
     LoRALayer,
-    check_length,
+    first_tokens,
     is_layer,
     put_layer,
     put_lora,
     shared_copy,
     trained_layers,
 )
+from fairref.generation.soft import SOFT_PROMPTS
 
 FORMAT, IMPORTED = "fairref-adapter-1", "fairref-adapter-2"
 FILE = "adapter.safetensors"
@@ -44,7 +45,7 @@ OWN = "adapters"  # a bundle's folder of adapters that come with it
 DOWN, UP, WHOLE = ".lora_down.weight", ".lora_up.weight", ".weight"
 STRONGEST = 1.5  # the largest strength
 NOT_OURS = (
-    f"found other tensors than a prefix, or lora_down.weight and lora_up.weight, of {', '.join(LAYERS)} alone;"
+    f"found other tensors than a soft prompt, or lora_down.weight and lora_up.weight, of {', '.join(LAYERS)} alone;"
     " use a file that train.py or `fairref import` wrote."
 )
 
@@ -56,7 +57,7 @@ class AdapterFile:
     file: Path
     info: dict[str, object]  # what it was made from
     component: str  # of COMPONENTS
-    prefix: Tensor | None  # (P, D)
+    soft: dict[str, Tensor]  # of a soft prompt, {} without one
     pairs: dict[
         str, tuple[Tensor, Tensor]
     ]  # layer -> down, up; of a convolution (r, in, k, k), (out, r, 1, 1)
@@ -65,10 +66,14 @@ class AdapterFile:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of them under the file's names."""
-        prefix = {} if self.prefix is None else {"prefix": self.prefix}
         downs = {name + DOWN: down for name, (down, _) in self.pairs.items()}
         ups = {name + UP: up for name, (_, up) in self.pairs.items()}
-        return prefix | downs | ups | {name + WHOLE: tensor for name, tensor in self.matrices.items()}
+        return self.soft | downs | ups | {name + WHOLE: tensor for name, tensor in self.matrices.items()}
+
+    @property
+    def soft_tokens(self) -> int:
+        """How many tokens of a prompt its soft prompt takes."""
+        return self.soft[SOFT_PROMPTS[self.component].named].shape[-2] if self.soft else 0
 
     @property
     def leaves_empty(self) -> bool:
@@ -123,21 +128,24 @@ def read_adapter(path: str | Path) -> AdapterFile:
     parts = {name.split(".")[0] for name in tensors}
     component = next((name for name, of in COMPONENTS.items() if set(of) == parts), None)
     held: dict[str, dict[str, Tensor]] = {DOWN: {}, UP: {}, WHOLE: {}}  # end of the name -> layer -> tensor
+    soft = tensors if component in SOFT_PROMPTS else {}
     strangers = []
-    for name in sorted(tensors):
+    for name in sorted(set(tensors) - set(soft)):
         end = next((end for end in held if name.endswith(end)), None)
         if end:
             held[end][name.removesuffix(end)] = tensors[name]
-        elif name != "prefix":
+        else:
             strangers.append(name)
     downs, ups, matrices = held.values()
     _check_names(file, component, strangers, downs, ups)
-    if any(t.dim() < 2 for t in tensors.values()) or (matrices and found == FORMAT):
+    flat = [name for name, tensor in tensors.items() if tensor.dim() < 2 and not name.endswith(".bias")]
+    named = SOFT_PROMPTS[component].named if soft else None
+    if flat or named not in (None, *soft) or (matrices and found == FORMAT):
         raise UserError(f"{file}: {NOT_OURS}")
     if any(0 in t.shape for t in tensors.values()):
         raise UserError(f"{file}: its matrices have rank 0; use a file that was trained.")
     pairs = {name: (down, ups[name]) for name, down in downs.items()}
-    return AdapterFile(file, info, component, tensors.get("prefix"), pairs, matrices)
+    return AdapterFile(file, info, component, soft, pairs, matrices)
 
 
 def _check_names(file, component, strangers, downs, ups):
@@ -154,8 +162,8 @@ def _check_names(file, component, strangers, downs, ups):
 def load_adapter(bundle: Bundle, path: str | Path, strength: float = 1.0, any_base: bool = False) -> Bundle:
     """The bundle with the adapter of a file or a run's folder, frozen. Raises UserError.
 
-    The change that LoRA and whole matrices make is multiplied by `strength` (0 to 1.5); a prefix is there (1) or not
-    (0). With `any_base` the adapter may be of another base, which is then said.
+    The change that LoRA and whole matrices make is multiplied by `strength` (0 to 1.5); a soft prompt is there (1)
+    or not (0). With `any_base` the adapter may be of another base, which is then said.
     """
     return load_adapters(bundle, [(path, strength)], any_base)
 
@@ -165,7 +173,7 @@ def load_adapters(
 ) -> Bundle:
     """The bundle with several adapters, whose changes add up; each as in `load_adapter`. Raises UserError.
 
-    All must be of this bundle's base; at most one is a prefix, and a layer has at most one whole matrix.
+    All must be of this bundle's base; at most one is a soft prompt, and a layer has at most one whole matrix.
     """
     opened = [(a if isinstance(a, AdapterFile) else read_adapter(a), strength) for a, strength in adapters]
     _check_together(bundle, opened)
@@ -188,9 +196,9 @@ def _check_together(bundle, adapters):
         raise UserError(
             f"{alone[0]}: leaves the empty prompt as it was (--empty-prompt frozen); use it by itself."
         )
-    prefixes = [adapter.file for adapter, _ in adapters if adapter.prefix is not None]
-    if len(prefixes) + (bundle.prefix is not None) > 1:
-        raise UserError(f"{prefixes[-1]}: a second prefix, but a prompt has room for one; leave one out.")
+    soft = [adapter.file for adapter, _ in adapters if adapter.soft]
+    if len(soft) + (bundle.soft is not None) > 1:
+        raise UserError(f"{soft[-1]}: a second soft prompt, but a prompt has room for one; leave one out.")
     owner = {}
     for adapter, _ in adapters:
         for name in adapter.matrices:
@@ -205,9 +213,9 @@ def check_strength(adapter: AdapterFile, strength: float) -> None:
     """Refuses a strength that the adapter can't have. Raises UserError."""
     if not 0 <= strength <= STRONGEST:
         raise UserError(f"{adapter.file}: its strength is {strength}; expected 0 to {STRONGEST}.")
-    if adapter.prefix is not None and strength not in (0, 1):
+    if adapter.soft and strength not in (0, 1):
         raise UserError(
-            f"{adapter.file}: its strength is {strength}, but a prefix is there or not; expected 1 or 0."
+            f"{adapter.file}: its strength is {strength}, but a soft prompt is there or not; expected 1 or 0."
         )
 
 
@@ -237,12 +245,11 @@ def _with_adapter(bundle, adapter, strength):
     """The bundle with one adapter, whose tensors must fit its layers."""
     held, changed, put = Adapter(), {}, []
     try:
-        if adapter.prefix is not None:
-            check_length(bundle, len(adapter.prefix))
-            width = bundle.text_encoder.text_model.embeddings.token_embedding.weight[0]
-            changed["prefix"] = held.prefix = _empty(width, len(adapter.prefix), *width.shape)
         for part in COMPONENTS[adapter.component]:
-            if part != "prefix":
+            if part in SOFT_PROMPTS:
+                start = first_tokens(bundle, adapter.soft_tokens)
+                changed["soft"] = held = SOFT_PROMPTS[part](start, bundle)
+            else:
                 changed[part] = shared_copy(getattr(bundle, part)).eval()
                 changed[part].fingerprint = fingerprint_of(getattr(bundle, part))  # its base's
                 put += _put_layers(changed[part], part, adapter, held)
@@ -259,7 +266,7 @@ def _with_adapter(bundle, adapter, strength):
             layer.weight = nn.Parameter(whole.to(base.weight.dtype))
     for module in (held, *(layer for layer, _ in put)):
         module.requires_grad_(False)
-    return bundle if adapter.prefix is not None and strength == 0 else replace(bundle, **changed)
+    return bundle if adapter.soft and strength == 0 else replace(bundle, **changed)
 
 
 def _put_layers(network, part, adapter, held):

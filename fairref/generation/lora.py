@@ -1,8 +1,7 @@
-"""What finetuning trains: LoRA on the text encoder or the U-Net, or soft tokens before the prompt.
+"""What finetuning trains: LoRA on the text encoder or the U-Net, or a soft prompt (`soft.py`).
 
 LoRA: W x becomes W x + up down x, with up (out, r) = 0 and down (r, in) ~ N(0, 1/r^2) at the start, scale 1, no
-alpha, so the adapted network starts as the frozen one bit for bit. Prefix: P token embeddings after BOS, each at
-first the embedding of a random token (`rollout.embed` puts them in).
+alpha, so the adapted network starts as the frozen one bit for bit. Soft prompts start as P embeddings of random tokens.
 """
 
 import copy
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
+from fairref.generation.soft import SOFT_PROMPTS
 
 Network = TypeVar("Network", bound=nn.Module)
 COMPONENTS = {  # name -> what of the bundle is adapted
-    "prefix": ("prefix",),
+    **{name: (name,) for name in SOFT_PROMPTS},
     "text_encoder": ("text_encoder",),
     "unet": ("unet",),
     "both": ("text_encoder", "unet"),
@@ -108,15 +108,17 @@ def adapt(
     rank: int = 50,
     tokens: int = 5,
     generator: torch.Generator | None = None,
-) -> tuple[Bundle, Adapter]:
+) -> tuple[Bundle, nn.Module]:
     """An adapted bundle, which shares its frozen weights with the one given, and the adapter that is to be trained.
 
-    The bundle given stays as it is. `rank` of LoRA, `tokens` of the prefix; `generator` (on the CPU) draws the start.
+    The bundle given stays as it is. `rank` of LoRA, `tokens` of a soft prompt; `generator` (on the CPU) draws
+    the start.
     """
     adapter, changed = Adapter(), {}
     for part in COMPONENTS[component]:
-        if part == "prefix":
-            changed[part] = adapter.prefix = nn.Parameter(first_tokens(bundle, tokens, generator))
+        if part in SOFT_PROMPTS:
+            start = first_tokens(bundle, tokens, generator)
+            changed["soft"] = adapter = SOFT_PROMPTS[part](start, bundle, generator)
             continue
         network = shared_copy(getattr(bundle, part))
         ranks = dict.fromkeys(trained_layers(part, network), rank)
@@ -139,7 +141,7 @@ def put_lora(
     return layers
 
 
-def first_tokens(bundle: Bundle, tokens: int, generator: torch.Generator | None) -> Tensor:
+def first_tokens(bundle: Bundle, tokens: int, generator: torch.Generator | None = None) -> Tensor:
     """The embeddings (tokens, D) of random tokens that are neither BOS nor EOS, in at least float32."""
     tokenizer, encoder = bundle.tokenizer, bundle.text_encoder
     check_length(bundle, tokens)
@@ -153,4 +155,4 @@ def check_length(bundle: Bundle, tokens: int) -> None:
     """Raises UserError unless so many soft tokens leave room for BOS, one word and EOS."""
     most = bundle.tokenizer.length - 3
     if not 1 <= tokens <= most:
-        raise UserError(f"The prefix has {tokens} tokens; expected 1 to {most}, which leave room.")
+        raise UserError(f"A soft prompt of {tokens} tokens; expected 1 to {most}, which leave room.")

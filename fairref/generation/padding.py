@@ -1,7 +1,7 @@
 """Text embeddings padded as in the released code, in the place of the 77 tokens that Stable Diffusion reads.
 
 There a prompt has no padding: T is its own number of tokens L. The empty one's L - 2 tokens of padding see only its BOS
-and EOS, not each other (in the runs with a prefix they see each other, too).
+and EOS, not each other (in the runs with a prefix they see each other, too, and here with every soft prompt).
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
 from fairref.generation.rollout import embed
+from fairref.generation.soft import own_lengths
 from fairref.nets import attention
 
 PADDINGS = {
@@ -29,7 +30,7 @@ def embed_padded(bundle: Bundle, prompt: str, negative: str, padding: str) -> Te
     padded = embed(bundle, prompt, negative)
     if padding == "full":
         return padded
-    tokenizer, soft = bundle.tokenizer, 0 if bundle.prefix is None else len(bundle.prefix)
+    tokenizer, soft = bundle.tokenizer, bundle.soft_tokens
     ids = tokenizer([prompt, negative])
     lengths = [
         min(count + extra, tokenizer.length)
@@ -41,12 +42,6 @@ def embed_padded(bundle: Bundle, prompt: str, negative: str, padding: str) -> Te
     encoders = (bundle.text_encoder, bundle.empty_encoder or bundle.text_encoder)
     rows = zip(encoders, ids, lengths, strict=True)
     return torch.stack([_masked(encoder, row[:T], L) for encoder, row, L in rows])
-
-
-def own_lengths(ids: Tensor, eos: int, pad: int) -> list[int]:
-    """Tokens of each text in ids (B, T), BOS and one EOS among them, without the padding at its end."""
-    is_pad = (ids == pad).flip(1).int().cumprod(1).sum(1)  # at the end of each
-    return (ids.shape[1] - is_pad + int(pad == eos)).clamp(max=ids.shape[1]).tolist()
 
 
 def _masked(encoder, ids, L):

@@ -28,24 +28,24 @@ def first_noise(bundle: Bundle, seed: int, iteration: int, indices: Sequence[int
 def embed(bundle: Bundle, prompt: str, negative: str = "") -> Tensor:
     """[c, c_empty] (2, T, d) of a prompt and the empty or negative one.
 
-    A soft prompt (P, D) stands between BOS and the prompt's first word, and not in c_empty; what no longer fits
-    into T tokens is dropped before the last one, which is EOS in every text.
+    A soft prompt (`generation/soft.py`) is in c alone.
     """
-    encoder, P = bundle.text_encoder, 0 if bundle.prefix is None else len(bundle.prefix)
-    ids = bundle.tokenizer([prompt, negative])
-    words = encoder.embed(ids.to(next(encoder.parameters()).device))  # (2, T, D)
-    if P:
-        bos, kept, _, eos = words[0].split([1, words.shape[1] - P - 2, P, 1])
-        first = torch.cat([bos, bundle.prefix.to(words.dtype), kept, eos])  # (T, D)
-        words = torch.stack([first, words[1]])
-    if bundle.empty_encoder is None:
-        return encoder(embeddings=words)
-    return torch.cat([encoder(embeddings=words[:1]), bundle.empty_encoder(embeddings=words[1:])])
+    encoder = bundle.text_encoder
+    ids = bundle.tokenizer([prompt, negative]).to(next(encoder.parameters()).device)
+    c, c_empty = encoder(ids).split(1)
+    if bundle.soft is not None:
+        c = bundle.soft(bundle, ids[0], c)
+    if bundle.empty_encoder is not None:
+        c_empty = bundle.empty_encoder(ids)[1:]
+    return torch.cat([c, c_empty])
 
 
 def guided(bundle: Bundle, text_embeddings: Tensor, s: float, keep: bool = False) -> GuidedModel:
     """The bundle's U-Net with [c, c_empty] (2, T, d), detached, and the guidance scale s; it may keep its graphs."""
-    return (KeepingModel if keep else GuidedModel)(bundle.unet, *text_embeddings.detach().split(1), s)
+    of_empty = (*bundle.unet.parameters(), *(bundle.empty_encoder or bundle.text_encoder).parameters())
+    fixed_empty = s != 1 and text_embeddings.requires_grad and not any(p.requires_grad for p in of_empty)
+    kind = KeepingModel if keep else GuidedModel
+    return kind(bundle.unet, *text_embeddings.detach().split(1), s, fixed_empty)
 
 
 @torch.no_grad()

@@ -50,8 +50,7 @@ def sample_tensor(bundle: Bundle, settings: SampleSettings) -> Tensor:
     """(n, 3, H, W) in [-1, 1], by a bundle that may be adapted. Raises UserError."""
     drawing = drawing_of(bundle, settings)
     texts = (settings.prompt, settings.negative_prompt)
-    prefix = 0 if bundle.prefix is None else len(bundle.prefix)
-    for text, soft in zip(texts, (prefix, 0), strict=True):
+    for text, soft in zip(texts, (bundle.soft_tokens, 0), strict=True):
         warn_of_cut(bundle.tokenizer, [text], soft)
     if settings.n < 1:
         raise UserError(f"The number of images is {settings.n}; expected 1 or more.")

@@ -13,7 +13,7 @@ def pair_strengths(
 ) -> list[tuple[AdapterFile, float]]:
     """Each adapter with its strength: one for each, in their order, or one for all LoRAs; none: 1. Raises UserError."""
     if len(strengths) == 1 and len(adapters) > 1:
-        strengths = [1.0 if adapter.prefix is not None else strengths[0] for adapter in adapters]
+        strengths = [1.0 if adapter.soft else strengths[0] for adapter in adapters]
     strengths = strengths or [1.0] * len(adapters)
     if strengths and not adapters:
         raise UserError("--strength is of an --adapter; give one, or leave it out.")

@@ -164,9 +164,9 @@ def _showing(names: Sequence[str], own: Occupations, attributes: Sequence[str]) 
     return tuple(name for name in names if name not in hidden)
 
 
-def warn_of_cut(tokenizer: Tokenizer, prompts: list[str], prefix: int = 0) -> None:
-    """Warn on stderr of prompts that are too long for the tokenizer, with `prefix` soft tokens before them."""
-    ends = [end for end in tokenizer.cut(prompts, prefix) if end]
+def warn_of_cut(tokenizer: Tokenizer, prompts: list[str], soft: int = 0) -> None:
+    """Warn on stderr of prompts that are too long for the tokenizer, with `soft` soft tokens beside them."""
+    ends = [end for end in tokenizer.cut(prompts, soft) if end]
     if len(ends) == 1:
         print(f"warning: a prompt is too long, its end is not used: {ends[0]!r}", file=sys.stderr)
     elif ends:

@@ -18,10 +18,14 @@ from fairref.reporting.evaluated import (
 )
 from fairref.reporting.run_files import Run
 from fairref.reporting.tables import Table, attribute_words, likeness, number, percent, short, spread
+from fairref.settings import SOFT
 
 EMOJI = "emoji"  # the small world's bundle, which is the default
 TRAINED = {
     "prefix": "a prefix of soft tokens",
+    "suffix": "a suffix of soft tokens",
+    "deep": "soft tokens in each layer of the text encoder",
+    "generated": "soft tokens made from the prompt",
     "text_encoder": "the text encoder",
     "unet": "the U-Net",
     "both": "text encoder and U-Net",
@@ -36,7 +40,7 @@ def made(run: Run) -> list[tuple[str, str]]:
     if not run.is_run:
         return [model, ("Trained", "nothing that this page knows: it has an evaluation alone")]
     trained = TRAINED.get(str(recipe.get("component")), short(str(recipe.get("component", "unknown"))))
-    if recipe.get("component") != "prefix" and "rank" in recipe:
+    if recipe.get("component") not in SOFT and "rank" in recipe:
         trained += f", LoRA of rank {short(str(recipe['rank']))}"
     prompts = settings["prompts"]
     versions = ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())

@@ -9,9 +9,10 @@ from pathlib import Path
 import fairref
 from fairref.reporting.evaluated import is_product, target_shares
 from fairref.reporting.run_files import FILES, Run
+from fairref.settings import SOFT
 
 SWEEPS = {"guidance": "1,3,5,7.5,12", "strength": "0,0.25,0.5,0.75,1,1.25"}
-WITHOUT_LORA = {"strength": "0,1"}  # a prefix is there or not
+WITHOUT_LORA = {"strength": "0,1"}  # a soft prompt is there or not
 BASELINES = ("coin", "projection", "uce", "fair_pca")
 OCCUPATIONS = (
     "occupations"  # the only prompts that coin knows where to put a word into, and that have explicit ones
@@ -123,9 +124,7 @@ def _concepts(run):
 
 
 def _swept(run, names, concepts, name):
-    values = (WITHOUT_LORA if run.settings["recipe"].get("component") == "prefix" else {}).get(
-        name, SWEEPS[name]
-    )
+    values = (WITHOUT_LORA if run.settings["recipe"].get("component") in SOFT else {}).get(name, SWEEPS[name])
     return [*_evaluate(run, names, concepts, name), "--sweep", f"{name}={values}"]
 
 

@@ -8,6 +8,7 @@ from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
 from fairref.fairness.threshold import quiet_counts
 from fairref.generation.lora import first_tokens
+from fairref.settings import SOFT
 from fairref.training.logs import need_tensorboard
 from fairref.training.setup import Setup
 from fairref.training.terms import TERMS, terms_of
@@ -29,8 +30,8 @@ def check(setup: Setup) -> None:
     for own in setup.own_losses:
         own.check(bundle, setup.prompts[0][0])
     require_gradients(setup)
-    if recipe.component == "prefix":
-        first_tokens(bundle, recipe.tokens, None)
+    if recipe.component in SOFT:
+        first_tokens(bundle, recipe.tokens)
     if recipe.tensorboard:
         need_tensorboard()
     # whether targets can be confident at all: an image's is a class at most as surely as one of N draws is

@@ -25,7 +25,7 @@ from fairref.prompts.sets import (
     validation_prompts,
     warn_of_cut,
 )
-from fairref.settings import RunOptions, command_line, refuse_unused
+from fairref.settings import SOFT, RunOptions, command_line, refuse_unused
 from fairref.training import checkpoints
 from fairref.training.checks import check, lacking, quiet_batches
 from fairref.training.loop import finetune
@@ -209,7 +209,7 @@ def _say_what_lacks(setup, concepts):
 def _say_of_prompts(setup, concepts):
     """Which are cut, and whose own words are at odds with the target."""
     prompts = [prompt for concept in concepts for prompt in concept.train]
-    soft = setup.recipe.tokens if setup.recipe.component == "prefix" else 0
+    soft = setup.recipe.tokens if setup.recipe.component in SOFT else 0
     warn_of_cut(setup.bundle.tokenizer, prompts, soft)
     for attribute in setup.target.classes if setup.target else ():
         explicit = [item for concept in concepts for item in concept.naming(attribute).items()]

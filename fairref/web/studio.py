@@ -105,9 +105,9 @@ class Studio:
             raise UserError(f"There is no adapter {name[:80]!r} here; expected one of {names}.")
         key = name, strength
         adapter = self.adapters[name]
-        if adapter.prefix is not None and strength not in (0, 1):
+        if adapter.soft and strength not in (0, 1):
             raise UserError(
-                f"The strength of {name} is {strength:g}; it is a prefix, which is there (1) or not (0)."
+                f"The strength of {name} is {strength:g}; it is a soft prompt, which is there (1) or not (0)."
             )
         if key not in self.models:
             self.models[key] = load_adapters(self.bundle, [(adapter, strength)], self.any_base)
@@ -201,8 +201,7 @@ class Studio:
 
     def notes(self, view: View) -> list[str]:
         """What of the prompt is cut, and which attributes it names."""
-        prefix = self.adapters[view.adapter].prefix if self.adapters and view.strength else None
-        soft = 0 if prefix is None else len(prefix)
+        soft = self.adapters[view.adapter].soft_tokens if self.adapters and view.strength else 0
         notes, read = [], view.prompt
         for what, text, tokens in (("prompt", view.prompt, soft), ("negative prompt", view.negative, 0)):
             (end,) = self.bundle.tokenizer.cut([text], tokens)

@@ -220,7 +220,7 @@ def test_the_released_codes_prefix_and_both_draw(loaded_tiny, tmp_path):
     target, imported = import_adapter(tmp_path / "prefix_embedding.pth", tmp_path / "ours", loaded_tiny)
     assert imported.summary == "a prefix of 5 tokens"
     model = load_adapter(loaded_tiny, target)
-    assert torch.equal(model.prefix, table[1:])
+    assert torch.equal(model.soft.prefix, table[1:])
     words = loaded_tiny.text_encoder.embed(loaded_tiny.tokenizer([PROMPT]))
     by_hand = torch.cat([words[:, :1], table[None, 1:], words[:, 1:-5]], 1)
     torch.testing.assert_close(embed(model, PROMPT)[0], loaded_tiny.text_encoder(embeddings=by_hand)[0])

@@ -28,10 +28,12 @@ from fairref.generation.padding import embed_padded
 from fairref.generation.rollout import embed
 from fairref.generation.sampling import SampleSettings, sample, sample_tensor
 from fairref.generation.strengths import choose_adapters, describe_adapters
+from fairref.settings import SOFT
 
 RANK, TOKENS = 3, 4
 PROMPT = "a photo of the face of a pilot, a person"
-LORA = [name for name in COMPONENTS if name != "prefix"]
+SEED = {name: seed for seed, name in enumerate(COMPONENTS)}  # of each one's adapter
+LORA = [name for name in COMPONENTS if name not in SOFT]
 ATTENTION = [
     f"{place}.{layer}" for place in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
 ]
@@ -175,8 +177,8 @@ def test_the_given_bundle_stays_and_its_weights_are_shared(bundle, component):
     assert [name for network in networks for name, _ in network.named_modules()] == names
     frozen = {p.data_ptr() for network in networks for p in network.parameters()}
     ours = {p.data_ptr(): p for network in (adapted.text_encoder, adapted.unet) for p in network.parameters()}
-    if adapted.prefix is not None:
-        ours[adapted.prefix.data_ptr()] = adapted.prefix
+    if adapted.soft is not None:
+        ours |= {p.data_ptr(): p for p in adapted.soft.parameters()}
     assert frozen <= set(ours)
     assert {at for at, p in ours.items() if p.requires_grad} == {p.data_ptr() for p in adapter.parameters()}
     assert not (frozen & {p.data_ptr() for p in adapter.parameters()})
@@ -198,7 +200,7 @@ def test_file_and_back(bundle, tmp_path, component):
         loaded = load_adapter(bundle, path)
         assert all(torch.equal(a, b) for a, b in zip(outputs(loaded), outputs(adapted), strict=True))
         assert not any(p.requires_grad for n in (loaded.text_encoder, loaded.unet) for p in n.parameters())
-        assert loaded.prefix is None or not loaded.prefix.requires_grad
+        assert loaded.soft is None or not any(p.requires_grad for p in loaded.soft.parameters())
     with safe_open(tmp_path / FILE, "pt") as file:
         assert list(file.metadata()) == ["fairref"]
         assert json.loads(file.metadata()["fairref"])["info"] == {**info, "format": FORMAT}
@@ -286,7 +288,7 @@ def write_adapter(bundle, folder, component, seed=0, **info):
 def files(bundle, tmp_path_factory):
     """One LoRA on the U-Net, one on both networks, a prefix."""
     folder = tmp_path_factory.mktemp("files")
-    made = {name: write_adapter(bundle, folder / name, name, i) for i, name in enumerate(COMPONENTS)}
+    made = {name: write_adapter(bundle, folder / name, name, seed) for name, seed in SEED.items()}
     whole = bundle.unet.state_dict()
     names = [name for name in whole if name.endswith(("attn2.to_k.weight", "conv_in.weight"))]
     matrices = {f"unet.{name}": torch.randn(whole[name].shape, generator=generator(7)) for name in names}
@@ -328,7 +330,9 @@ def test_strengths_of_several_multiply_what_each_adds_to_the_weights(folder, bun
 
 
 def test_all_of_several_are_held_against_the_base_itself(folder, bundle, files, tmp_path):
-    once = load_adapter(load_bundle(folder), write_adapter(bundle, tmp_path / "old", "both", 3, base=None))
+    once = load_adapter(
+        load_bundle(folder), write_adapter(bundle, tmp_path / "old", "both", SEED["both"], base=None)
+    )
     twice = load_adapter(once, files["unet"])  # one after the other: an adapted bundle is still of its base
     assert same(twice, load_adapters(bundle, [(files["both"], 1.0), (files["unet"], 1.0)]))
     assert load_adapter(load_bundle(folder), files["both"]).fingerprints == bundle.fingerprints
@@ -351,10 +355,10 @@ def test_all_of_several_are_held_against_the_base_itself(folder, bundle, files, 
         (["whole"], [0.5], [0.5]),
         (["both", "unet", "prefix"], [0.5, 1], "2 strengths for 3 adapters"),
         ([], [0.5], "--strength is of an --adapter"),
-        (["prefix"], [0.5], "a prefix is there or not"),
+        (["prefix"], [0.5], "a soft prompt is there or not"),
         (["unet"], [1.6], "strength is 1.6; expected 0 to 1.5"),
         (["unet"], [float("nan")], "strength is nan"),
-        (["prefix", "prefix"], [], "a second prefix"),
+        (["prefix", "prefix"], [], "a second soft prompt"),
         (["whole", "whole"], [], r"replaces unet\S+, as .*whole.* does"),
     ],
 )

@@ -7,8 +7,9 @@ from transformers import CLIPTextModel
 from fairref.errors import UserError
 from fairref.generation.adapters import FILE, load_adapter, save_adapter
 from fairref.generation.drawing import Drawing, fixed_images
-from fairref.generation.padding import embed_padded, own_lengths
+from fairref.generation.padding import embed_padded
 from fairref.generation.rollout import embed
+from fairref.generation.soft import own_lengths
 
 PROMPT = "a photo of the face of a pilot, a person"
 

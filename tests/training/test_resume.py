@@ -69,8 +69,8 @@ def test_settings_have_each_part_s_fingerprint_and_the_absolute_path(
 
 def test_templates_and_a_prefix_are_parts(loaded_emoji):
     assert {"templates", "detector", "dino"} < set(loaded_emoji.all_fingerprints)
-    prefixed = replace(loaded_emoji, prefix=torch.zeros(1, 4))
-    assert set(prefixed.all_fingerprints) - set(loaded_emoji.all_fingerprints) == {"prefix"}
+    prefixed = adapt(loaded_emoji, "prefix")[0]
+    assert set(prefixed.all_fingerprints) - set(loaded_emoji.all_fingerprints) == {"soft"}
 
 
 def test_what_is_shown_has_no_absolute_path(tiny_folder, tmp_path, capsys):

@@ -256,9 +256,9 @@ def test_a_prefix_is_there_or_not_and_no_path_is_told(loaded_tiny, tmp_path):
     studio = Studio(loaded_tiny, {"soft": read_adapter(tmp_path / "prefix.safetensors")}, Limits(seconds=1e6))
     with pytest.raises(UserError) as refused:
         drawn_by(studio, replace(studio.default, prompt="a", strength=0.5))
-    assert "The strength of soft is 0.5; it is a prefix" in str(refused.value) and str(tmp_path) not in str(
-        refused.value
-    )
+    assert "The strength of soft is 0.5; it is a soft prompt" in str(refused.value) and str(
+        tmp_path
+    ) not in str(refused.value)
 
 
 def test_a_bare_model_without_judges_is_drawn(tiny_folder, tmp_path):
