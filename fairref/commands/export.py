@@ -28,7 +28,7 @@ def parser() -> cli.Parser:
         "--to",
         required=True,
         choices=FORMATS,
-        help="diffusers, kohya (for ComfyUI and web UIs): LoRA. embedding: a prefix."
+        help="diffusers, kohya (for ComfyUI and web UIs): LoRA. embedding: a prefix or suffix."
         " merged (a folder), single-file (a checkpoint): the whole changed model. space: a Hugging Face Space with"
         " the page of `fairref serve`",
     )

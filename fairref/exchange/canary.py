@@ -35,7 +35,7 @@ def recorded(export: Export, after: Bundle) -> str:
         values[key] = {"text": c.flatten(), "unet": bundle.unet(z, T, c).flatten()}
     return _compact(
         {
-            "prompt": f"{export.token} {PROMPT}" if export.to == "embedding" else PROMPT,
+            "prompt": export.put(PROMPT) if export.to == "embedding" else PROMPT,
             "before_prompt": PROMPT,
             "t": T,
             "layers": {part: 0 if whole else count for part, count in layers.items()},

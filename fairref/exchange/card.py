@@ -24,7 +24,7 @@ LICENCES = {"emoji": "mit"}  # name of a bundle -> its licence
 EXPLAINED = {  # format -> (what it is, library's tag, how the hub calls what it is to its base)
     "diffusers": ("LoRA", "lora", "adapter"),
     "kohya": ("LoRA", "lora", "adapter"),
-    "embedding": ("prefix of soft tokens", "textual_inversion", "adapter"),
+    "embedding": ("row of soft tokens", "textual_inversion", "adapter"),
     "merged": ("whole model", "stable-diffusion-diffusers", "finetune"),
     "single-file": ("whole model", "single-file", "finetune"),
 }

@@ -56,11 +56,12 @@ def to_web_uis(export: Export) -> None:
 
 
 def to_embedding(export: Export) -> None:
-    """Writes a prefix twice: as web UIs have it, and as diffusers has textual inversion."""
+    """Writes a prefix or suffix twice: as web UIs have it, and as diffusers has textual inversion."""
+    (tokens,) = export.adapter.soft.values()
     for name, key in ((f"{export.name}.safetensors", "emb_params"), (EMBEDDING_FILE, export.token)):
         path = export.folder / name
-        write_tensors(path, {key: export.adapter.prefix}, PYTORCH)
-        _compare(path, read(path), {key: export.adapter.prefix})
+        write_tensors(path, {key: tokens}, PYTORCH)
+        _compare(path, read(path), {key: tokens})
 
 
 def to_merged(export: Export) -> None:
@@ -93,22 +94,30 @@ class Format:
     """A way out: what of an adapter it can hold."""
 
     write: Callable[[Export], None]
-    holds: tuple[str, ...]  # fields of AdapterFile
+    holds: tuple[str, ...]  # of KINDS
     otherwise: str  # why it can't hold the others
 
 
+KINDS = {  # field of AdapterFile, or which soft prompt -> in words
+    "pairs": "LoRA",
+    "matrices": "whole matrices",
+    "prefix": "a prefix",
+    "suffix": "a suffix",
+    "deep": "tokens in each layer",
+    "generated": "tokens that a network makes from the prompt",
+}
 LORA_ONLY = "holds products of two small matrices (LoRA) only"
-WEIGHTS_ONLY = "holds weights, and tokens before the prompt are none"
+WEIGHTS_ONLY = "holds weights, and soft tokens are none"
 FORMATS = {
     "diffusers": Format(to_diffusers, ("pairs",), LORA_ONLY),
     "kohya": Format(to_web_uis, ("pairs",), LORA_ONLY),
-    "embedding": Format(to_embedding, ("prefix",), "holds tokens before the prompt only"),
+    "embedding": Format(
+        to_embedding, ("prefix", "suffix"), "holds tokens that a prompt can have as words only"
+    ),
     "merged": Format(to_merged, ("pairs", "matrices"), WEIGHTS_ONLY),
     "single-file": Format(to_single_file, ("pairs", "matrices"), WEIGHTS_ONLY),
-    SPACE: Format(to_page, ("pairs", "prefix", "matrices"), ""),
+    SPACE: Format(to_page, tuple(KINDS), ""),
 }
-# field of AdapterFile -> in words
-KINDS = {"pairs": "LoRA", "prefix": "a prefix", "matrices": "whole matrices"}
 
 
 def export_adapter(
@@ -149,7 +158,7 @@ def export_adapter(
 
 def check_format(adapter: AdapterFile, to: str, half: bool) -> None:
     """Raises UserError where the format can't hold what the adapter has."""
-    has = [field for field in KINDS if getattr(adapter, field) is not None and len(getattr(adapter, field))]
+    has = [adapter.component] if adapter.soft else [kind for kind in KINDS if getattr(adapter, kind, None)]
     if strangers := [field for field in has if field not in FORMATS[to].holds]:
         fitting = [name for name, other in FORMATS.items() if set(has) <= set(other.holds)]
         raise UserError(
@@ -232,7 +241,7 @@ def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 
 def _name(adapter):
-    """The file's name, which is a prefix's word too: what the adapter is for."""
+    """The file's name, which is a soft prompt's word too: what the adapter is for."""
     info, file = adapter.info, adapter.file
     words = list(info["classes"]) if isinstance(info.get("classes"), dict) else []
     words = words or [Path(str(info.get("imported_from") or file.parent.name)).stem]

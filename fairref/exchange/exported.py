@@ -28,10 +28,19 @@ class Export:
 
     @property
     def token(self) -> str:
-        """What stands for a prefix in a prompt for diffusers."""
+        """What stands for the soft tokens in a prompt for diffusers."""
         return f"<{self.name}>"
 
     @property
     def tokens(self) -> int:
-        """How many tokens a prefix has."""
-        return 0 if self.adapter.prefix is None else len(self.adapter.prefix)
+        """How many soft tokens it has."""
+        return self.adapter.soft_tokens
+
+    @property
+    def is_last(self) -> bool:
+        """Whether that stands behind the prompt, and not before it."""
+        return self.adapter.component == "suffix"
+
+    def put(self, prompt: str) -> str:
+        """A prompt for diffusers with the soft tokens of an embedding."""
+        return f"{prompt} {self.token}" if self.is_last else f"{self.token} {prompt}"

@@ -42,6 +42,7 @@ from fairref.generation.lora import adapt, trained_layers
 from fairref.generation.rollout import first_noise
 from fairref.generation.sampling import SampleSettings, sample_tensor
 from fairref.nets.unet import SD15
+from fairref.settings import SOFT
 
 PROMPT, NEGATIVE = "a photo of the face of a pilot, a person", "a man"
 N, STEPS, GUIDANCE = 1, 3, 2.5
@@ -58,6 +59,7 @@ WAYS = [
     ("unet", "kohya", False),
     ("both", "kohya", False),
     ("prefix", "embedding", False),
+    ("suffix", "embedding", False),
     ("both", "merged", False),
     ("both", "single-file", True),
     *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW),
@@ -89,7 +91,7 @@ def moved(bundle, component, scale=0.05):
 def runs(loaded_emoji, tmp_path_factory):
     """component -> the folder of a run, as far as an export reads it."""
     folders = {"imported": tmp_path_factory.mktemp("runs") / "imported"}
-    for component in (*LORA, "prefix"):
+    for component in (*LORA, *SOFT):
         folder = folders[component] = tmp_path_factory.mktemp("runs") / component
         folder.mkdir()
         info = {
@@ -170,7 +172,7 @@ def apart(a, b):
 def test_diffusers_draws_what_sample_draws(loaded_emoji, runs, exported, loaded, component, to, half):
     """Of a whole model, fairref draws it too, without an adapter."""
     wanted, near = ours(load_adapter(loaded_emoji, runs[component])), 0.05 if half else 0.01
-    prompt = f"<{NAME}> {PROMPT}" if to == "embedding" else PROMPT
+    prompt = {"prefix": f"<{NAME}> {PROMPT}", "suffix": f"{PROMPT} <{NAME}>"}.get(component, PROMPT)
     assert apart(ours(loaded_emoji), wanted) > 2
     assert apart(theirs(loaded(component, to, half), loaded_emoji, prompt), wanted) < near
     if to in WHOLE:
@@ -395,7 +397,7 @@ def test_at_the_size_of_sd15_the_names_are_those_of_comfyui_and_a1111():
 
 @pytest.mark.parametrize(
     "component, to, half",
-    [("both", "kohya", False), ("prefix", "embedding", False), ("both", "merged", False)],
+    [("both", "kohya", False), ("suffix", "embedding", False), ("both", "merged", False)],
 )
 def test_the_same_export_is_the_same_bytes(loaded_emoji, runs, exported, tmp_path, component, to, half):
     again = export_adapter(loaded_emoji, runs[component], to, tmp_path / "again", half)
@@ -486,6 +488,9 @@ def test_a_layer_that_the_base_lacks_is_refused(loaded_emoji, runs, tmp_path):
             for to in FORMATS
             if to not in ("embedding", "space")
         ),
+        ("suffix", "kohya", False, "has a suffix, but .*; give --to embedding or space"),
+        ("deep", "embedding", False, "has tokens in each layer, but .* as words only; give --to space"),
+        ("generated", "merged", False, "a network makes from the prompt, but .*; give --to space"),
         (
             "unet",
             "embedding",
