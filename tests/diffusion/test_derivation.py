@@ -564,6 +564,29 @@ def test_a_vjp_is_the_finite_difference_of_each_leaf_in_turn(guidance, per_image
         assert float((gradient * way).sum()) == pytest.approx(difference, rel=1e-7, abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", [GuidedModel, KeepingModel])
+def test_a_fixed_empty_branch_has_no_part_in_the_gradient_and_is_not_differentiated(kind):
+    """c's gradient and eps are as ever, from half of the rows; with dz asked for all is as ever."""
+    unet, table, z, c, c_empty = setting()
+    unet.requires_grad_(False)
+    whole, fixed = (kind(unet, c, c_empty, 7.5, fixed_empty) for fixed_empty in (False, True))
+    v, t, rows, same = random(N, 4, 2, 2, seed=6), table.timesteps[3], {}, {}
+    for model in (whole, fixed):
+        unet.calls.clear()
+        eps = model.eps(z, t)
+        assert torch.allclose(eps, whole.eps(z, t), **close)
+        unet.calls.clear()
+        (dc, dc_empty), _ = GuidedModel.vjp(model, z, t, v)
+        kept_eps, vjp = model.kept(z, t)
+        assert torch.allclose(kept_eps, eps, **close) and torch.allclose(vjp(v)[0][0], dc, **close)
+        rows[model is fixed] = [count for count, _ in unet.calls]
+        same[model is fixed] = dc, *model.vjp(z, t, v, wrt_z=True)[0], model.vjp(z, t, v, wrt_z=True)[1]
+        assert bool(dc_empty.any()) == (model is whole)
+    assert rows == {False: [2 * N, 2 * N], True: [N, N, N]}  # each `vjp`, then `kept`
+    for a, b in zip(*same.values(), strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e9])
 def test_half_precision_holds_a_gradient_of_any_size(size):
     unet, table, z_T, c, c_empty = setting()
