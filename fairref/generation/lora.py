@@ -155,4 +155,4 @@ def check_length(bundle: Bundle, tokens: int) -> None:
     """Raises UserError unless so many soft tokens leave room for BOS, one word and EOS."""
     most = bundle.tokenizer.length - 3
     if not 1 <= tokens <= most:
-        raise UserError(f"A soft prompt of {tokens} tokens; expected 1 to {most}, which leave room.")
+        raise UserError(f"The soft prompt has {tokens} tokens; expected 1 to {most}, which leave room.")

@@ -531,7 +531,7 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         (["--attr", "gender", "--beta-1", "1"], "beta_1 is 1.0; expected less than 1"),
         (["--attr", "gender", "--steps", "2000"], "2000"),
         (["--attr", "gender", "--eval-steps", "2000"], "2000"),
-        (["--attr", "gender", "--component", "prefix", "--tokens", "80"], "of 80 tokens"),
+        (["--attr", "gender", "--component", "prefix", "--tokens", "80"], "has 80 tokens"),
         (["--attr", "gender", "--speed", "9"], "unrecognized arguments: --speed"),
         (["--attr", "gender", "--device", "abacus"], "--device is 'abacus'"),
         (["--attr", "gender", "--dtype", "int8"], "--dtype"),
