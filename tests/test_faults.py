@@ -145,8 +145,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "a short gradient is lengthened": (
         UPDATE,
-        "min(1.0, recipe.clip / (float(norm) + 1e-12))",
-        "recipe.clip / (float(norm) + 1e-12)",
+        "min(1.0, recipe.clip / (norm + 1e-12))",
+        "recipe.clip / (norm + 1e-12)",
         BY_HAND,
     ),
     "clip 0 makes the gradient 0": (UPDATE, " if recipe.clip else 1.0", "", BY_HAND),

@@ -89,6 +89,17 @@ def train(
     return _run(bundle, options, recipe, None, str(bundle.path), Processes())
 
 
+def setup_of_run(folder: str | Path, weights: str | None = None, device: str | None = None) -> Setup:
+    """The setup of a run that is there, as its settings.json has it; it may be of other weights' place or on another
+    device. Raises UserError."""
+    options = RunOptions(resume=str(folder), weights=weights, device=device)
+    stored = read_stored(options, {})
+    place, dtype = choose_device(device or stored["device"]), DTYPES[stored["dtype"]]
+    bundle = load_bundle(weights or stored["weights"], place, dtype, judge_places(stored))
+    refuse_another(stored, bundle)
+    return _plan(bundle, options, {}, stored, Processes(device=place)).setup
+
+
 def _run(bundle, options, recipe, stored, weights, processes):
     if stored:
         refuse_another(stored, bundle)

@@ -1,0 +1,275 @@
+"""fairref balance: each term's part of a batch's gradient, and how it pulls on the lean that is left."""
+
+import json
+import shutil
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from tiny_bundle import RESOLUTION
+from tiny_run import make_setup, moved
+
+from fairref.__main__ import main
+from fairref.bundle.loading import load_bundle
+from fairref.diffusion.sampler import noise
+from fairref.diffusion.solver import solver_table
+from fairref.errors import UserError
+from fairref.fairness.attributes import JointTarget
+from fairref.fairness.faces import TEMPLATE, DetectedFaces, crops, find
+from fairref.files.own_code import OwnFunction
+from fairref.generation.adapters import save_adapter
+from fairref.generation.rollout import decode, embed, guided, rollout
+from fairref.settings import Recipe
+from fairref.tools.balance import Batch, Point, balance, leanings, measure, point_of, pulls, report
+from fairref.training.loop import update
+from fairref.training.own_losses import OwnLoss
+from fairref.training.setup import Task
+from fairref.training.step import draw_task, iteration_gradient
+from fairref.training.terms import ImagePair
+
+
+def detector(x):
+    """A face at a fixed place in two of three images, by their numbers."""
+    box, landmarks = torch.tensor([4.0, 6, 25, 29]), torch.tensor(TEMPLATE) / 5 + 4
+    face, none = (
+        DetectedFaces(box[None], landmarks[None]),
+        DetectedFaces(torch.zeros(0, 4), torch.zeros(0, 5, 2)),
+    )
+    return [face if n % 3 else none for n in range(len(x))]
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_folder, tiny_faces_folder):
+    """Without and with faces, in float64."""
+    plain, faces = (load_bundle(folder, dtype=torch.float64) for folder in (tiny_folder, tiny_faces_folder))
+    return {False: plain, True: replace(faces, detector=detector)}
+
+
+def adapted(setup):
+    """A point away from the adapter's start, and its state."""
+    model, state = moved(setup)
+    return Point(setup, model, list(state.adapter.parameters())), state
+
+
+def flat(gradient):
+    return torch.cat([part.flatten() for part in gradient])
+
+
+def whole(point, own=True, **recipe):
+    """Iteration 2's gradient as training finds it, with other numbers of the recipe."""
+    setup = replace(point.setup, recipe=replace(point.setup.recipe, **recipe))
+    setup = setup if own else replace(setup, own_losses=())
+    return flat(iteration_gradient(setup, point.model, point.parameters, 2)[0])
+
+
+@pytest.mark.parametrize("recipe", [{}, {"micro_batch": 3, "gradient": "exact"}, {"grad_steps": 1}])
+def test_the_terms_are_those_of_the_batchs_gradient(bundles, recipe):
+    weights = {"lambda_img": 2.0, "lambda_face": 0.5, "lambda_text": 0.3}
+    own = OwnLoss("bright", 0.7, OwnFunction("own.py", "bright", lambda x, *_: x.mean((1, 2, 3)), "0"))
+    setup = make_setup(bundles[True], batch=7, steps=2, C=0.6, **weights, **recipe)
+    point, _ = adapted(replace(setup, own_losses=(own,)))
+    terms = measure(point, 2).terms
+    assert list(terms) == ["align", "image", "face", "text", "bright"]
+    near = {"rtol": 0, "atol": 1e-9 * float(whole(point).norm())}
+    torch.testing.assert_close(sum(terms.values()), whole(point), **near)
+    if recipe.get("grad_steps"):  # other weights would draw other steps
+        return
+    nothing = dict.fromkeys(weights, 0.0)
+    align = whole(point, own=False, **nothing)
+    torch.testing.assert_close(terms["align"], align, **near)
+    for name, weight in zip(("image", "face", "text"), weights, strict=True):
+        alone = whole(point, own=False, **{**nothing, weight: weights[weight]}) - align
+        torch.testing.assert_close(terms[name], alone, **near)
+        assert alone.norm() > 1e-3 * align.norm()
+
+
+def log_odds(point, i, attribute, k):
+    """The mean log-odds of class k in iteration i's images where the parameters are now, from its noise on."""
+    setup, r = point.setup, point.setup.recipe
+    task = draw_task(setup, i)
+    z_T = noise(r.seed, i, range(r.batch), (4, RESOLUTION // 4, RESOLUTION // 4)).double()
+    model = guided(point.model, embed(point.model, task.prompt), task.guidance)
+    x = decode(setup.bundle, rollout(model, solver_table(setup.bundle.schedule, task.S, r.end), z_T)[-1].z)
+    if setup.bundle.detector:
+        x = crops(x, find(detector, x), RESOLUTION)
+    (classifier,) = setup.bundle.classifiers["finetune"]
+    p = classifier(x)[attribute].softmax(1)[:, k]
+    return float((p / (1 - p)).log().mean())
+
+
+@pytest.mark.parametrize("attribute, faces", [("gender", False), ("gender", True), ("skin_tone", False)])
+def test_a_pull_is_how_fast_the_log_odds_change_along_the_term(bundles, attribute, faces):
+    """With the exact gradient, by central differences: batch a's terms against the log-odds of batch b."""
+    setup = make_setup(bundles[faces], attribute, batch=7, steps=2, gradient="exact", micro_batch=4)
+    point, _ = adapted(setup)
+    a, b = [batch for batch in (measure(point, i) for i in range(8)) if batch.u][:2]
+    pulled = pulls([a, b], attribute)
+    kept = [p.detach().clone() for p in point.parameters]
+    for one, other, row in ((a, b, pulled[0]), (b, a, pulled[1])):
+        for g, pull in zip((*one.terms.values(), sum(one.terms.values())), row, strict=True):
+            said = []
+            for h in (1e-6, -1e-6):
+                way = -h * g / g.norm()
+                for p, before, part in zip(
+                    point.parameters, kept, way.split([p.numel() for p in kept]), strict=True
+                ):
+                    p.data.copy_(before + part.view_as(p))
+                with torch.no_grad():
+                    said.append(log_odds(point, other.iteration, attribute, other.leans[attribute]))
+            slope = (said[0] - said[1]) / 2e-6
+            assert pull * float(other.u[attribute].norm() / g.norm()) == pytest.approx(
+                slope, rel=1e-4, abs=1e-7
+            )
+    for p, before in zip(point.parameters, kept, strict=True):
+        p.data.copy_(before)
+
+
+def test_the_clipped_sum_is_what_an_update_applies(bundles, monkeypatch):
+    setup = make_setup(bundles[False], batch=7, steps=2)
+    point, state = adapted(setup)
+    batches = [measure(point, i) for i in range(6)]
+    norms = sorted(batch.norm for batch in batches)
+    recipe = replace(setup.recipe, clip=(norms[2] + norms[3]) / 2)
+    applied = []
+
+    def step():
+        applied.append(flat(p.grad for p in state.adapter.parameters()))
+
+    monkeypatch.setattr(state.optimizer, "step", step)
+    for batch in batches:
+        gradient, _ = iteration_gradient(setup, point.model, point.parameters, batch.iteration)
+        update(recipe, state, gradient)
+    found = report(recipe, setup.target.classes, batches)
+    (pulled,) = (of["pull"]["clipped"]["sum"]["mean"] for of in found["attributes"].values())
+    as_applied = [replace(batch, terms={"all": g}) for batch, g in zip(batches, applied, strict=True)]
+    assert pulled == pytest.approx(pulls(as_applied, "gender")[:, 0].mean(), rel=1e-9)
+    assert (
+        found["clipped"] == 0.5
+        and found["attributes"]["gender"]["pull"]["unclipped"]["sum"]["mean"] != pulled
+    )
+
+
+def batch_by_hand(i, align, image, u=None, asked=1, explicit=False):
+    terms = {name: torch.tensor(g) for name, g in (("align", align), ("image", image))}
+    leans = {} if explicit else {"gender": 1}
+    of_leaning = {} if u is None else {"gender": torch.tensor(u)}
+    return Batch(
+        i,
+        Task("a", None, explicit, 2, 1.0),
+        asked,
+        terms,
+        float(sum(terms.values()).norm()),
+        leans,
+        of_leaning,
+    )
+
+
+def test_a_report_by_hand():
+    """The two that lean are held against each other's u, the third against both; u's length does not count."""
+    batches = [
+        batch_by_hand(5, [3.0, 0.0], [0.0, 4.0], u=[7.0, 0.0]),
+        batch_by_hand(6, [0.0, 1.0], [-1.0, 0.0], u=[0.0, 7.0], asked=0),
+        batch_by_hand(7, [2.0, 2.0], [-1.0, -1.0], asked=3, explicit=True),
+    ]
+    half = 2**0.5
+    rows = np.array([[0, -4, -4], [0, 1, 1], [-2 * half, half, -half]])
+    np.testing.assert_allclose(pulls(batches, "gender"), rows, atol=1e-12)
+    found = report(Recipe(clip=half), {"gender": ("woman", "man")}, batches)
+    of = found["attributes"]["gender"]
+    assert (found["neutral"], of["leaned"], of["still_lean"], found["clipped"]) == (
+        2,
+        2,
+        2,
+        pytest.approx(1 / 3),
+    )
+    scales = np.array([half / 5, 1, 1])[:, None]
+    for clip, values in (("unclipped", rows), ("clipped", rows * scales)):
+        for name, column in zip(("align", "image", "sum"), values.T, strict=True):
+            error = np.sqrt(((column - column.mean()) ** 2).sum() / 2 / 3)
+            assert of["pull"][clip][name] == pytest.approx(
+                {"mean": column.mean(), "error": error, "batches": 3}
+            )
+    assert found["norm"]["asked"] == pytest.approx(
+        {"mean": (5 + half) / 2, "error": (5 - half) / 2, "batches": 2}
+    )
+    assert found["norm"]["not_asked"] == {"mean": pytest.approx(half), "error": None, "batches": 1}
+    assert found["length"] == pytest.approx({"unclipped": (5 + 2 * half) / 3, "clipped": half})
+    assert found["rows"][0]["leaned"] == {"gender": "man"} and found["rows"][2]["still_leans"] == []
+    with pytest.raises(UserError, match="1 of 2 batches still lean in gender"):
+        pulls(batches[1:], "gender")
+
+
+@pytest.mark.parametrize(
+    "o_class, shown, share, expected",
+    [
+        ([1, 1, 1, 0], [1, 1, 1, 0], 0.5, (1, True)),
+        ([1, 1, 1, 0], [1, 1, 0, 0], 0.5, (1, False)),
+        ([0, 0, 0, 0], [1, 1, 1, 0], 0.5, (0, False)),
+        ([1, 1, 0, 0], [1, 1, 1, 1], 0.5, None),
+        ([1, 1, 0, 0], [1, 0, 0, 0], 0.25, (0, True)),  # half women, where a quarter was asked for
+        ([1, 1, 0, 0], [-1, -1, 1, 0], 0.25, (0, True)),  # images without a face do not count
+    ],
+)
+def test_what_leans(loaded_tiny, o_class, shown, share, expected):
+    setup = make_setup(loaded_tiny)
+    target = JointTarget(setup.target.classes, np.array([share, 1 - share]))
+    pair = ImagePair(None, None, None, o_class=torch.tensor(o_class)[:, None])
+    found = leanings(replace(setup, target=target), pair, {"shown gender": torch.tensor(shown)})
+    assert found == ({} if expected is None else {"gender": expected})
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "gender"
+    argv = ["--attr", "gender", "--weights", str(tiny_folder), "--evaluate", "none", "--validate-every", "0"]
+    more = ["--lr", "0.05", "--grid-every", "0", "--explicit-every", "4", "--out", str(folder)]
+    assert main(["train", *argv, *more]) == 0
+    return folder
+
+
+def test_the_command_writes_its_numbers_and_a_figure(run_folder, capsys, monkeypatch):
+    capsys.readouterr()
+    assert main(["balance", str(run_folder), "--batches", "20"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((run_folder / "balance.json").read_text())
+    assert [row["iteration"] for row in found["rows"]] == list(range(2, 22))
+    assert sum(row["explicit"] for row in found["rows"]) == 5 and found["neutral"] == 15
+    pull = found["attributes"]["gender"]["pull"]
+    assert f"{pull['clipped']['sum']['mean']:.3g} ± {pull['clipped']['sum']['error']:.2g}" in said
+    for terms in pull.values():
+        assert terms["sum"]["mean"] == pytest.approx(terms["align"]["mean"] + terms["image"]["mean"])
+    svg = ElementTree.parse(run_folder / "balance.svg").getroot()
+    assert svg.tag.endswith("svg") and "gender, clipped" in "".join(svg.itertext())
+
+
+def test_the_point_is_the_adapters(run_folder, loaded_tiny):
+    setup = make_setup(loaded_tiny)
+    raw, ema = (point_of(setup, run_folder / f"{name}.safetensors") for name in ("adapter_raw", "adapter"))
+    assert not torch.equal(flat(raw.parameters), flat(ema.parameters))
+    found = [balance(replace(point, setup=setup), 8)["rows"][0]["norm"] for point in (raw, ema)]
+    assert found[0] != found[1]
+
+
+def test_what_it_refuses(run_folder, loaded_tiny, tmp_path, capsys):
+    def refused(*argv):
+        capsys.readouterr()
+        assert main(["balance", *map(str, argv)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    assert "settings.json" in refused(tmp_path)
+    assert "19, expected a whole number from 20" in refused(run_folder, "--batches", 19)
+    assert "no such adapter" in refused(run_folder, "--adapter", tmp_path / "none")
+    (tmp_path / "open").mkdir()
+    shutil.copy(run_folder / "settings.json", tmp_path / "open")
+    assert "no such adapter" in refused(tmp_path / "open")
+    other = tmp_path / "other.safetensors"
+    save_adapter(other, {"prefix": torch.zeros(2, 32)}, {"base": loaded_tiny.fingerprints})
+    assert "missing" in refused(run_folder, "--adapter", other)
+    save_adapter(other, {"prefix": torch.zeros(2, 32)}, {"base": {}})
+    assert "made from another" in refused(run_folder, "--adapter", other)
+    with pytest.raises(UserError, match="no --attr"):
+        point_of(make_setup(loaded_tiny, None, lambda_text=1.0), other)
