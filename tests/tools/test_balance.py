@@ -3,26 +3,30 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 from tiny_bundle import RESOLUTION
 from tiny_run import make_setup, moved
 
 from fairref.__main__ import main
 from fairref.bundle.loading import load_bundle
+from fairref.commands import balance as command
 from fairref.diffusion.sampler import noise
 from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.fairness.faces import TEMPLATE, DetectedFaces, crops, find
 from fairref.files.own_code import OwnFunction
-from fairref.generation.adapters import save_adapter
+from fairref.generation.adapters import load_adapter, save_adapter
 from fairref.generation.rollout import decode, embed, guided, rollout
 from fairref.settings import Recipe
-from fairref.tools.balance import Batch, Point, balance, leanings, measure, point_of, pulls, report
+from fairref.tools.balance import Batch, Point, leanings, measure, point_of, pulls, report
 from fairref.training.loop import update
 from fairref.training.own_losses import OwnLoss
 from fairref.training.setup import Task
@@ -40,49 +44,58 @@ def detector(x):
     return [face if n % 3 else none for n in range(len(x))]
 
 
-@pytest.fixture(scope="module")
-def bundles(tiny_folder, tiny_faces_folder):
-    """Without and with faces, in float64."""
-    plain, faces = (load_bundle(folder, dtype=torch.float64) for folder in (tiny_folder, tiny_faces_folder))
-    return {False: plain, True: replace(faces, detector=detector)}
+WEIGHTS = {"lambda_img": 2.0, "lambda_face": 0.5, "lambda_text": 0.3}
+
+
+def faced(folder, **recipe):
+    """A point away from the adapter's start, in float64, with faces and all kinds of terms; and its state."""
+    bundle = replace(load_bundle(folder, dtype=torch.float64), detector=detector)
+    own = OwnLoss(OwnFunction("bright", Path("own.py"), "", lambda x, *_: x.mean((1, 2, 3))), 0.7)
+    setup = make_setup(bundle, batch=6, steps=2, C=0.6, micro_batch=4, **WEIGHTS, **recipe)
+    return adapted(replace(setup, own_losses=(own,)))
 
 
 def adapted(setup):
-    """A point away from the adapter's start, and its state."""
     model, state = moved(setup)
     return Point(setup, model, list(state.adapter.parameters())), state
+
+
+@pytest.fixture(scope="module")
+def gender(tiny_faces_folder):
+    """A point with the exact gradient, its state, and three batches."""
+    point, state = faced(tiny_faces_folder, gradient="exact", seed=2)
+    return point, state, [measure(point, i) for i in range(3)]
 
 
 def flat(gradient):
     return torch.cat([part.flatten() for part in gradient])
 
 
-def whole(point, own=True, **recipe):
-    """Iteration 2's gradient as training finds it, with other numbers of the recipe."""
+def whole(point, i, own=True, **recipe):
+    """Iteration i's gradient as training finds it, with other numbers of the recipe."""
     setup = replace(point.setup, recipe=replace(point.setup.recipe, **recipe))
     setup = setup if own else replace(setup, own_losses=())
-    return flat(iteration_gradient(setup, point.model, point.parameters, 2)[0])
+    return flat(iteration_gradient(setup, point.model, point.parameters, i)[0])
 
 
-@pytest.mark.parametrize("recipe", [{}, {"micro_batch": 3, "gradient": "exact"}, {"grad_steps": 1}])
-def test_the_terms_are_those_of_the_batchs_gradient(bundles, recipe):
-    weights = {"lambda_img": 2.0, "lambda_face": 0.5, "lambda_text": 0.3}
-    own = OwnLoss("bright", 0.7, OwnFunction("own.py", "bright", lambda x, *_: x.mean((1, 2, 3)), "0"))
-    setup = make_setup(bundles[True], batch=7, steps=2, C=0.6, **weights, **recipe)
-    point, _ = adapted(replace(setup, own_losses=(own,)))
-    terms = measure(point, 2).terms
-    assert list(terms) == ["align", "image", "face", "text", "bright"]
-    near = {"rtol": 0, "atol": 1e-9 * float(whole(point).norm())}
-    torch.testing.assert_close(sum(terms.values()), whole(point), **near)
-    if recipe.get("grad_steps"):  # other weights would draw other steps
-        return
-    nothing = dict.fromkeys(weights, 0.0)
-    align = whole(point, own=False, **nothing)
-    torch.testing.assert_close(terms["align"], align, **near)
-    for name, weight in zip(("image", "face", "text"), weights, strict=True):
-        alone = whole(point, own=False, **{**nothing, weight: weights[weight]}) - align
-        torch.testing.assert_close(terms[name], alone, **near)
+def test_the_terms_are_those_of_the_batchs_gradient(gender):
+    point, _, (*_, batch) = gender
+    assert list(batch.terms) == ["align", "image", "face", "text", "bright"]
+    near = {"rtol": 0, "atol": 1e-9 * batch.norm}
+    torch.testing.assert_close(sum(batch.terms.values()), whole(point, 2), **near)
+    nothing = dict.fromkeys(WEIGHTS, 0.0)
+    align = whole(point, 2, own=False, **nothing)
+    torch.testing.assert_close(batch.terms["align"], align, **near)
+    for name, weight in zip(("image", "face", "text"), WEIGHTS, strict=True):
+        alone = whole(point, 2, own=False, **{**nothing, weight: WEIGHTS[weight]}) - align
+        torch.testing.assert_close(batch.terms[name], alone, **near)
         assert alone.norm() > 1e-3 * align.norm()
+
+
+def test_drawn_steps_are_those_of_the_whole_batch(tiny_faces_folder):
+    point, _ = faced(tiny_faces_folder, grad_steps=1)
+    batch = measure(point, 0)
+    torch.testing.assert_close(sum(batch.terms.values()), whole(point, 0), rtol=0, atol=1e-9 * batch.norm)
 
 
 def log_odds(point, i, attribute, k):
@@ -99,56 +112,60 @@ def log_odds(point, i, attribute, k):
     return float((p / (1 - p)).log().mean())
 
 
-@pytest.mark.parametrize("attribute, faces", [("gender", False), ("gender", True), ("skin_tone", False)])
-def test_a_pull_is_how_fast_the_log_odds_change_along_the_term(bundles, attribute, faces):
-    """With the exact gradient, by central differences: batch a's terms against the log-odds of batch b."""
-    setup = make_setup(bundles[faces], attribute, batch=7, steps=2, gradient="exact", micro_batch=4)
-    point, _ = adapted(setup)
-    a, b = [batch for batch in (measure(point, i) for i in range(8)) if batch.u][:2]
-    pulled = pulls([a, b], attribute)
+def check_slopes(point, a, b, attribute):
+    """The pulls of batch a's first two terms are how fast batch b's log-odds change along them; and b's, of a's.
+
+    By central differences, over so short a way that no ReLU turns."""
     kept = [p.detach().clone() for p in point.parameters]
-    for one, other, row in ((a, b, pulled[0]), (b, a, pulled[1])):
-        for g, pull in zip((*one.terms.values(), sum(one.terms.values())), row, strict=True):
+    for one, other, row in zip((a, b), (b, a), pulls([a, b], attribute), strict=True):
+        for g, pull in list(zip(one.terms.values(), row, strict=False))[:2]:
             said = []
             for h in (1e-6, -1e-6):
-                way = -h * g / g.norm()
-                for p, before, part in zip(
-                    point.parameters, kept, way.split([p.numel() for p in kept]), strict=True
-                ):
+                parts = (-h * g / g.norm()).split([p.numel() for p in kept])
+                for p, before, part in zip(point.parameters, kept, parts, strict=True):
                     p.data.copy_(before + part.view_as(p))
                 with torch.no_grad():
                     said.append(log_odds(point, other.iteration, attribute, other.leans[attribute]))
             slope = (said[0] - said[1]) / 2e-6
-            assert pull * float(other.u[attribute].norm() / g.norm()) == pytest.approx(
-                slope, rel=1e-4, abs=1e-7
-            )
+            of_pull = pull * float(other.u[attribute].norm() / g.norm())
+            assert of_pull == pytest.approx(slope, rel=1e-4, abs=1e-7)
     for p, before in zip(point.parameters, kept, strict=True):
         p.data.copy_(before)
 
 
-def test_the_clipped_sum_is_what_an_update_applies(bundles, monkeypatch):
-    setup = make_setup(bundles[False], batch=7, steps=2)
-    point, state = adapted(setup)
-    batches = [measure(point, i) for i in range(6)]
-    norms = sorted(batch.norm for batch in batches)
-    recipe = replace(setup.recipe, clip=(norms[2] + norms[3]) / 2)
-    applied = []
+def test_a_pull_is_how_fast_the_log_odds_change_along_the_term(gender):
+    point, _, batches = gender
+    a, b = [batch for batch in batches if batch.u][:2]
+    check_slopes(point, a, b, "gender")
 
-    def step():
-        applied.append(flat(p.grad for p in state.adapter.parameters()))
 
-    monkeypatch.setattr(state.optimizer, "step", step)
-    for batch in batches:
-        gradient, _ = iteration_gradient(setup, point.model, point.parameters, batch.iteration)
-        update(recipe, state, gradient)
-    found = report(recipe, setup.target.classes, batches)
-    (pulled,) = (of["pull"]["clipped"]["sum"]["mean"] for of in found["attributes"].values())
-    as_applied = [replace(batch, terms={"all": g}) for batch, g in zip(batches, applied, strict=True)]
-    assert pulled == pytest.approx(pulls(as_applied, "gender")[:, 0].mean(), rel=1e-9)
-    assert (
-        found["clipped"] == 0.5
-        and found["attributes"]["gender"]["pull"]["unclipped"]["sum"]["mean"] != pulled
+def test_of_more_classes_the_odds_are_against_all_others(tiny_folder):
+    bundle = load_bundle(tiny_folder, dtype=torch.float64)
+    point, _ = adapted(make_setup(bundle, "skin_tone", batch=4, steps=2, gradient="exact"))
+    a, b = islice((batch for batch in (measure(point, i) for i in range(20)) if batch.u), 2)
+    check_slopes(point, a, b, "skin_tone")
+
+
+def test_the_clipped_sum_is_what_an_update_applies(gender, monkeypatch):
+    point, state, batches = gender
+    r = point.setup.recipe
+    low, middle, _ = sorted(batch.norm for batch in batches)
+    recipe, applied = replace(r, clip=(low + middle) / 2), []
+    monkeypatch.setattr(
+        state.optimizer, "step", lambda: applied.append(flat(p.grad for p in point.parameters))
     )
+    for batch in batches:
+        gradient, metrics = iteration_gradient(point.setup, point.model, point.parameters, batch.iteration)
+        update(recipe, state, gradient)
+        M = sum(metrics["counts"])  # images with a face, of which so many are told each class
+        told = int((binom.sf(range(M), M, 0.5) >= r.C).sum())
+        assert batch.asked == sum(max(0, told - shown) for shown in metrics["counts"])
+    assert {batch.asked > 0 for batch in batches} == {False, True}
+    found = report(recipe, point.setup.target.classes, batches)
+    pull = found["attributes"]["gender"]["pull"]
+    as_applied = [replace(batch, terms={"all": g}) for batch, g in zip(batches, applied, strict=True)]
+    assert pull["clipped"]["sum"]["mean"] == pytest.approx(pulls(as_applied, "gender")[:, 0].mean(), rel=1e-9)
+    assert found["clipped"] == pytest.approx(2 / 3)
 
 
 def batch_by_hand(i, align, image, u=None, asked=1, explicit=False):
@@ -230,12 +247,13 @@ def run_folder(tiny_folder, tmp_path_factory):
 
 
 def test_the_command_writes_its_numbers_and_a_figure(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(command, "LEAST", 4)
     capsys.readouterr()
-    assert main(["balance", str(run_folder), "--batches", "20"]) == 0
+    assert main(["balance", str(run_folder), "--batches", "8"]) == 0
     said = capsys.readouterr().out
     found = json.loads((run_folder / "balance.json").read_text())
-    assert [row["iteration"] for row in found["rows"]] == list(range(2, 22))
-    assert sum(row["explicit"] for row in found["rows"]) == 5 and found["neutral"] == 15
+    assert [row["iteration"] for row in found["rows"]] == list(range(2, 10))
+    assert sum(row["explicit"] for row in found["rows"]) == 2 and found["neutral"] == 6
     pull = found["attributes"]["gender"]["pull"]
     assert f"{pull['clipped']['sum']['mean']:.3g} ± {pull['clipped']['sum']['error']:.2g}" in said
     for terms in pull.values():
@@ -245,11 +263,11 @@ def test_the_command_writes_its_numbers_and_a_figure(run_folder, capsys, monkeyp
 
 
 def test_the_point_is_the_adapters(run_folder, loaded_tiny):
-    setup = make_setup(loaded_tiny)
-    raw, ema = (point_of(setup, run_folder / f"{name}.safetensors") for name in ("adapter_raw", "adapter"))
-    assert not torch.equal(flat(raw.parameters), flat(ema.parameters))
-    found = [balance(replace(point, setup=setup), 8)["rows"][0]["norm"] for point in (raw, ema)]
-    assert found[0] != found[1]
+    for name in ("adapter_raw", "adapter"):
+        file = run_folder / f"{name}.safetensors"
+        point = point_of(make_setup(loaded_tiny), file)
+        adapter, prompt = load_adapter(loaded_tiny, file), "a photo of a pilot"
+        assert torch.equal(embed(point.model, prompt), embed(adapter, prompt))
 
 
 def test_what_it_refuses(run_folder, loaded_tiny, tmp_path, capsys):
