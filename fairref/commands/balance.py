@@ -11,7 +11,7 @@ from fairref.training.loop import RAW_FILE
 from fairref.training.run import setup_of_run
 
 LEAST, BATCHES = 20, 24
-MEANING = "below 0: makes the lean smaller; above 0: keeps or makes it"
+MEANING = "below 0 it makes the lean smaller, above 0 it holds it"
 Report = dict[str, object]
 
 
@@ -52,8 +52,8 @@ def lines(report: Report) -> list[str]:
     for name, of in report["attributes"].items():
         said.append(
             f"{name}: of {report['neutral']} neutral batches {of['leaned']} leaned before, {of['still_lean']} still do."
-            f" Pull on the lean ({MEANING}):"
         )
+        said.append(f"A term's pull on the lean ({MEANING}), mean ± standard error over batches:")
         said.append(f"  {'term':12}" + "".join(f"{clip:>24}" for clip in CLIPS))
         for term in of["pull"][CLIPS[0]]:
             cells = (_shown(of["pull"][clip][term]) for clip in CLIPS)
@@ -82,10 +82,10 @@ def figure(report: Report) -> str:
     for name, of in report["attributes"].items():
         for clip in CLIPS:
             length = report["length"][clip] or 1.0
-            how = f"clip {report['clip']:g}, " if clip == CLIPS[1] else ""
-            groups[f"{name}, {clip} ({how}mean length {length:.2g})"] = {
+            limit = f" to {report['clip']:g}" if clip == CLIPS[1] and report["clip"] else ""
+            groups[f"{name}, {clip}{limit} (mean length {length:.2g})"] = {
                 term: tuple((v["mean"] + z * v["error"]) / length for z in (0, -1.96, 1.96))
                 for term, v in of["pull"][clip].items()
             }
-    about = f"pull, as a share of the mean length of a batch's gradient ({MEANING})"
-    return charts.bars(groups, about, "What pulls on the lean that is left, by term of the loss")
+    about = "pull, as a share of the gradients' mean length; mean and 95% interval"
+    return charts.bars(groups, about, f"Pull of the loss's terms on the lean that is left: {MEANING}")

@@ -90,8 +90,10 @@ def train(
 
 
 def setup_of_run(folder: str | Path, weights: str | None = None, device: str | None = None) -> Setup:
-    """The setup of a run that is there, as its settings.json has it; it may be of other weights' place or on another
-    device. Raises UserError."""
+    """The setup of a run that is there. `weights` and `device` take the place of those in its settings.json.
+
+    Raises UserError.
+    """
     options = RunOptions(resume=str(folder), weights=weights, device=device)
     stored = read_stored(options, {})
     place, dtype = choose_device(device or stored["device"]), DTYPES[stored["dtype"]]
