@@ -95,11 +95,11 @@ def setup_of_run(folder: str | Path, weights: str | None = None, device: str | N
     Raises UserError.
     """
     options = RunOptions(resume=str(folder), weights=weights, device=device)
-    stored = read_stored(options, {})
-    place, dtype = choose_device(device or stored["device"]), DTYPES[stored["dtype"]]
-    bundle = load_bundle(weights or stored["weights"], place, dtype, judge_places(stored))
-    refuse_another(stored, bundle)
-    return _plan(bundle, options, {}, stored, Processes(device=place)).setup
+    settings = read_stored(options, {})
+    place, dtype = choose_device(device or settings["device"]), DTYPES[settings["dtype"]]
+    bundle = load_bundle(weights or settings["weights"], place, dtype, judge_places(settings))
+    refuse_another(settings, bundle)
+    return _plan(bundle, options, {}, settings, Processes(device=place)).setup
 
 
 def _run(bundle, options, recipe, stored, weights, processes):

@@ -268,7 +268,7 @@ def test_the_point_is_the_adapters(run_folder, loaded_tiny):
         assert torch.equal(embed(point.model, prompt), embed(adapter, prompt))
 
 
-def test_what_it_refuses(run_folder, loaded_tiny, tmp_path, capsys):
+def test_what_it_refuses(run_folder, loaded_tiny, tiny_faces_folder, tmp_path, capsys):
     def refused(*argv):
         capsys.readouterr()
         assert main(["balance", *map(str, argv)]) == 2
@@ -278,6 +278,7 @@ def test_what_it_refuses(run_folder, loaded_tiny, tmp_path, capsys):
 
     assert "settings.json" in refused(tmp_path)
     assert "19, expected a whole number from 20" in refused(run_folder, "--batches", 19)
+    assert "not what the run was made from" in refused(run_folder, "--weights", tiny_faces_folder)
     assert "no such adapter" in refused(run_folder, "--adapter", tmp_path / "none")
     (tmp_path / "open").mkdir()
     shutil.copy(run_folder / "settings.json", tmp_path / "open")
