@@ -109,14 +109,22 @@ class Recipe:
     targets: str = setting(
         "transport",
         "what an image's target class is. transport: that of expected optimal transport (eqs 4, 5). random: drawn from"
-        " the target shares, whatever the image shows. This ablation says what the transport is worth",
-        choices=("transport", "random"),
+        " the target shares, whatever the image shows. This ablation says what the transport is worth. soft: the"
+        " transport's chances of all classes (eq 5), of all images, without the threshold C in L_align",
+        choices=("transport", "random", "soft"),
         only_with=TARGET,
     )
     C: float = setting(
         0.8,
         "L_align leaves out images whose target is less certain than this (eq 6)",
         high=1,
+        only_with=TARGET,
+    )
+    threshold: str = setting(
+        "reach",
+        "which chance must be C. reach: that of the likeliest class (eq 6). leave: that of leaving the image's own"
+        " class, whose target is then the likeliest other. With two classes both are the same",
+        choices=("reach", "leave"),
         only_with=TARGET,
     )
     lambda_img: float = setting(
@@ -244,7 +252,8 @@ class Recipe:
     tensorboard: bool = setting(False, "write the metrics for TensorBoard, too (extra log)")
     compile: bool = setting(False, "torch.compile the U-Net")
     recompute: bool = setting(
-        False, "recompute each U-Net block in its backward pass: less memory, more time"
+        False,
+        "recompute the blocks of the U-Net, the decoder, CLIP and DINO in their backward pass: less memory, more time",
     )
     evaluate: str = setting(
         "both",

@@ -134,6 +134,13 @@ def test_the_cost_page_has_the_scripts_tables():
     found = flops.report(312, 0.35)
     for part in flops.tables(found).split("\n\n"):
         assert part in page
+    small, large = found["one_gpu"]
+    assert small["gigabytes"] < 12 and large["gigabytes"] < 24
+    page = (ROOT / "docs" / "sd15.md").read_text(encoding="utf-8")
+    assert all(row["options"].strip("`") in page for row in found["one_gpu"])
+    ways = found["ways"]
+    assert ways["stored path, recomputed"]["gigabytes"] < 0.5 * ways["stored path"]["gigabytes"]
+    assert ways["stored path, recomputed"]["petaflop"] < 1.25 * ways["stored path"]["petaflop"]
     unet = found["networks"]["U-Net"]
     assert unet["parameters"] == 859_520_964 and 0.7e12 < unet["forward"] < 0.85e12
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from documents import MACHINE_PATH, headings, text_of
 
+from fairref.diffusion.gradient import MODES
 from fairref.verification.mine import check_answers
 from fairref.verification.quantities import QUANTITIES
 
@@ -117,6 +118,21 @@ def test_a_notebook_is_small_whole_and_tells_nothing_of_a_machine(path):
     for target, heading in re.findall(r"\]\(([\w/.-]+)(#[\w-]+)?\)", text_of(path)):
         assert (COURSE / target).exists(), target
         assert not heading or heading[1:] in headings(COURSE / target)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_decimal_of_the_text_is_printed_by_a_cell_or_stands_in_it(path):
+    shown = [text for cell in cells(path, "code") for text in cell["source"]]
+    shown += [text for cell in cells(path, "code") for o in cell["outputs"] for text in o.get("text", ())]
+    numbers = {abs(float(number)) for number in re.findall(r"\d*\.?\d+", "\n".join(shown))}
+    text = re.sub(r"```.*?```|\$\$.*?\$\$", "", text_of(path), flags=re.DOTALL)
+    said = re.findall(r"(?<![\w/.])\d*\.\d+", text)
+    assert not [number for number in said if float(number) not in numbers]
+
+
+def test_the_chapter_on_gradients_says_of_every_mode_what_it_keeps():
+    rows = re.findall(r"^\| `([\w:]+)` \|(.+)\|(.+)\|(.+)\|.+\|$", text_of(CHAPTERS[3]), re.MULTILINE)
+    assert {name for name, *kept in rows if all(map(str.strip, kept))} == set(MODES)
 
 
 @pytest.mark.slow

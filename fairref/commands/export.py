@@ -54,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("fairref export: no adapter is named; give a run's folder or an adapter file.")
     folder = export_adapter(bundle, adapter, options.to, options.out, options.half, options.any_base)
     if options.to == SPACE:
-        print("push it to a Space of the hub; README.md says what is in it")
+        print(
+            f"{folder}: README.md says what is in it. pip install huggingface_hub and hf auth login, then push it:"
+        )
+        print(f"hf upload NAME/SPACE {shlex.quote(str(folder))} . --repo-type space")
         return
     base = "" if options.to in WHOLE else " BASE, the folder or id of the base model"
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

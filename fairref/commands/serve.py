@@ -76,7 +76,8 @@ def _named(adapters):
     for adapter in adapters:
         file = adapter.file.absolute()
         name = file.parent.name if file.name == "adapter.safetensors" else file.stem
-        named[name if name not in named else f"{name} ({len(named) + 1})"] = adapter
+        names = (name, *(f"{name} ({k})" for k in range(2, len(named) + 2)))
+        named[next(name for name in names if name not in named)] = adapter
     return named
 
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mine", metavar="FILE", help="check answers to the exercises of docs/course")
     options = parser.parse_args(argv)
     if sum(value is not None for value in (options.json, options.explain, options.mine)) > 1:
-        parser.error("--json, --explain and --mine are three different things; give one of them.")
+        parser.error("--json, --explain and --mine are three different things; give one of them")
     if options.explain is not None:
         print(explain(options.explain))
         return 0

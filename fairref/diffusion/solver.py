@@ -17,6 +17,7 @@ from fairref.errors import UserError
 
 # Below this many evaluations the last step is first order whatever the end: diffusers' lower_order_final.
 SECOND_ORDER_END_FROM = 15
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,12 @@ class SolverTable:
         return len(self.timesteps)
 
 
-def solver_table(
-    schedule: Schedule,
-    S: int,
-    end: str = "zero",
-    spacing: str = "linspace",
-    steps_offset: int = 0,
-    stop: int | None = None,
-) -> SolverTable:
+def solver_table(schedule: Schedule, S: int, end: str = "zero", stop: int | None = None) -> SolverTable:
     """DPM-Solver++ (2M, midpoint) with S evaluations.
 
     end "zero": the last step goes to noise level 0 and is first order; "sigma_min": it goes to the level of
-    t = 1 and is second order from S = 15 on. spacing and steps_offset: see `grid`. An unknown choice is a
-    UserError. stop: after so many of the S evaluations the run goes to noise level 0 at once, so z_0 is the
-    image predicted there.
+    t = 1 and is second order from S = 15 on. An unknown end is a UserError. stop: after so many of the S
+    evaluations the run goes to noise level 0 at once, so z_0 is the image predicted there.
 
     With x_i = (z_i - sd_i eps_i) / root_i the predicted image, root = sqrt(alpha_bar),
     sd = sqrt(1 - alpha_bar), lambda = log(root / sd) and h_i = lambda_{i+1} - lambda_i:
@@ -62,7 +55,7 @@ def solver_table(
     with d = h_i / (2 h_{i-1}), and d = 0 where the step is first order."""
     if end not in ("zero", "sigma_min"):
         raise UserError(f"the solver's end is '{end}'; expected 'zero' or 'sigma_min'.")
-    timesteps = grid(schedule.T, S, spacing, steps_offset)[:stop]
+    timesteps = grid(schedule.T, S)[:stop]
     to_zero = end == "zero" or stop is not None
     last = torch.ones(1, dtype=torch.float64) if to_zero else schedule.alpha_bar[:1]
     alpha_bar = torch.cat([schedule.alpha_bar[timesteps], last])  # (S + 1,), from here on S counts what runs
@@ -95,7 +88,7 @@ def ancestral_table(schedule: Schedule, S: int | None = None, variance: str = "s
     if variance not in ("small", "large"):
         raise UserError(f"the ancestral variance is '{variance}'; expected 'small' or 'large'.")
     S = schedule.T if S is None else S
-    timesteps = grid(schedule.T, S, "trailing")
+    timesteps = grid(schedule.T, S, trailing=True)
     alpha_bar = torch.cat([schedule.alpha_bar[timesteps], torch.ones(1, dtype=torch.float64)])  # (S + 1,)
     now, then = alpha_bar[:-1], alpha_bar[1:]
     alpha = now / then
@@ -109,12 +102,7 @@ def ancestral_table(schedule: Schedule, S: int | None = None, variance: str = "s
 
 
 def step(
-    table: SolverTable,
-    i: int,
-    z: Tensor,
-    eps: Tensor,
-    previous: tuple[Tensor, Tensor] | None = None,
-    w: Tensor | None = None,
+    table: SolverTable, i: int, z: Tensor, eps: Tensor, previous: Pair | None = None, w: Tensor | None = None
 ) -> Tensor:
     """Row i of the table: z_{i+1} from z_i, eps_i, previous = (z_{i-1}, eps_{i-1}) and the noise w_i, all of
     one shape. previous is read by a second-order row only, w where sigma_i > 0 only."""
@@ -128,25 +116,15 @@ def step(
     return z_next
 
 
-def grid(T: int, S: int, spacing: str = "linspace", steps_offset: int = 0) -> Tensor:
-    """(S,) int64 time steps, descending, each in 0..T-1, by one of diffusers' three rules. steps_offset is
-    0 or 1, added under "leading" only. More steps than the rule can place, or an unknown rule, is a UserError."""
-    if steps_offset not in (0, 1):
-        raise UserError(f"the steps' offset is {steps_offset}; expected 0 or 1.")
-    largest = T if spacing == "trailing" else T - 1 - (steps_offset if spacing == "leading" else 0)
+def grid(T: int, S: int, trailing: bool = False) -> Tensor:
+    """(S,) int64 time steps, descending, each in 0..T-1, by diffusers' rule "linspace" or "trailing". More steps than
+    the rule can place are a UserError."""
+    largest = T if trailing else T - 1
     if not 1 <= S <= largest:
-        raise UserError(
-            f"the number of sampling steps is {S}; expected 1 to {largest} of {T} spaced '{spacing}'."
-        )
-    if spacing == "linspace":
-        rising = np.linspace(0, T - 1, S + 1).round()[1:]
-    elif spacing == "leading":
-        rising = np.arange(1, S + 1) * (T // (S + 1)) + steps_offset
-    elif spacing == "trailing":
-        rising = np.arange(T, 0, -T / S)[:S].round()[::-1] - 1
-    else:
-        raise UserError(f"the step spacing is '{spacing}'; expected 'linspace', 'leading' or 'trailing'.")
-    return torch.from_numpy(rising[::-1].astype(np.int64))
+        raise UserError(f"the number of sampling steps is {S}; expected 1 to {largest} of {T}.")
+    if trailing:
+        return torch.from_numpy(np.arange(T, 0, -T / S)[:S].round().astype(np.int64) - 1)
+    return torch.from_numpy(np.linspace(0, T - 1, S + 1).round()[:0:-1].astype(np.int64))
 
 
 def _with_totals(timesteps: Tensor, p: Tensor, q: Tensor, r: Tensor, s: Tensor, sigma: Tensor) -> SolverTable:

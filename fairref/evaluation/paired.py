@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.spatial.distance import pdist
-from scipy.stats import permutation_test, ttest_1samp
+from scipy.stats import linregress, permutation_test, ttest_1samp
+from scipy.stats import t as student
 
 from fairref.evaluation.confusion import joint_classes
 from fairref.evaluation.gaps import LEVEL, squared_gaps
@@ -43,6 +44,23 @@ def paired(before: np.ndarray, after: np.ndarray, target: np.ndarray) -> dict[st
     return {**found, "method": FEW if low is None else METHOD}
 
 
+def leans(before: np.ndarray, after: np.ndarray) -> dict[str, object] | None:
+    """The line log-odds after = slope * log-odds before + intercept, over prompts with counts (P, 2) of two classes.
+
+    A slope of 1 keeps every prompt's lean and 0 none; the intercept moves all prompts alike, towards the first class
+    above 0. Each as (value, low, high), ready for JSON. None with fewer than three prompts, or where all lean alike.
+    Log-odds of k of n images: (k + 1/2) / (n - k + 1/2). Their noise before makes the slope a little smaller.
+    """
+    some = (before.sum(1) > 0) & (after.sum(1) > 0)
+    x, y = (np.log(part[some, 0] + 0.5) - np.log(part[some, 1] + 0.5) for part in (before, after))
+    if len(x) < 3 or np.ptp(x) == 0:
+        return None
+    fit = linregress(x, y)
+    t = student.ppf((1 + LEVEL) / 2, len(x) - 2)
+    found = {"slope": (fit.slope, fit.stderr), "intercept": (fit.intercept, fit.intercept_stderr)}
+    return {key: [float(v), float(v - t * error), float(v + t * error)] for key, (v, error) in found.items()}
+
+
 def diversity(features: Sequence[np.ndarray], classes: Sequence[np.ndarray]) -> float | None:
     """1 - cosine, mean over all pairs of images of one prompt and one class: how little they are alike.
 
@@ -67,6 +85,17 @@ def paired_by_judge(
         judge: paired(before[judge].reshape(P, -1), counts.reshape(P, -1), target.table.reshape(-1))
         for judge, counts in after.items()
     }
+
+
+def leans_by_judge(
+    judged: Sequence[JudgedImages], originals: Sequence[JudgedImages], target: JointTarget
+) -> dict[str, dict[str, object]]:
+    """`leans` by each judge that sees one; none unless there are two classes."""
+    if target.table.size != 2:
+        return {}
+    after, before = (counts_by_judge(part, target.classes) for part in (judged, originals))
+    found = {judge: leans(before[judge].reshape(-1, 2), n.reshape(-1, 2)) for judge, n in after.items()}
+    return {judge: line for judge, line in found.items() if line}
 
 
 def diversities(

@@ -24,7 +24,7 @@ from fairref.evaluation.confusion import (
 from fairref.evaluation.judge_errors import corrected, prediction_powered
 from fairref.evaluation.judging import EvaluationSettings, ImageSource, drawn_by, judge_prompts
 from fairref.evaluation.labels import BY_HAND, Labels, on_labels
-from fairref.evaluation.paired import diversities, paired_by_judge
+from fairref.evaluation.paired import diversities, leans_by_judge, paired_by_judge
 from fairref.evaluation.statistics import JudgedImages, bias_report, flips, joint_names, likeness
 from fairref.fairness.attributes import JointTarget
 from fairref.prompts.sets import Prompts
@@ -171,6 +171,8 @@ def put_beside(
     for _, view, of in views(report, target):
         view["paired"] = paired_by_judge(judged, originals, of)
         view["flips"] = flips(judged, originals, of.classes)
+        if lines := leans_by_judge(judged, originals, of):
+            view["leans"] = lines
 
 
 def how_made(settings: EvaluationSettings, source: ImageSource, prompts: str) -> Report:

@@ -39,6 +39,12 @@ def lines(report: dict[str, object]) -> list[str]:
     if report.get("flips"):
         shares = [f"{v['needless']:.1%} of {v['changed']:.1%} ({j})" for j, v in report["flips"].items()]
         text.append(f"changed class needlessly: {', '.join(shares)}")
+    for judge, line in report.get("leans", {}).items():
+        (slope, *of_slope), (shift, *of_shift) = line["slope"], line["intercept"]
+        intervals = [f"({low:.2f} to {high:.2f})" for low, high in (of_slope, of_shift)]
+        text.append(
+            f"log-odds after: {slope:.2f} {intervals[0]} x before {shift:+.2f} {intervals[1]} ({judge})"
+        )
     if "explicit" in report:
         shares = [f"{share:.1%} ({j})" for j, share in report["explicit"].items() if j != "images"]
         text.append(f"explicit prompts drawn as asked: {', '.join(shares)}")

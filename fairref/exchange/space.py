@@ -69,6 +69,12 @@ def to_space(export: Export) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def _licence(root):
+    """Beside the package of a checkout, or where pip puts it."""
+    installed = sorted(root.glob("fairref-*.dist-info/**/LICENSE"))
+    return next(path for path in [root / "LICENSE", *installed] if path.is_file())
+
+
 def write_wheel(folder: Path, with_bundle: bool) -> str:
     """Writes this fairref as a wheel -> its name. `with_bundle`: with the small bundle in it."""
     package = Path(fairref.__file__).parent
@@ -82,7 +88,9 @@ def write_wheel(folder: Path, with_bundle: bool) -> str:
     about = f"fairref-{version}.dist-info"
     needs = "".join(f"Requires-Dist: {row}\n" for row in REQUIREMENTS)
     texts = {
-        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: fairref\nVersion: {version}\n{needs}",
+        f"{about}/METADATA": f"Metadata-Version: 2.4\nName: fairref\nVersion: {version}\n"
+        f"License-Expression: MIT\nLicense-File: LICENSE\n{needs}",
+        f"{about}/licenses/LICENSE": _licence(package.parent).read_text(encoding="utf-8"),
         f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: fairref\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     name = f"fairref-{version}-py3-none-any.whl"

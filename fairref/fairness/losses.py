@@ -20,13 +20,25 @@ def confident_targets(q: Tensor, C: float) -> tuple[Tensor, Tensor]:
     return y, (c >= C) & (c > 0)
 
 
-def align_loss(logits: Tensor, q: Tensor, C: float, N: int) -> tuple[Tensor, Tensor]:
+def leaving_targets(q: Tensor, own: Tensor, C: float) -> Tensor:
+    """q (n, K) of eq 5, but 1 for the likeliest other class of an image that leaves its class `own` (n,) with a chance
+    of C or more (docs/method.md §3). With K = 2 and C > 1/2, eq 6 makes the same of both."""
+    others = q.masked_fill(F.one_hot(own, q.shape[1]).bool(), 0)
+    leaves = others.sum(1, keepdim=True)
+    told = F.one_hot(others.argmax(1), q.shape[1]).to(q)
+    return told.where((leaves >= C) & (leaves > 0), q)
+
+
+def align_loss(logits: Tensor, q: Tensor, C: float, N: int, soft: bool = False) -> tuple[Tensor, Tensor]:
     """L_align = 1/N Σ_i 1[c^(i) >= C] CE(h(x^(i)), y^(i))   (6), for images i of this process.
 
     `logits` (n, K) of h, with gradient; `q` (n, K) the same images' rows of eq 5, on any device; `C` the
     confidence threshold; `N` images over all processes. -> values (n,), confident (n,) bool; else they are 0.
+    `soft`: CE(h(x^(i)), q^(i)) of all images in place of that.
     """
     y, confident = (part.to(logits.device) for part in confident_targets(q, C))
+    if soft:
+        y, confident = q.to(logits), (q > 0).any(1).to(logits.device)
     cross_entropy = F.cross_entropy(logits, y, reduction="none")  # (n,)
     return cross_entropy.where(confident, 0) / N, confident
 

@@ -19,7 +19,6 @@ EXACT_LIMIT = 20_000  # count vectors; above it the expectation is drawn, not en
 TOLERANCE = 0.01  # largest standard error that drawing stops at
 DRAWS = 500  # at most, in one round
 TIE_BREAK = 1e-12  # weight of the cross-entropy in the cost, which decides between nearly equal distances
-RANK = 1e-9  # of the counts' products: smaller ones, relative to the largest, are rounding
 ROUNDING = 2e-15  # a way through the classes must be shorter by more than what rounding makes of it
 TARGET_SUM_TOLERANCE = 1e-6  # a target's sum may miss 1 by this, for targets that come from float32
 
@@ -87,7 +86,8 @@ def joint_ot(
         else:
             tie_break = TIE_BREAK * joint_sum([cross_entropy(part) for part in parts])
             solver = Solver(distance + tie_break, np.repeat(np.arange(len(size)), size), joint, sums)
-            if solver.count_vectors() <= exact_limit:
+            possible = int((joint > 0).sum())
+            if math.comb(len(solver.group) + possible - 1, possible - 1) <= exact_limit:
                 q_rows, stderr_rows = solver.enumerate()
             else:
                 q_rows, stderr_rows = solver.draw(tolerance, rng or np.random.default_rng(0))
@@ -170,11 +170,6 @@ class Solver:
     target: np.ndarray  # (K,)
     sums: np.ndarray  # (K, J) what is counted of each class
 
-    def count_vectors(self) -> int:
-        """How many class counts have a chance."""
-        possible = int((self.target > 0).sum())
-        return math.comb(len(self.group) + possible - 1, possible - 1)
-
     def enumerate(self) -> tuple[np.ndarray, np.ndarray]:
         """The expectation over all class counts."""
         assigned = every_assignment(self.cost[self.group], np.flatnonzero(self.target))  # (N, M)
@@ -194,16 +189,16 @@ class Solver:
         exact.
         """
         cost, M, stderr = self.cost[self.group], 0, np.inf
-        xx, xy, yy = 0.0, 0.0, 0.0  # sums over draws
+        xx = xy = yy = 0.0  # sums over draws
         ways = (self.target > 0) @ self.sums  # (J,) classes with a chance that count as class j
         exact = np.tile((ways == 0) | (ways == (self.target > 0).sum()), len(self.cost))  # (G J,)
         while np.max(stderr) > tolerance:
             more = DRAWS if M == 0 else M * ((np.max(stderr) / tolerance) ** 2 - 1) + len(self.target)
             n = rng.multinomial(len(cost), self.target, min(math.ceil(more), DRAWS))
-            x = np.hstack([np.ones((len(n), 1)), n - len(cost) * self.target])  # (M, 1 + K)
+            x = np.insert(n - len(cost) * self.target, 0, 1, axis=1)  # (M, 1 + K)
             y = mean_by(self.group, self.sums[assign_each(cost, n).T]).reshape(len(n), -1)  # (M, G J)
             xx, xy, yy, M = xx + x.T @ x, xy + x.T @ y, yy + (y**2).sum(0), M + len(n)
-            inverse = np.linalg.pinv(xx, rcond=RANK, hermitian=True)  # not 1 / xx: the counts add up to N
+            inverse = np.linalg.pinv(xx, rcond=1e-9, hermitian=True)  # not 1 / xx: the counts add up to N
             fit = inverse @ xy  # (1 + K, G J)
             stderr = np.sqrt(inverse[0, 0] * np.maximum(yy - (fit * xy).sum(0), 0) / (M - len(self.target)))
             constant = (xy[0] == 0) | (xy[0] == M)

@@ -106,14 +106,14 @@ def picture_of(score: Score, n: int) -> Image.Image:
 
 
 def line_of(score: Score, n: int) -> str:
-    """Image n in a few words: its pull, what it shows, what it is told and how surely, as in 0.16 woman > man .86."""
+    """Image n in a few words: its pull, what it shows, what it is told and how surely, as in 0.16: woman > man .86."""
     words = []
     for name, classes in score.classes.items():
         shown, told = score.shown[name][n], score.target[name][n]
         words.append(classes[shown] if shown >= 0 else "no face")
         if told >= 0:
             words[-1] += f" > {classes[told]} {score.confidence[name][n]:.2f}".replace(" 0.", " .")
-    return f"{score.pull[n]:.2g} {', '.join(words)}"
+    return f"{score.pull[n]:.2g}: {', '.join(words)}"
 
 
 def score_sheet(images: Sequence[tuple[Score, int]]) -> Image.Image:
@@ -121,29 +121,30 @@ def score_sheet(images: Sequence[tuple[Score, int]]) -> Image.Image:
     blocks = most_and_least(images).items()
     first, n = images[0]
     largest, tile = first.pull[n], enlarged(picture_of(first, n))
-    bar, size, small = max(4, tile.height // 16), max(12, tile.height // 6), max(10, tile.width // 10)
+    bar, size = max(4, tile.height // 16), max(12, tile.height // 6)
+    lines = [[printable(line_of(*image)) for image in of] for _, of in blocks]
+    small = _fitting([text for of in lines for text in of], max(10, tile.width // 10), tile.width + 4)
     pitch, line = (tile.width + 8, tile.height + bar + small + 10), 2 * size
     rows = [-(-len(of) // COLUMNS) for _, of in blocks]
     sheet = Image.new("RGB", (COLUMNS * pitch[0] + 4, sum(rows) * pitch[1] + 2 * line), "white")
     pen, top = ImageDraw.Draw(sheet), 0
-    for (title, of), count in zip(blocks, rows, strict=True):
+    for (title, of), texts, count in zip(blocks, lines, rows, strict=True):
         pen.text((4, top + size // 2), f"{title}; a full bar: {largest:.2g}", fill="black", font=font(size))
         top += line
-        for k, (score, n) in enumerate(of):
+        for k, ((score, n), text) in enumerate(zip(of, texts, strict=True)):
             left, y = 4 + k % COLUMNS * pitch[0], top + k // COLUMNS * pitch[1]
             sheet.paste(enlarged(picture_of(score, n)), (left, y))
             width = score.pull[n] / max(largest, 1e-30) * tile.width
             pen.rectangle([left, y + tile.height + 1, left + width, y + tile.height + bar], fill=COLOURS[1])
-            words, face = _fitting(printable(line_of(score, n)), small, tile.width + 4)
-            pen.text((left, y + tile.height + bar + 2), words, fill="black", font=face)
+            while font(small).getlength(text) > tile.width + 4:
+                text = text[:-1]
+            pen.text((left, y + tile.height + bar + 2), text, fill="black", font=font(small))
         top += count * pitch[1]
     return sheet
 
 
-def _fitting(text, size, width):
-    """The text and its font, smaller where it is too wide, then cut."""
-    while size > 7 and font(size).getlength(text) > width:
+def _fitting(texts, size, width):
+    """The size of font in which all texts fit; 7 at least."""
+    while size > 7 and any(font(size).getlength(text) > width for text in texts):
         size -= 1
-    while font(size).getlength(text) > width:
-        text = text[:-1]
-    return text, font(size)
+    return size

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairref.errors import is_count, require, require_numbers
+from fairref.errors import require, require_numbers
 from fairref.nets import attention
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], the same for every CLIP
@@ -82,8 +82,7 @@ class ClipConfig:
     logit_scale_init_value: float = 2.6592  # log of the first inverse temperature, ln(1 / 0.07)
 
     def __post_init__(self):
-        width = self.projection_dim
-        require(is_count(width), f"projection_dim = {width!r}", "a positive whole number")
+        require_numbers(self)
 
 
 class Attention(nn.Module):

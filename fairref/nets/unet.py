@@ -12,16 +12,13 @@ follows; the way down is read top to bottom, the way up bottom to top; skips are
     mid      8 x 8    1280* 1280
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fairref.errors import require, require_numbers
 from fairref.nets import attention
@@ -357,15 +354,3 @@ class UNet(nn.Module):
                 h = upsample(h, size=skips[-1].shape[2:])  # the finer level's own size, also where it is odd
 
         return self.conv_out(F.silu(self.conv_norm_out(h)))
-
-
-def recomputed(unet: UNet) -> UNet:
-    """The same U-Net, with the same weights, whose resnets and transformers keep only their inputs for a gradient
-    and compute the rest again in the backward pass."""
-    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    again = copy.deepcopy(unet, shared)
-    keep_inputs = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    for module in again.modules():
-        if isinstance(module, Resnet | Transformer):
-            module.forward = partial(keep_inputs, module.forward)
-    return again

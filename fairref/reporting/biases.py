@@ -242,6 +242,7 @@ def paired_table(part: Part) -> Table | None:
         found = view(report, name) or {}
         for judge in {**found.get("paired", {}), **found.get("flips", {})}:
             paired, flips = (found.get(key, {}).get(judge) or {} for key in ("paired", "flips"))
+            line = found.get("leans", {}).get(judge) or {}
             difference = tuple(paired.get(key) for key in ("difference", "low", "high"))
             how |= {short(paired["method"]): None} if "method" in paired else {}
             about = f"{attribute_words(name)}, " if len(part.views) > 1 else ""
@@ -251,6 +252,7 @@ def paired_table(part: Part) -> Table | None:
                     interval(difference),
                     probability(paired.get("p")),
                     *(percent(flips.get(key)) for key in ("changed", "least", "needless")),
+                    *(interval(line.get(key, (None, None, None))) for key in ("slope", "intercept")),
                 )
             )
     head = (
@@ -260,6 +262,8 @@ def paired_table(part: Part) -> Table | None:
         "pictures that changed class",
         "least that would do",
         "needless",
+        "log-odds: slope",
+        "intercept",
     )
     caption = "; ".join([f"Before against after, {part.name}, {part.size}, the same noise", *how])
     return Table(caption, head, rows) if rows else None

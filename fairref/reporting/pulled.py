@@ -46,13 +46,23 @@ def pulled(run: Run, budget: int) -> Pulled | None:
         {(s.iteration, n): picture_of(s, n) for of in blocks.values() for s, n in of}, SIDES, budget
     )
     rows = [(what, [_thumb(*image, data) for image in of]) for what, of in blocks.items() if of]
-    N = len(scores[0].pull)
-    about = f"{len(scores)} of the iterations were recorded"
     neutral = [score for score in scores if not score.explicit and np.isfinite(score.pull).all()]
-    if left_out := len(scores) - len(neutral):
-        about += f"; {left_out} are left out here, for their prompts name a class or their gradients were no numbers"
     shown = [_group_chart(neutral, name) for name in scores[0].classes] if neutral else []
-    return Pulled(f"{about}, {N} of each iteration", rows, [*shown, *_prompt_chart(neutral)])
+    return Pulled(_about(scores), rows, [*shown, *_prompt_chart(neutral)])
+
+
+def _about(scores):
+    """What was recorded, and what is left out of the section."""
+    explicit = sum(score.explicit for score in scores)
+    broken = sum(not score.explicit and not np.isfinite(score.pull).all() for score in scores)
+    about = [f"Recorded iterations: {len(scores)}, with {len(scores[0].pull)} pictures each."]
+    if explicit:
+        about.append(f"Left out here because the prompt names a class: {explicit}.")
+    if broken:
+        about.append(f"Left out here because the gradient was no number: {broken}.")
+    if all(score.iteration == 0 for score in scores):
+        about.append("This is the first iteration alone, before the adapter has changed anything.")
+    return " ".join(about)
 
 
 def _thumb(score, n, data):

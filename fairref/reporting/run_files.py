@@ -60,6 +60,7 @@ VIEW = {  # of classes by each judge
     "target_floor?": SPREAD,
     "judges": {str: JUDGE},
     "paired?": {str: ({"p": N, "difference": N, "low": N, "high": N, "method?": str}, None)},
+    "leans?": {str: {"slope": [N], "intercept": [N]}},
     "flips?": {str: ({"changed": N, "least": N, "needless": N}, None)},
 }
 ABOUT = {

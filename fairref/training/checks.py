@@ -6,6 +6,7 @@ from fairref.bundle.own_judges import OwnClassifier, OwnFeatures
 from fairref.diffusion.gradient import gradient_mode
 from fairref.diffusion.solver import solver_table
 from fairref.errors import UserError
+from fairref.fairness.threshold import quiet_counts
 from fairref.generation.lora import first_tokens
 from fairref.training.logs import need_tensorboard
 from fairref.training.setup import Setup
@@ -81,6 +82,22 @@ def require_gradients(setup: Setup) -> None:
                 f"--judge {judge.source.place}: what it gives has no gradient, so finetuning would not follow it; leave"
                 " torch.no_grad and detach out."
             )
+
+
+def quiet_batches(setup: Setup) -> list[str]:
+    """Which counts of a batch ask no image to change, a line for each attribute by itself; none without a threshold."""
+    recipe, lines = setup.recipe, []
+    attributes = setup.target.classes if setup.target and recipe.targets == "transport" else {}
+    for name, classes in attributes.items():
+        target = torch.as_tensor(setup.target.marginal(name).target, dtype=torch.float64)
+        even, about = bool((target == target[0]).all()), "about " if len(classes) > 2 else ""
+        ranges = []
+        for k, of_class in enumerate(classes[:1] if even else classes):
+            found = quiet_counts(k, recipe.batch, target, recipe.C, recipe.threshold == "leave")
+            ranges += [f"{about}{found[0]} to {found[1]} {'of each' if even else of_class}"] if found else []
+        asked = f"with {', '.join(ranges)}, nobody is" if ranges else "somebody is always"
+        lines.append(f"{name}: of {recipe.batch} images, {asked} asked to change (C = {recipe.C:g})")
+    return lines
 
 
 def lacking(setup: Setup) -> list[str]:

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
 from fairref.evaluation.kept import KEPT
 from fairref.generation.adapters import FILE, save_adapter
 from fairref.generation.lora import adapt
-from fairref.nets.unet import recomputed
+from fairref.judges.dino import Block
+from fairref.nets import clip, recomputed, unet, vae
 from fairref.settings import Recipe
 from fairref.training import checkpoints
 from fairref.training.checkpoints import State
@@ -34,6 +35,12 @@ from fairref.training.validation import (
 )
 
 RAW_FILE, BEST_FILE = "adapter_raw.safetensors", "adapter_best.safetensors"
+RECOMPUTED = {  # part of a bundle -> what --recompute keeps the inputs of alone
+    "unet": (unet.Resnet, unet.Transformer),
+    "vae": (vae.Resnet, vae.Attention, vae.Upsample),
+    "clip": (clip.Layer,),
+    "dino": (Block,),
+}
 MAX_SKIPPED_STEPS = 20  # gradients in a row that are not finite, after which a run ends
 
 
@@ -198,10 +205,16 @@ def averaged(state: State) -> Iterator[None]:
 
 
 def compiled(setup: Setup, model: Bundle) -> tuple[Setup, Bundle]:
-    """Both models' U-Nets compiled and with recomputed blocks, where the recipe asks for it."""
-    unets = {}
-    for bundle in (setup.bundle, model):
-        unet = recomputed(bundle.unet) if setup.recipe.recompute else bundle.unet
-        unets.setdefault(id(bundle.unet), torch.compile(unet) if setup.recipe.compile else unet)
-    frozen, adapted = (replace(bundle, unet=unets[id(bundle.unet)]) for bundle in (setup.bundle, model))
-    return replace(setup, bundle=frozen), adapted
+    """Both models' U-Nets compiled, and what has a gradient with recomputed blocks, where the recipe asks for it."""
+    made = {}  # both models may have the same network
+
+    def lighter(bundle: Bundle) -> Bundle:
+        for name, blocks in RECOMPUTED.items() if setup.recipe.recompute else ():
+            network = getattr(bundle, name)
+            if isinstance(network, nn.Module) and any(isinstance(m, blocks) for m in network.modules()):
+                bundle = replace(bundle, **{name: made.setdefault(id(network), recomputed(network, blocks))})
+        if setup.recipe.compile:
+            bundle = replace(bundle, unet=made.setdefault(id(bundle.unet), torch.compile(bundle.unet)))
+        return bundle
+
+    return replace(setup, bundle=lighter(setup.bundle)), lighter(model)

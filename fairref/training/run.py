@@ -27,7 +27,7 @@ from fairref.prompts.sets import (
 )
 from fairref.settings import RunOptions, command_line, refuse_unused
 from fairref.training import checkpoints
-from fairref.training.checks import check, lacking
+from fairref.training.checks import check, lacking, quiet_batches
 from fairref.training.loop import finetune
 from fairref.training.own_losses import parse_losses
 from fairref.training.setup import Setup
@@ -116,6 +116,8 @@ def _run(bundle, options, recipe, stored, weights, processes):
             print(f"the run is in {folder}")
             _say_what_lacks(setup, plan.concepts)
             _say_of_prompts(setup, plan.concepts)
+            for line in quiet_batches(setup):
+                print(line)
             if plan.settings != stored:
                 write_json(folder / checkpoints.SETTINGS, plan.settings)
         info = {

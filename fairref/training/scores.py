@@ -44,6 +44,10 @@ class Recorder:
     def watch(self, parameters: Sequence[nn.Parameter], i: int) -> Watch | None:
         """What iteration i shows its parts to; None where its scores are not due."""
         every = self.setup.recipe.scores
+        if i == 0 and every >= self.setup.recipe.iterations:
+            note(
+                f"--scores {every} records iteration 0 alone, before the adapter has changed anything; give less."
+            )
         return partial(self._record, parameters, i) if every and i % every == 0 else None
 
     def _record(self, parameters, i, task, drawn, pair, q, g, gradient):

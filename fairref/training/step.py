@@ -16,17 +16,21 @@ from fairref.diffusion.gradient import adjusted_gradient, exact_gradient, gradie
 from fairref.diffusion.model import GuidedModel, scaled_vjp, zeros_like
 from fairref.diffusion.sampler import Step
 from fairref.diffusion.solver import SolverTable, solver_table
+from fairref.fairness.losses import leaving_targets
 from fairref.fairness.metrics import bias, blends, joint_counts
 from fairref.fairness.transport import joint_ot
 from fairref.generation.rollout import decode, embed, first_noise, guided, rollout
 from fairref.generation.views import map_batches, scatter_to_images
 from fairref.training.setup import Setup, Task
-from fairref.training.terms import STATISTICS, ImagePair, image_gradient, judged_pair, sums_of
+from fairref.training.terms import ImagePair, image_gradient, judged_pair, sums_of
 
 # what a draw is for: the order of prompts, S, the steps of the gradient, the order of explicit prompts, s,
 # the class counts of the transport, where the run stops
 ORDER, STEPS, GRAD_STEPS, EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7
 Metrics = dict[str, object]
+Targets = tuple[
+    dict[str, Tensor], Metrics
+]  # q (n, K_a) of this process's images for each attribute; what is said
 Watch = Callable[..., None]  # of (task, drawn, pair, q, g, this process's gradient)
 
 
@@ -46,13 +50,15 @@ def iteration_gradient(
     about = {"prompt": task.prompt, "S": task.S, "guidance": task.guidance}
     if targets is None:
         return [torch.full_like(p, torch.nan) for p in parameters], about
-    g, sums = image_gradient(setup, task, pair, targets.q)  # (n, 4, h, w)
+    q, said = targets
+    g, sums = image_gradient(setup, task, pair, q)  # (n, 4, h, w)
     drawn = draw_terms(setup, drawn, g, i)
     gradient = sampling_gradient(setup, drawn, g, text, parameters)
     if watch:
-        watch(task, drawn, pair, targets.q, g, gradient)
+        watch(task, drawn, pair, q, g, gradient)
     *gradient, sums = setup.processes.total([*gradient, sums.to(gradient[0])])  # one message, all of one type
-    return gradient, {**about, **_means(setup, sums), **targets.metrics}
+    means = dict(zip(sums_of(setup), sums.tolist(), strict=True))
+    return gradient, {**about, **means, **said}
 
 
 def draws(seed: int, stream: int, index: int) -> np.random.Generator:
@@ -128,18 +134,10 @@ def draw_pair(setup: Setup, model: Bundle, task: Task, text: Tensor, drawn: Roll
     return judged_pair(setup, z_0, x, map_batches(lambda part: decode(bundle, part), z_o, micro_batch))
 
 
-class Targets(NamedTuple):
-    """What the transport says of this process's images."""
-
-    q: dict[str, Tensor]  # (n, K_a) eq 5 of each attribute; none without a target
-    metrics: Metrics
-
-
 def transport_targets(setup: Setup, task: Task, pair: ImagePair, i: int) -> Targets | None:
-    """Eqs 4, 5 on all N images, gathered from all processes, or classes drawn from the target; None where a logit is
-    not finite."""
+    """Eqs 4, 5 on all N images, gathered from all processes, or drawn classes. None where a logit is not finite."""
     if task.target is None:
-        return Targets({}, {})
+        return {}, {}
     logits, has_face = all_logits(setup, pair)
     if not all(torch.isfinite(of_attribute).all() for of_attribute in logits.values()):
         return None
@@ -151,10 +149,13 @@ def transport_targets(setup: Setup, task: Task, pair: ImagePair, i: int) -> Targ
         transports = joint_ot(logits, task.target.table, has_face, rng=rng)
         q = {name: transport.q for name, transport in transports.items()}
         cost = {"cost": next(iter(transports.values())).cost}
+    if setup.recipe.threshold == "leave":
+        own = {name: of_attribute.argmax(1).cpu() for name, of_attribute in logits.items()}
+        q = {name: leaving_targets(of_all, own[name], setup.recipe.C) for name, of_all in q.items()}
     rows = setup.processes.part(setup.recipe.batch)
     q = {name: of_all[rows.start : rows.stop] for name, of_all in q.items()}
     shown = [of_attribute[has_face] for of_attribute in logits.values()]  # (M, K_a) of all images
-    return Targets(q, {**cost, **_shares(setup, shown, task.explicit)})
+    return q, {**cost, **_shares(setup, shown, task.explicit)}
 
 
 def all_logits(setup: Setup, pair: ImagePair) -> tuple[dict[str, Tensor], Tensor]:
@@ -209,14 +210,6 @@ def sampling_gradient(
         in_text = scaled_vjp(text, parameters, torch.cat([dc, dc_empty]))
     own = {id(p): grad for p, grad in zip(model.parameters, of_unet, strict=True)}
     return [x + own[id(p)] if id(p) in own else x for x, p in zip(in_text, parameters, strict=True)]
-
-
-def _means(setup, sums):
-    """The sums over images for the metrics, those of images counted as shares."""
-    means = dict(zip(sums_of(setup), sums.tolist(), strict=True))
-    return {
-        name: value / setup.recipe.batch if name in STATISTICS else value for name, value in means.items()
-    }
 
 
 def _shares(setup, logits, explicit):

@@ -104,9 +104,8 @@ def align(view: View) -> Values:
     """L_align (eq 6), summed over attributes."""
     recipe, parts = view.setup.recipe, []
     for name, q in view.q.items():
-        values, _ = losses.align_loss(
-            view.logits[name], select_faces(q, view.has_face), recipe.C, recipe.batch
-        )
+        of_faces, soft = select_faces(q, view.has_face), recipe.targets == "soft"
+        values, _ = losses.align_loss(view.logits[name], of_faces, recipe.C, recipe.batch, soft)
         parts.append(values)  # (M,)
     return scatter_to_images(sum(parts), view.has_face), 1.0
 
@@ -184,11 +183,11 @@ TERMS: dict[str, Term] = {
     ),
     "text": Term(text, lambda setup: setup.recipe.lambda_text > 0, ("clip",)),
 }
-# what else is counted of images: name -> (its sum over a view, whether a run has it)
+# what else is counted of images, as a share of all: name -> (its sum over a view, whether a run has it)
 STATISTICS: dict[str, tuple[Callable[[View], Tensor], Callable[[Setup], bool]]] = {
     "confident": (lambda view: torch.stack([*view.confident.values()]).double().mean(0).sum(), _has_target),
     "faces": (
-        lambda view: view.has_face.sum(),
+        lambda view: view.has_face.double().sum(),
         lambda setup: _has_target(setup) and setup.bundle.has("detector"),
     ),
 }
@@ -209,7 +208,8 @@ def loss_of(view: View) -> tuple[Tensor, Tensor]:
     """L = Σ_terms Σ_i weight_i value_i of a view's images, and the sums that `sums_of` names, without graph."""
     terms = [values(view) for values in terms_of(view.setup).values()]
     loss = sum((weight * values).sum() for values, weight in terms)
-    counted = [count(view) for count, in_run in STATISTICS.values() if in_run(view.setup)]
+    N, counts = view.setup.recipe.batch, [of for of, in_run in STATISTICS.values() if in_run(view.setup)]
+    counted = [count(view) / N for count in counts]
     sums = [loss, *(values.sum() for values, _ in terms), *counted]
     return loss, torch.stack([part.detach().double().to(view.x.device) for part in sums])
 
@@ -229,8 +229,9 @@ def image_gradient(setup: Setup, task: Task, pair: ImagePair, q: dict[str, Tenso
         )
         dtype = network_dtype(setup.bundle.vae, x)
         dx = loss_gradient(loss, x, dtype)
-        z_0 = part.z_0.requires_grad_(True)
-        (g[rows],) = scaled_vjp(decode(setup.bundle, z_0), [z_0], dx, dtype)
+        for some in rows.split(1 if setup.recipe.recompute else len(rows)):  # the decoder takes most memory
+            z_0 = pair.z_0[some].requires_grad_(True)
+            (g[some],) = scaled_vjp(decode(setup.bundle, z_0), [z_0], dx[some - rows[0]], dtype)
         sums += values
     return g, sums
 

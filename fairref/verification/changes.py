@@ -43,6 +43,10 @@ def _without(x, edge, by):
     return y
 
 
+def _of_all_rows(x):
+    return np.broadcast_to(np.sqrt(np.square(x).sum(-1, keepdims=True)), x.shape) if x.ndim else None
+
+
 def _transposed(x):
     return x.swapaxes(-1, -2) if x.ndim > 1 and x.shape[-1] == x.shape[-2] else None
 
@@ -74,7 +78,9 @@ ALONE: list[tuple[str, Change]] = [  # two of these explain too much by accident
     ("1 less {part} stands for {part}", lambda x: 1 - x),
     ("{part} is summed up along its axis", lambda x: x.cumsum(0) if x.ndim else None),
     ("{part} is in the order of its size", lambda x: np.sort(x, 0) if x.ndim else None),
+    ("{part} is that of all rows together (an axis is missing)", _of_all_rows),
 ]
+LENGTH = "length"  # in the names of parts that an axis may be missing in
 COUNTS = ("rank", "time", "number")  # parts that are whole numbers: one too large, one too small
 
 
@@ -86,30 +92,34 @@ class PartChange:
     words: str = ""  # "": a statement that does not hold
     change: Change | None = None  # the row of SLIPS or ALONE with these words
     by: str = ""  # the quantity that stands in its place
+    power: int = 0  # 1 or -1: the part has this power of `by` as a factor too many; it is not replaced
     inner: tuple["PartChange", ...] = ()  # what is changed in a part that is a quantity of its own
 
     def __str__(self) -> str:
         if self.inner:
             return f"in {self.part}, {' and '.join(map(str, self.inner))}"
         part = self.part or "the result"
+        if self.power:
+            return f"{part} has a factor too many, {'1/' * (self.power < 0)}{self.by}"
         if self.by:
             return f"{self.by} stands for {part}"
-        return self.words.format(part=part) if self.words else f"this does not hold: {self.part}"
+        return self.words.format(part=part) if self.words else f"it does not hold that {self.part}"
 
 
 class Apart:
     """A quantity taken apart on one example; what its parts become is kept, for each change is tried with many."""
 
-    def __init__(self, quantity: Quantity, arguments: Values) -> None:
+    def __init__(self, quantity: Quantity, arguments: Values, is_inner: bool = False) -> None:
         self.formula = quantity.formula
         self.parts = quantity.parts(**arguments)
         self.others = {name: np.asarray(of) for name, of in quantity.others(**arguments).items()}
         self.inner = {
-            name: Apart(QUANTITIES[part.name], part.arguments)
+            name: Apart(QUANTITIES[part.name], part.arguments, True)
             for name, part in self.parts.items()
             if isinstance(part, Of)
         }
         self.part = cache(self._part)
+        self.rearranged = {} if is_inner else dict(_rearranged(quantity, arguments))
 
     def value(self, changes: tuple[PartChange, ...] = ()) -> np.ndarray | None:
         """What the formula gives with changed parts; None where a part can't be changed so."""
@@ -132,28 +142,76 @@ class Apart:
             if value is None:
                 return None
             if change.by:
-                other = self.others[change.by] if change.by in self.others else self.part(change.by, ())
-                value = other if other is not None and other.shape == value.shape else None
+                wholes = self.others | self.rearranged
+                other = wholes[change.by] if change.by in wholes else self.part(change.by, ())
+                value = _by(value, other, change.power)
             else:
                 value = change.change(value)
         return value
 
     def named(self) -> Iterator[PartChange]:
         """What may stand in the place of the result, or of a part; a statement that does not hold."""
-        yield from (PartChange(RESULT, by=name) for name in self.others)
-        known = [*self.others, *(k for k, of in self.parts.items() if isinstance(of, Of) or np.ndim(of))]
+        yield from (PartChange(RESULT, by=name) for name in [*self.others, *self.rearranged])
         for name, part in self.parts.items():
             if isinstance(part, bool):
                 yield PartChange(name)
             else:
-                yield from (PartChange(name, by=other) for other in known if other != name)
+                yield from (PartChange(name, by=other) for other in self._known() if other != name)
+
+    def factors(self) -> Iterator[PartChange]:
+        """What the result, or a part, may be multiplied by or divided by, too."""
+        names = [
+            name for name, part in self.parts.items() if not isinstance(part, bool) and not _is_count(name)
+        ]
+        for name, by, power in product([*names, RESULT], self._known(), (1, -1)):
+            if by != name:
+                yield PartChange(name, by=by, power=power)
+
+    def _known(self):
+        """What may stand for a part: not the answer itself, which says nothing of how it was come by."""
+        right = self.value()
+        others = [name for name, of in self.others.items() if not _is_same(of, right)]
+        return [*others, *(k for k, of in self.parts.items() if isinstance(of, Of) or np.ndim(of))]
 
     def rows(self, table: list[tuple[str, Change]], of_result: bool = True) -> Iterator[PartChange]:
         """What may happen to the result and to each part."""
         for name in [RESULT] * of_result + [k for k, of in self.parts.items() if not isinstance(of, bool)]:
             x = self.value() if name == RESULT else self.part(name, ())
-            is_count = np.ndim(x) == 0 or any(word in name for word in COUNTS)
-            yield from (PartChange(name, *row) for row in table if is_count or "one too" not in row[0])
+            is_count = np.ndim(x) == 0 or _is_count(name)
+            for words, change in table:
+                if ("one too" not in words or is_count) and ("an axis" not in words or LENGTH in name):
+                    yield PartChange(name, words, change)
+
+
+def _is_count(name):
+    return any(word in name for word in COUNTS)
+
+
+def _is_same(a, b):
+    return a is not None and b is not None and a.shape == b.shape and np.allclose(a, b, rtol=1e-9, atol=0)
+
+
+def _by(value, other, power):
+    """The other quantity, or the value with its power as a factor more."""
+    if other is None or (other.shape != (value.shape[:1] or None) if power else other.shape != value.shape):
+        return None
+    return value * (other**power).reshape(-1, *[1] * (value.ndim - 1)) if power else other
+
+
+def _rearranged(quantity, arguments):
+    """What the formula gives with two arguments swapped, or with all steps in reverse order (and put back again)."""
+    arrays = [key for key in arguments if np.ndim(arguments[key])]
+    for a, b in combinations(arrays, 2):
+        if arguments[a].shape == arguments[b].shape:
+            swapped = {**arguments, a: arguments[b], b: arguments[a]}
+            yield f"what comes out if {a} and {b} are swapped", Apart(quantity, swapped, True).value()
+    n = max(len(arguments[key]) for key in arrays)
+
+    def flipped(x):
+        return x[::-1] if np.ndim(x) and len(x) == n else x
+
+    value = Apart(quantity, {key: flipped(x) for key, x in arguments.items()}, True).value()
+    yield "what comes out if the steps are taken from the other end", flipped(value)
 
 
 def _are_two(a, b):
@@ -173,17 +231,31 @@ def candidates(apart: Apart) -> Iterator[tuple[PartChange, ...]]:
     )
     yield from ((change,) for change in apart.rows([*SLIPS, *ALONE]))
     yield from ((change,) for change in _nested(apart, [*SLIPS, *ALONE]))
+    for name, inner in apart.inner.items():
+        yield from ((PartChange(name, inner=(of,)),) for of in inner.factors() if of.part != RESULT)
+    yield from ((change,) for change in apart.factors())
 
 
 def pairs(apart: Apart) -> Iterator[tuple[PartChange, ...]]:
-    """The pairs of changes to try: of the parts, then with one inside of a part, then with both inside of one."""
+    """The pairs of changes to try: one slip made twice, of two parts, with one inside of a part, with both."""
+    yield from _twice(apart.rows(SLIPS, of_result=False))
+    for name, inner in apart.inner.items():
+        of_two = _twice(inner.rows(SLIPS, of_result=False))
+        yield from ((PartChange(name, inner=pair),) for pair in of_two)
     own = _that_matter(apart, [*apart.named(), *apart.rows(SLIPS)])
     nested = _that_matter(apart, _nested(apart, SLIPS))
     yield from (pair for pair in combinations(own, 2) if _are_two(*pair))
+    yield from _twice(apart.rows(ALONE, of_result=False))
+    yield from ((PartChange(RESULT, by=name), PartChange(RESULT, *SLIPS[0])) for name in apart.others)
     yield from (pair for pair in product(nested, own) if _are_two(*pair))
     for a, b in combinations([change for change in nested if not change.inner[0].by], 2):
         if a.part == b.part and a.inner[0].part != b.inner[0].part:
             yield (PartChange(a.part, inner=(*a.inner, *b.inner)),)
+
+
+def _twice(changes):
+    """The same slip in two parts."""
+    return (pair for pair in combinations(changes, 2) if pair[0].words == pair[1].words and _are_two(*pair))
 
 
 def _nested(apart, table):
@@ -194,12 +266,12 @@ def _nested(apart, table):
 
 
 def _that_matter(apart, changes):
-    """Those that give another value: two of the others are one, or none."""
+    """Those that give another value: two of the others are one, or none. A statement may need another change."""
     right = apart.value()
     return [
         change
         for change in changes
         if (value := apart.value((change,))) is not None
         and np.isfinite(value).all()
-        and not np.allclose(value, right, rtol=1e-9, atol=0)
+        and (not _is_same(value, right) or not (change.words or change.by or change.inner))
     ]

@@ -72,7 +72,8 @@ def _explained(quantity, examples, wrong):
     """The first change that gives the answer's values, or the factor that is wrong, or how near they are."""
     if near := _nearness(examples, ROUNDED):
         return f"{near}: rounded, or computed in float32 (torch's own)? Use float64"
-    aparts = [Apart(quantity, example.arguments) for example in examples]
+    with np.errstate(all="ignore"):
+        aparts = [Apart(quantity, example.arguments) for example in examples]
 
     def is_it(changes):
         return all(
@@ -98,8 +99,10 @@ def _said(changes):
     first, *more = changes
     if more and (first.part, first.by) == (more[0].by, more[0].part):
         return f"it is right but for this: {first.part} and {first.by} are swapped"
-    if first.part == RESULT and first.by and not more:
-        return f"it is {first.by}"
+    if first.part == RESULT and first.by and not first.power and (not more or more[0].part == RESULT):
+        return f"it is {first.by}{', with the wrong sign' if more else ''}"
+    if first.part == RESULT and not more:
+        return f"{first}"
     return f"it is right but for this: {' and '.join(map(str, changes))}"
 
 
@@ -114,6 +117,7 @@ def _of_shape(examples):
         "its sign is the other one, and it was not summed over the first axis": lambda x: -x.sum(0),
         "it was not averaged": np.mean,
         "it was not summed": np.sum,
+        "it has an entry too many, the first": lambda x: x[1:],
     }.items():
         if all(of.value.ndim and _is_close(np.asarray(change(of.value)), of.expected) for of in examples):
             return f" ({words})"
@@ -151,7 +155,12 @@ def _factor(examples):
         ):
             factors = ((number, 1), ("n", power), ("(n - 1)", of_less))
             words = " ".join(f"{x}{f'^{e}' if e != 1 else ''}" for x, e in factors if e and x != 1)
-            return f"it is {words} times what it should be, n the length of an axis: a sum for a mean, or the reverse?"
+            why = (
+                ": a sum for a mean, or a mean for a sum"
+                if (number, of_less) == (1, 0) and abs(power) == 1
+                else ""
+            )
+            return f"it is {words} times what it should be, n the length of an axis{why}"
     return ""
 
 

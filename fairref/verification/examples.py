@@ -111,12 +111,14 @@ def _q(rng):
 
 
 def _L_align(rng):
-    """Some images are sure, some are not, and one is at the threshold itself."""
-    C = float(rng.uniform(0.6, 0.9))
+    """Two classes, or three. Some images are sure, some are not, and one is at the threshold itself."""
+    K, C = int(rng.integers(2, 4)), float(rng.uniform(0.6, 0.9))
     of_each = rng.integers(2, 5, 2)
-    sure = np.concatenate([[1, C], rng.uniform(0.5, C, of_each[0]), rng.uniform(C, 1, of_each[1])])
-    rows = np.stack([sure, 1 - sure], 1)
-    q = np.where(rng.integers(2, size=(len(sure), 1)), rows, rows[:, ::-1])
+    sure = np.concatenate([[1, C], rng.uniform(1.1 / K, C, of_each[0]), rng.uniform(C, 1, of_each[1])])
+    rest = (1 - sure)[:, None] * rng.dirichlet(
+        np.full(K - 1, 1e3), len(sure)
+    )  # nearly alike, each below `sure`
+    q = rng.permuted(np.column_stack([sure, rest]), axis=1)
     logits = rng.normal(size=q.shape)
     found, _ = losses.align_loss(torch.from_numpy(logits), torch.from_numpy(q), C, len(q))
     return {"logits": logits, "q": q, "C": C}, found.sum()

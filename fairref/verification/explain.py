@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import fairref
 from fairref.diffusion import gradient, model, sampler, solver
 from fairref.diffusion.schedule import Schedule
 from fairref.errors import UserError
-from fairref.fairness import losses, metrics, transport
+from fairref.fairness import losses, metrics, threshold, transport
 from fairref.verification import derivation
 from fairref.verification.verify import all_checks
 
@@ -22,6 +23,7 @@ TEST_DERIVATION, TEST_SOLVER, TEST_LOSSES = (
     for name in ("diffusion/test_derivation", "diffusion/test_solver", "fairness/test_losses")
 )
 TEST_VERIFY = "tests/verification/test_verify.py"
+TEST_THRESHOLD = "tests/fairness/test_threshold.py"
 TEST_TRANSPORT, TEST_METRICS = "tests/fairness/test_transport.py", "tests/fairness/test_metrics.py"
 
 
@@ -149,6 +151,14 @@ PLACES = {  # a check's equation -> where it is
         (f"{TEST_LOSSES}::test_align_loss_is_eq_6_with_its_gradient",),
         f"{METHOD}#3-the-distributional-alignment-loss-eqs-4-to-6",
     ),
+    "eq 6, C": Place(
+        (threshold.asked_to_change, threshold.pull_left, losses.leaving_targets),
+        (
+            f"{TEST_THRESHOLD}::test_who_is_asked_of_four_classes_is_what_each_count_vector_says",
+            f"{TEST_THRESHOLD}::test_what_is_left_of_the_pull_is_the_slope_over_the_share",
+        ),
+        f"{METHOD}#3-the-distributional-alignment-loss-eqs-4-to-6",
+    ),
     "eq 7": Place(
         (losses.image_loss,),
         (f"{TEST_LOSSES}::test_image_loss_is_eq_7_with_its_gradient",),
@@ -170,14 +180,27 @@ PLACES = {  # a check's equation -> where it is
         f"{METHOD}#8-evaluation",
     ),
 }
-ALIASES = {
-    "a.1": "Algorithm A.1",
-    "b_t": "eq 9",
-    "k_i": "z_0",
-    "w_i": "A_t, C_i",
-    "q": "eqs 4, 5",
-    "l_align": "eq 6",
-    "l_img": "eq 7",
+ALIASES = {  # names of the course, of gradient modes and of papers -> equations
+    "alpha_bar": ["eq 1"],
+    "sigma_t": ["eq 2", "eq 3"],
+    "epsilon": ["guidance"],
+    "z_0": ["eq 10", "z_0"],
+    "b_t": ["eq 9"],
+    "gradient": ["eq 9"],
+    "exact": ["eq 9"],
+    "k_i": ["z_0"],
+    "w_i": ["A_t, C_i"],
+    "adjusted": ["Algorithm A.1", "B_t = I"],
+    "a.1": ["Algorithm A.1"],
+    "algorithm a1": ["Algorithm A.1"],
+    "paper": ["Algorithm A.1"],
+    "solver": ["A_t = 1"],
+    "none": ["B_t = I"],
+    "draft": ["last:K"],
+    "alignprop": ["random:K", "bernoulli"],
+    "q": ["eqs 4, 5"],
+    "l_align": ["eq 6"],
+    "l_img": ["eq 7"],
 }
 
 
@@ -185,15 +208,17 @@ def explain(name: str) -> str:
     """What is known of an equation, "eq 9" or "9", as text. Raises UserError, which lists the equations."""
     found = list(_named(name))
     if not found:
-        raise UserError(f"--explain is '{name}'; expected one of {', '.join(map(repr, PLACES))}.")
+        near = get_close_matches(name.lower(), ALIASES | {of.lower(): of for of in PLACES})
+        hint = f" near are {', '.join(map(repr, near))};" if near else ""
+        known = ", ".join(map(repr, [*PLACES, *ALIASES]))
+        raise UserError(f"--explain is '{name}';{hint} expected one of {known}.")
     return "\n\n".join(map(_text, found))
 
 
 def _named(name) -> Iterator[str]:
     """The equations of a name or of its beginning; a number names all that have it, and stands for K, M or ALPHA."""
     wanted = " ".join(name.lower().split())
-    wanted = ALIASES.get(wanted, wanted).lower()
-    exact = [equation for equation in PLACES if wanted in (equation.lower(), *equation.lower().split(", "))]
+    exact = ALIASES.get(wanted) or [of for of in PLACES if wanted in (of.lower(), *of.lower().split(", "))]
     numbers = re.fullmatch(r"(?:eq(?:uation)?s?\.? ?)?\(?(\d+(?:(?:, ?| and )\d+)*)\)?", wanted)
     if numbers and not exact:
         asked = set(re.findall(r"\d+", numbers[1]))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairref.fairness import losses, metrics, transport
+from fairref.fairness import losses, metrics, threshold, transport
 from fairref.verification.checks import (
     DIFFERENCE,
     SIDE,
@@ -66,6 +66,45 @@ def closed_form() -> float:
                 transport.expected_ot(three, [d, 1 - d, 0]).q[:, :2],
             )
         )
+    return max(errors)
+
+
+@check("eq 6, C", "pull near the target: .405, .678, 1 of it left at C = .8, .7, .58", "all counts of N = 24")
+def pull_left() -> float:
+    """Compare the slope of the images asked to change with the closed form, and it with 2 (1 - C) for N = 10^6."""
+    m, half = np.arange(25), torch.full((2,), 0.5, dtype=torch.float64)
+    pmf = np.array([math.comb(24, int(k)) for k in m]) / 2**24
+    errors = []
+    for C, left in ((0.8, 0.405), (0.7, 0.678), (0.58, 1.0)):
+        moves = [threshold.asked_to_change((k, 24 - k), half, C) for k in m.tolist()]
+        net = np.array([float(x[1, 0] - x[0, 1]) for x in moves])
+        slope = -(pmf * 2 * (2 * m - 24) * net).sum() / 24
+        errors.append(error(threshold.pull_left(24, C), slope))
+        errors.append(0.0 if abs(slope - left) < 6e-4 else math.inf)
+        limit = min(1, 2 * (1 - C))
+        errors.append(0.0 if abs(threshold.pull_left(10**6, C) - limit) < 2e-3 else math.inf)
+    return max(errors)
+
+
+@check(
+    "eq 6, C", "K = 4, N = 5: who is asked to change, by either threshold", "all labels x all permutations"
+)
+def asked_of_four() -> float:
+    """Compare the counts of images that are told another class with those by the definition of q."""
+    counts, target = (3, 1, 1, 0), torch.tensor([0.1, 0.2, 0.2, 0.5], dtype=torch.float64)
+    own = np.repeat(range(4), counts)
+    logits = np.random.default_rng(0).normal(size=(5, 4)) + threshold.SURE * np.eye(4)[own]
+    q, _ = by_definition(torch.from_numpy(logits).softmax(1).numpy(), target.tolist())
+    errors = []
+    for leave, C in ((False, 0.6), (True, 0.6), (True, 0.9)):
+        expected = np.zeros((4, 4))
+        for of_image, k in zip(q, own, strict=True):
+            others = np.where(np.arange(4) == k, 0, of_image)
+            told = others.argmax() if leave else of_image.argmax()
+            if (others.sum() if leave else of_image.max()) >= C and told != k:
+                expected[k, told] += 1
+        errors.append(error(threshold.asked_to_change(counts, target, C, leave), expected))
+        errors.append(0.0 if expected.any() else math.inf)
     return max(errors)
 
 

@@ -39,17 +39,28 @@ class Verdict:
 
 
 def check_answers(file: str | Path) -> list[Verdict]:
-    """The verdicts on all quantities that a reader's file defines. The file is run. Raises UserError."""
+    """The verdicts on all quantities that a reader's file defines, also as A_T for A_t. It is run. Raises UserError."""
     path = expanded(file).absolute()
     if path.suffix != ".py":
         raise UserError(f"--mine is {path.name}; expected a .py file: copy a notebook's functions into one.")
     module, _ = load_file("--mine", path)
     answers = {name: getattr(module, name, None) for name in QUANTITIES}
-    return [check_answer(name, answer) for name, answer in answers.items() if answer is not None]
+    verdicts = [check_answer(name, answer) for name, answer in answers.items() if answer is not None]
+    for name, value in vars(module).items():
+        meant = next((of for of in QUANTITIES if _plain(of) == _plain(name)), name)
+        if callable(value) and answers.get(meant, name) is None:
+            verdicts.append(Verdict(meant, False, f"the file has '{name}'; expected the name {meant}."))
+    return verdicts
+
+
+def _plain(name):
+    return name.replace("_", "").lower()
 
 
 def check_answer(name: str, answer: Callable[..., object]) -> Verdict:
-    """The verdict on one answer, a function of the arguments that the course's table gives."""
+    """The verdict on one answer, a function of the arguments that the course's table gives. Raises UserError."""
+    if name not in QUANTITIES:
+        raise UserError(f"check_answer: '{name}' is no quantity; expected one of {', '.join(QUANTITIES)}.")
     if not callable(answer):
         return Verdict(name, False, f"it is {_described(answer)}; expected a function.")
     drawn = [EXAMPLES[name](np.random.default_rng(seed)) for seed in range(COUNT)]

@@ -1,24 +1,26 @@
 """The page and its API, in gradio: fields -> a view -> the studio, one request at a time."""
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import ModuleType
+from urllib.parse import parse_qsl, urlencode
 
 from fairref.errors import UserError
 from fairref.web import shown
 from fairref.web.studio import Drawn, Studio
-from fairref.web.view import MAX_GUIDANCE, MAX_SEED, read_view
+from fairref.web.view import MAX_GUIDANCE, MAX_SEED, View, read_view
 
 FIELDS = ("prompt", "negative", "seed", "n", "guidance", "steps", "adapter", "strength")
 MAX_HISTORY = 30
 MAX_SESSIONS = 100  # whose state gradio keeps: each call of the API is one
-FULL = "The queue is full; try again in a while."
+FULL, CANCELLED = "The queue is full; try again in a while.", "Cancelled."
 INTRO = """# fairref
 Type a prompt. The original model and the fair one draw it from the same noise. The judge says what a picture looks
-like; nobody's gender, age or skin tone is known here, and the judge errs. Intervals hold the accident of the noise.
+like; nobody's gender, age or skin tone is known here, and the judge errs.
 """
+# Enter presses the button, which does nothing while it is disabled
+PRESS = "() => document.querySelector('#draw').click()"
 # the address bar becomes the link to what is shown; the page is not loaded anew
 TO_LINK = "(query) => { if (query) history.replaceState(null, '', '?' + query); }"
 
@@ -42,8 +44,12 @@ def page(studio: Studio, example: Drawn) -> object:
             with gr.Column(scale=2, min_width=280):
                 fields = _fields(studio)
                 with gr.Row():
-                    go, stop = gr.Button("Draw", variant="primary"), gr.Button("Cancel", interactive=False)
+                    go = gr.Button("Draw", variant="primary", elem_id="draw")
+                    stop = gr.Button("Cancel", interactive=False)
             with gr.Column(scale=5, min_width=300):
+                with gr.Row():  # outside of what each drawing replaces; the second needs a second attribute
+                    for k, (name, what) in enumerate(shown.SWITCHES.items()):
+                        gr.Checkbox(label=f"show {what}", visible=len(studio.classes) > k, elem_id=name)
                 out = gr.HTML(shown.shown(example))
                 with gr.Accordion("History of this browser", open=False):
                     listed, clear = gr.HTML(shown.history_of([])), gr.Button("Clear")
@@ -81,28 +87,29 @@ def _wire(studio, blocks, example, fields, buttons, places):
     gr = need_gradio()
     go, stop, clear = buttons
     out, listed, history = places
-    query, line, asked = (
-        gr.Textbox(visible=False) for _ in range(3)
-    )  # of what is shown; a link that is to be drawn
+    # of what is shown; a link that is to be drawn; why a drawing ended before it was done
+    query, line, asked, why = (gr.Textbox(visible=False) for _ in range(4))
 
     def arrive(request: gr.Request):
         """The fields as a link has them; with one it is drawn, for `asked` changes."""
         values = {name: value for name, value in request.query_params.items() if name in FIELDS}
-        view = example.view
-        with suppress(UserError):  # it is said when it is drawn
-            view = read_view({**vars(example.view), **values}, studio.default, studio.limits)
+        view = what_can_be(studio, example.view, values)
         shown_fields = [values.get("prompt", view.prompt), *(getattr(view, name) for name in FIELDS[1:])]
-        return [*shown_fields, json.dumps(values) if values else gr.skip()]
+        return [*shown_fields, urlencode(values) if values else gr.skip()]
+
+    def begin():
+        return shown.waiting(), "", "", gr.update(interactive=False), gr.update(interactive=True)
 
     def ask(*values):
         yield from _drawing(studio, dict(zip(FIELDS, values, strict=True)))
 
     def ask_link(asked):
-        yield from _drawing(studio, {**vars(example.view), **json.loads(asked)})
+        values = dict(parse_qsl(str(asked), keep_blank_values=True))
+        yield from _drawing(studio, {**vars(example.view), **values})
 
     def remember(query, line, history):
-        history = [{"query": query, "says": line}, *(history or [])][:MAX_HISTORY] if query else history or []
-        return history, shown.history_of(history), gr.update(interactive=False)
+        history = with_view(history, query, line)
+        return history, shown.history_of(history), gr.update(interactive=True), gr.update(interactive=False)
 
     quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     in_turn = {
@@ -112,24 +119,43 @@ def _wire(studio, blocks, example, fields, buttons, places):
         "show_progress": "hidden",
     }
     blocks.load(arrive, None, [*fields, asked], **quiet)
-    blocks.load(lambda history: shown.history_of(history or []), history, listed, **quiet)
+    blocks.load(lambda history: shown.history_of(with_view(history)), history, listed, **quiet)
     clear.click(lambda: ([], shown.history_of([])), None, [history, listed], **quiet)
     cancelled = []
-    for triggers, draw, given in (
-        ([go.click, fields[0].submit], ask, fields),
-        ([asked.change], ask_link, asked),
-    ):
-        waits = gr.on(
-            triggers, lambda: (shown.waiting(), gr.update(interactive=True)), None, [out, stop], **quiet
+    fields[0].submit(None, js=PRESS)
+    for trigger, draw, given in ((go.click, ask, fields), (asked.change, ask_link, asked)):
+        drawn = trigger(begin, None, [out, query, why, go, stop], **quiet).then(
+            draw, given, [out, query, line], preprocess=False, **in_turn
         )
-        drawn = waits.then(draw, given, [out, query, line], **in_turn)
-        drawn.failure(lambda: shown.refused(FULL), None, out, **quiet)
-        drawn.then(remember, [query, line, history], [history, listed, stop], **quiet).then(
+        # it never began, or it was cancelled: what fails while it draws is said there
+        drawn.failure(lambda why: shown.told(why) if why else shown.refused(FULL), why, out, **quiet)
+        drawn.then(remember, [query, line, history], [history, listed, go, stop], **quiet).then(
             None, query, None, js=TO_LINK
         )
         cancelled.append(drawn)
-    over = (shown.told("Cancelled."), gr.update(interactive=False))
-    stop.click(lambda: over, None, [out, stop], cancels=cancelled, **quiet)
+    stop.click(lambda: CANCELLED, None, why, cancels=cancelled, **quiet)
+
+
+def what_can_be(studio: Studio, view: View, values: Mapping[str, object]) -> View:
+    """The view with those of the values that can be; what can't be is said when it is drawn."""
+    for name, value in values.items():
+        with suppress(UserError):
+            new = read_view({**vars(view), name: value}, studio.default, studio.limits)
+            view = new if new.adapter in ("", *studio.adapters) else view
+    return view
+
+
+def with_view(history: object, query: str = "", line: str = "") -> list[dict[str, str]]:
+    """The history, the browser's own to keep, with a view as its first one; no view stands there twice."""
+    new = [{"query": query, "says": line}] if query else []
+    kept = (
+        [of for of in history if _is_view(of) and of["query"] != query] if isinstance(history, list) else []
+    )
+    return [*new, *kept][:MAX_HISTORY]
+
+
+def _is_view(of):
+    return isinstance(of, dict) and all(isinstance(of.get(name), str) for name in ("query", "says"))
 
 
 def _drawing(studio: Studio, values: dict[str, object]) -> Iterator[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from fairref.errors import is_debugging
@@ -12,19 +12,25 @@ from fairref.web.studio import Drawn, Studio
 
 # What the page and its API need of gradio. All else that gradio serves is closed: files, uploads, proxies, streams.
 OPEN = re.compile(
-    r"/(?:(?:gradio_api/)?(?:config|theme\.css|info|openapi\.json|app_id|startup-events|user|token|login_check)/?"
+    r"/(?:(?:gradio_api/)?(?:config|theme\.css|info|app_id|startup-events|user|token|login_check)/?"
     r"|gradio_api/(?:queue/(?:join|data)|cancel|reset/?|heartbeat/\w+|(?:call|run|api)/\w+/?|call/\w+/\w+)"
     r"|login/?|logout|favicon\.ico|robots\.txt|manifest\.json|(?:static|assets|svelte)/[\w./-]+)?"
 )
+CALL = re.compile(r"/gradio_api/(?:queue/join|(?:call|run|api)/(\w+))/?")
 MAX_SESSION = 64  # letters of a session's name
 Asgi = Callable[..., Awaitable[None]]
 
 
 class Guard:
-    """In front of gradio: only what is OPEN is passed on, and no request that is too large."""
+    """In front of gradio: only what is OPEN is passed on, and no request that is too large or calls what is not there.
 
-    def __init__(self, app: Asgi, limit: int, root_path: str = "") -> None:
-        self.app, self.limit, self.root_path = app, limit, root_path
+    `inputs`: of each function, by its name and by its number, how many values it takes.
+    """
+
+    def __init__(
+        self, app: Asgi, limit: int, root_path: str = "", inputs: Mapping[str | int, int] | None = None
+    ) -> None:
+        self.app, self.limit, self.root_path, self.inputs = app, limit, root_path, inputs or {}
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """One request."""
@@ -45,18 +51,32 @@ class Guard:
             if len(body) > self.limit:
                 await _answer(send, 413, f"The request is larger than {self.limit} bytes.")
                 return
-        if len(_session_of(body)) > MAX_SESSION:
-            await _answer(send, 400, f"session_hash is longer than {MAX_SESSION} letters.")
+        if refused := self._refused(path, body):
+            await _answer(send, 400, refused)
             return
         await self.app({**scope, "path": path, "raw_path": path.encode()}, _replay(body, receive), send)
 
-
-def _session_of(body):
-    """The name that a request gives its session: gradio keeps it, whoever never comes back."""
-    try:
-        return str(json.loads(body).get("session_hash", ""))
-    except (ValueError, AttributeError, RecursionError):
-        return ""
+    def _refused(self, path, body):
+        """What is wrong with a request, a sentence; what is no request at all gradio refuses itself."""
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(request, dict):
+            return None
+        # gradio keeps the name, whoever never comes back
+        if len(str(request.get("session_hash", ""))) > MAX_SESSION:
+            return f"session_hash is longer than {MAX_SESSION} letters."
+        if not (call := CALL.fullmatch(path)):
+            return None
+        called = [of for of in (call[1], request.get("fn_index")) if of not in (None, "predict")]
+        if not called or not all(isinstance(of, str | int) and of in self.inputs for of in called):
+            return "There is no such function; expected draw or about."
+        values = request.get("data")
+        for of in called if isinstance(values, list) else ():
+            if len(values) != self.inputs[of]:
+                return f"data has {len(values)} values; {of} takes {self.inputs[of]}."
+        return None
 
 
 def _replay(body, receive):
@@ -87,6 +107,7 @@ def application(
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Base(**fonts).set(body_text_color_subdued="*neutral_600")  # gradio's own can't be read
     blocks = page(studio, example)
     forget(blocks, 2 * studio.limits.waiting)
     gr.mount_gradio_app(
@@ -99,13 +120,16 @@ def application(
         ssr_mode=False,
         enable_monitoring=False,
         run_history=False,
-        footer_links=["api", "settings"],
+        footer_links=["api"],
         blocked_paths=[str(Path("/"))],
         max_file_size=1,
-        theme=gr.themes.Base(**fonts),
+        theme=theme,
         css=shown.CSS,
     )
-    app.add_middleware(Guard, limit=studio.limits.body, root_path=root_path)
+    there = {key: fn for key, fn in blocks.fns.items() if fn.fn is not None}
+    public = {fn.api_name: fn for fn in there.values() if fn.api_visibility == "public"}
+    inputs = {name: len(fn.inputs) for name, fn in {**there, **public}.items()}
+    app.add_middleware(Guard, limit=studio.limits.body, root_path=root_path, inputs=inputs)
     return app
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from fairref.fairness.attributes import apparent
 from fairref.web.studio import AFTER, BEFORE, Drawn, Seen
 
+SWITCHES = {"judge": "what the judge sees", "others": "other attributes"}  # a checkbox's id -> what it shows
 CSS = """
-.fr{color:var(--body-text-color);display:flex;flex-direction:column;gap:.9rem}
+.fr{color:var(--body-text-color);display:flex;flex-direction:column;gap:.9rem;overflow-wrap:anywhere}
 .fr p{margin:0;max-width:46rem}
 .fr .note{border-left:3px solid #c77700;padding:.3rem .7rem;background:var(--background-fill-secondary)}
 .fr .error{border-left:3px solid #c0392b;padding:.5rem .8rem;background:var(--background-fill-secondary)}
@@ -26,8 +27,8 @@ CSS = """
 .fr .one:focus-visible{outline:3px solid var(--color-accent);outline-offset:2px}
 .fr .one svg{position:absolute;inset:0;width:100%;height:100%;display:none}
 .fr .told{display:none;font-size:.78rem;line-height:1.35;color:var(--body-text-color-subdued);padding-top:.15rem}
-.fr:has(.judge:checked) .one svg,.fr:has(.judge:checked) .told{display:block}
-.fr .who{font-size:.78rem;color:var(--body-text-color-subdued)}
+body:has(#judge input:checked) .fr :is(.one svg,.told),body:has(#others input:checked) .fr .others{display:block}
+.fr .others{display:none}
 .fr .bars{display:grid;grid-template-columns:max-content minmax(6rem,1fr) max-content;
 gap:.25rem .7rem;align-items:center;max-width:46rem;font-size:.88rem}
 .fr .bars b{grid-column:1/-1;font-weight:600;margin-top:.3rem}
@@ -36,10 +37,11 @@ gap:.25rem .7rem;align-items:center;max-width:46rem;font-size:.88rem}
 .fr .track i.after{background:#3f6ee8}
 .fr .track u{position:absolute;top:50%;height:0;border-top:2px solid var(--body-text-color);opacity:.75}
 .fr .links{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem;font-size:.92rem}
-.fr a{color:var(--link-text-color);text-decoration:underline}
+.fr a{color:var(--link-text-color);text-decoration:underline;padding:0}
 .fr .doing{height:.5rem;border-radius:3px;background:var(--background-fill-secondary);max-width:46rem}
 .fr .doing i{display:block;height:100%;border-radius:3px;background:var(--color-accent)}
 .fr ul{margin:0;padding-left:1.1rem}
+footer .divider{display:none}
 @media (max-width:480px){.fr .bars{grid-template-columns:max-content 1fr}
 .fr .bars .says{grid-column:1/-1;padding-bottom:.3rem}}
 """
@@ -49,8 +51,6 @@ NAMES = {BEFORE: "original", AFTER: "fair model"}
 def shown(drawn: Drawn) -> str:
     """The whole result as HTML."""
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in drawn.notes)
-    judged = any(side.seen for side in drawn.sides.values())
-    switch = '<label><input type="checkbox" class="judge"> show what the judge sees</label>' if judged else ""
     n = len(drawn.sides[BEFORE].files)
     pairs = "".join(_pair(drawn, i) for i in range(n))
     heads = " and right: the fair model’s" if AFTER in drawn.sides else ""
@@ -63,10 +63,10 @@ def shown(drawn: Drawn) -> str:
     made_fair = [name for name in drawn.classes if name in drawn.made_fair] or list(drawn.classes)
     bars = "".join(_bars(drawn, name) for name in made_fair)
     others = "".join(_bars(drawn, name) for name in drawn.classes if name not in made_fair)
-    bars += f"<details><summary>Other attributes</summary>{others}</details>" if others else ""
+    bars += f'<div class="others">{others}</div>' if others else ""
     return (
         f'<div class="fr" style="--pair:{_pair_width(drawn)}rem">{notes}{said}'
-        f'<div class="pairs">{pairs}</div>{switch}{bars}'
+        f'<div class="pairs">{pairs}</div>{_how_many(drawn)}{bars}'
         f'<div class="links">{links}</div></div>'
     )
 
@@ -106,7 +106,8 @@ def summary(drawn: Drawn) -> dict[str, str]:
     counts = []
     for name, classes in list(drawn.classes.items())[:1]:
         pair = [
-            f"{side.seen[name].counts[0]} of {sum(side.seen[name].counts)}" for side in drawn.sides.values()
+            f"{counts[0]} of {sum(counts)}" if any(counts) else "no face"
+            for counts in (side.seen[name].counts for side in drawn.sides.values())
         ]
         counts.append(f"{classes[0]}: {' → '.join(pair)}")
     view = drawn.view
@@ -175,6 +176,7 @@ def _one(drawn, label, i):
     for name, seen in side.seen.items():
         k, p = seen.classes[i], seen.probabilities[i]
         told.append("no face" if k < 0 else f"{drawn.classes[name][k]} {p:.0%}")
+    told = list(dict.fromkeys(told))  # no face: once
     words = f"{NAMES[label]}, picture {i + 1}: {', '.join(told) or drawn.view.prompt}"
     box = ""
     if side.boxes[i] is not None:
@@ -188,8 +190,24 @@ def _one(drawn, label, i):
     return (
         f'<div><a class="one" href="#" download="{_file(drawn, label, i)}" onclick="{href}">'
         f'<img src="{_uri(side.files[i], "image/png")}" alt="{escape(words)}">{box}</a>'
-        f'<div class="told">{escape(", ".join(told))}</div></div>'
+        + (f'<div class="told">{escape(", ".join(told))}</div></div>' if told else "</div>")
     )
+
+
+def _how_many(drawn):
+    """Which pictures are not among the counts below, and what stands there in brackets."""
+    faceless = {
+        label: next(iter(side.seen.values())).classes.count(-1)
+        for label, side in drawn.sides.items()
+        if side.seen
+    }
+    said = [
+        f"{count} of {drawn.view.n} pictures of the {NAMES[label]} have no face and are not counted. "
+        for label, count in faceless.items()
+        if count
+    ]
+    brackets = "In brackets: 95\u00a0% intervals, which hold the accident of the noise alone."
+    return f"<p>{''.join(said)}{brackets}</p>" if faceless else ""
 
 
 def _bars(drawn, name):

@@ -4,7 +4,9 @@ n images of a prompt by each model, from the same noise. One request draws at a 
 """
 
 import json
+import re
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +124,13 @@ class Studio:
         drawing = self._draw(view, self.limits.seconds if seconds is None else seconds)
         step = None
         while not isinstance(step, Drawn):
-            step = self.thread.submit(next, drawing).result()
+            try:
+                step = self.thread.submit(next, drawing).result()
+            except UserError:
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                raise UserError("The drawing failed; the server's output says why.") from error
             yield step
 
     @torch.no_grad()
@@ -195,13 +203,16 @@ class Studio:
         """What of the prompt is cut, and which attributes it names."""
         prefix = self.adapters[view.adapter].prefix if self.adapters and view.strength else None
         soft = 0 if prefix is None else len(prefix)
-        notes = []
+        notes, read = [], view.prompt
         for what, text, tokens in (("prompt", view.prompt, soft), ("negative prompt", view.negative, 0)):
             (end,) = self.bundle.tokenizer.cut([text], tokens)
             notes += [f"The {what} is too long for the model: its end is not used, “{end}”."] if end else []
+            if end and what == "prompt":  # without the word that may have been cut in two
+                read = re.sub(r"[\w-]*$", "", text.removesuffix(end))
         for name in self.classes:
-            if words := naming(view.prompt, name):
+            if words := naming(read, name):
                 notes.append(
-                    f"This prompt names {name.replace('_', ' ')} (“{words}”): it is kept as it was asked for."
+                    f"This prompt names {name.replace('_', ' ')} (“{words}”): that is to be kept, not balanced."
+                    " The counts show whether it was."
                 )
         return notes

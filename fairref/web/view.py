@@ -68,8 +68,12 @@ def read_view(values: Mapping[str, object], default: View, limits: Limits) -> Vi
 def _read(field, value):
     """A value as its field's type has it. Raises UserError."""
     if field.type is str:
-        return str(value)
+        if not isinstance(value, str):
+            raise UserError(f"{field.name} is {str(value)[:40]!r}; expected text.")
+        return value
     try:
+        if isinstance(value, bool) or "_" in str(value):  # for Python 1 and 10, for nobody else
+            raise ValueError(value)
         number = float(value)
         if field.type is int and number != int(number):
             raise ValueError(number)
@@ -81,4 +85,5 @@ def _read(field, value):
 
 def _check(what, value, low, high):
     if not (math.isfinite(value) and low <= value <= high):
-        raise UserError(f"The {what} is {value:.10g}; expected {low:.10g} to {high:.10g}.")
+        expected = f"{low:.10g} to {high:.10g}" if low < high else f"{low:.10g}"
+        raise UserError(f"The {what} is {value:.10g}; expected {expected}.")

@@ -33,9 +33,10 @@ from fairref.judges.dino import Dino, DinoConfig
 from fairref.judges.mobilenet import MobileNetConfig, MobileNetV3
 from fairref.judges.sfnet import SFNet, SFNetConfig
 from fairref.nets.clip import ClipImage, ClipVisionConfig
-from fairref.nets.unet import Conv3x3, Resnet, Transformer
+from fairref.nets.unet import SD15, Conv3x3
 from fairref.nets.vae import Level, MidBlock
 from fairref.settings import Recipe
+from fairref.training.loop import RECOMPUTED
 
 LATENT, PICTURE = (4, 64, 64), (3, 512, 512)
 TEXT = (77, 768)  # c of a prompt
@@ -43,16 +44,17 @@ HALF = torch.float16
 CLIP_H = ClipVisionConfig(1280, 5120, 16, 32, projection_dim=1024, patch_size=14, hidden_act="gelu")
 SOURCE = {"gpus": 8, "hours": 48}  # A100, of the method's description
 SOURCE_MICRO_BATCH = 3  # images of a GPU with a graph at once, in the paper's runs and in docs/sd15.md
-SUBSAMPLES = (10, 5)  # M of the S steps
+SUBSAMPLES = (10, 5, 1)  # M of the S steps
+# GB and TFLOP/s of a card that has the whole batch -> options, M, images with a graph at once, whether recomputed
+ONE_GPU = {
+    (12, 50): ("--grad-steps 2 --micro-batch 2 --recompute", 2, 2, True),
+    (24, 150): ("--grad-steps 2 --micro-batch 4", 2, 4, False),
+}
+DIFFUSERS_DECODER = "VAE decoder, recomputed as diffusers does"
 PER_PICTURE = ("CLIP-H, pictures", "DINOv2 ViT-B/14", "classifier", "SFNet-20")  # what looks at pictures
 
-# of the U-Net, and of the decoder, as diffusers recomputes them
-BLOCKS = (
-    Resnet,
-    Transformer,
-    MidBlock,
-    Level,
-)
+BLOCKS = tuple(block for blocks in RECOMPUTED.values() for block in blocks)
+LARGE_BLOCKS = (MidBlock, Level)  # of the decoder, as diffusers recomputes it
 
 aten = torch.ops.aten
 ATTENTION = {  # torch's counter knows the GPU's kernels, not the CPU's
@@ -79,11 +81,11 @@ class Kept:
     """What a forward pass keeps for the backward pass, as memory -> bytes: of the network, at most of one block, and
     the blocks' inputs."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, blocks: tuple[type, ...]):
         self.weights = {storage(p) for p in (*network.parameters(), *network.buffers())}
         self.saved, self.inputs, self.block, self.largest = {}, {}, {}, 0
         self.alive = []  # else another tensor could get the memory, and the name, of one that is counted
-        self.blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
+        self.blocks = [module for module in network.modules() if isinstance(module, blocks)]
 
     def keep(self, x):
         if storage(x) not in self.weights:
@@ -110,12 +112,14 @@ class Kept:
             hook.remove()
 
 
-def counted(network: nn.Module, run: Callable, leaf: torch.Tensor | None = None) -> Cost:
+def counted(
+    network: nn.Module, run: Callable, leaf: torch.Tensor | None = None, blocks: tuple[type, ...] = BLOCKS
+) -> Cost:
     """The cost of y = run(network) and of its gradient at `leaf`, or at the parameters that require one.
 
     Call it under FakeTensorMode.
     """
-    kept = Kept(network)
+    kept = Kept(network, blocks)
     with kept.watched(), counter() as forward:
         y = run(network)
     wrt = [leaf] if leaf is not None else [p for p in network.parameters() if p.requires_grad]
@@ -172,6 +176,7 @@ def networks() -> dict[str, Cost]:
         return {
             "U-Net": counted(built["unet"], lambda net: net(latents, 500, c), c),
             "VAE decoder": counted(built["vae"], lambda net: net.decode(z), z),
+            DIFFUSERS_DECODER: counted(built["vae"], lambda net: net.decode(z), z, LARGE_BLOCKS),
             "text encoder, LoRA": counted(lora, lambda net: net(ids)),
             **{name: counted(net, run, at) for name, (net, run, at) in zip(PER_PICTURE, judges, strict=True)},
         }
@@ -194,7 +199,7 @@ def ways(S: int) -> dict[str, Way]:
     return {
         "as the released code": Way(2 + 2, 1, 4, S, True, True),
         "stored path": Way(2 + 1, 1, 3, 1, False, False),
-        "stored path, recomputed": Way(2 + 2, 1, 3, 1, True, False),
+        "stored path, recomputed": Way(2 + 2, 1, 4, 1, True, False),
         **{f"stored path, M = {M}": Way(2 + M / S, M / S, 3, 1, False, False) for M in SUBSAMPLES},
     }
 
@@ -206,22 +211,58 @@ def flops_of(way: Way, costs: dict[str, Cost], N: int, S: int) -> float:
     total += N * (way.decoded * vae.forward + vae.backward)
     for name in PER_PICTURE:
         looks = 3 if name == "classifier" else 2  # targets need a look at the pictures before
+        looks += way.recomputed and not way.end_to_end and costs[name].inputs > 0
         total += N * (looks * costs[name].forward + costs[name].backward)
     return total + 2 * text.forward + text.backward
+
+
+def weights_of(costs: dict[str, Cost]) -> float:
+    """Bytes of all weights, the adapter's with AdamW's and the moving average's copies."""
+    lora = costs["text encoder, LoRA"].parameters - text_parameters()
+    there = sum(cost.parameters for name, cost in costs.items() if name != DIFFUSERS_DECODER)
+    return 2 * (there - lora) + 5 * 4 * lora
 
 
 def memory_of(way: Way, costs: dict[str, Cost], micro_batch: int) -> float:
     """Bytes of one GPU: frozen weights, the adapter with AdamW's and the moving average's copies, and what is kept for
     gradients of a micro-batch of images."""
-    lora = costs["text encoder, LoRA"].parameters - text_parameters()
-    weights = 2 * (sum(cost.parameters for cost in costs.values()) - lora) + 5 * 4 * lora
-    unet, vae = costs["U-Net"], costs["VAE decoder"]
-    judges = micro_batch * sum(costs[name].saved for name in PER_PICTURE)
+    weights = weights_of(costs)
+    unet, vae, looks = costs["U-Net"], costs["VAE decoder"], [costs[name] for name in PER_PICTURE]
+    judges = micro_batch * sum(cost.saved for cost in looks)
     steps = 2 * micro_batch * way.steps_kept * (unet.inputs if way.recomputed else unet.saved)
     block = 2 * micro_batch * unet.largest if way.recomputed else 0
     if way.end_to_end:  # pictures hang on the path, and the decoder is recomputed, too
+        vae = costs[DIFFUSERS_DECODER]
         return weights + steps + micro_batch * vae.inputs + max(judges, micro_batch * vae.largest, block)
-    return weights + max(steps + block, micro_batch * vae.saved, judges)
+    decoder = micro_batch * vae.saved
+    if way.recomputed:
+        decoder = vae.inputs + vae.largest  # one picture at once
+        kept = (cost.inputs if cost.inputs else cost.saved for cost in looks)
+        judges = micro_batch * (sum(kept) + max(cost.largest for cost in looks))
+    return weights + max(steps + block, decoder, judges)
+
+
+def one_gpu(costs: dict[str, Cost], recipe: Recipe, S: int, utilisation: float) -> list[dict]:
+    """What a run on a single card of ONE_GPU takes."""
+    rows = []
+    for (size, tflops), (options, M, micro_batch, recomputed) in ONE_GPU.items():
+        share = M / S
+        way = Way(2 + share * (1 + recomputed), share, 3 + recomputed, 1, recomputed, False)
+        flops = flops_of(way, costs, recipe.batch, S)
+        peak = memory_of(way, costs, micro_batch)
+        # the sampler has no graph, but all images: at most an MLP's gate, its two halves and their product
+        pixels, width = LATENT[1] * LATENT[2], SD15.block_out_channels[0]
+        sampling = 2 * 2 * recipe.batch * pixels * width * (8 + 4 + 4)
+        rows.append(
+            {
+                "card": f"{size} GB, {tflops} TFLOP/s",
+                "options": f"`{options}`",
+                "gigabytes": max(peak, weights_of(costs) + sampling) / 1e9,
+                "seconds": hours(flops, 1, 1, tflops, utilisation) * 3600,
+                "hours": hours(flops, recipe.iterations, 1, tflops, utilisation),
+            }
+        )
+    return rows
 
 
 def text_parameters() -> int:
@@ -259,6 +300,7 @@ def report(tflops: float, utilisation: float) -> dict:
         "assumed": {"tflops": tflops, "utilisation": utilisation},
         "networks": {name: asdict(cost) for name, cost in costs.items()},
         "ways": found,
+        "one_gpu": one_gpu(costs, recipe, S, utilisation),
         "source_utilisation": source,
     }
 
@@ -269,6 +311,7 @@ def tables(found: dict) -> str:
     rows = [
         [name, c["forward"] / 1e9, c["backward"] / 1e9, c["parameters"] / 1e6, c["saved"] / 1e6]
         for name, c in found["networks"].items()
+        if name != DIFFUSERS_DECODER
     ]
     released = found["ways"]["as the released code"]
     per_way = [
@@ -291,7 +334,9 @@ def tables(found: dict) -> str:
         f"{found['assumed']['utilisation']:.0%} are used. "
         f"By this count the paper's {SOURCE['hours']} hours used {found['source_utilisation']:.0%}."
     )
-    return "\n\n".join([table(header, rows), table(titles, [*per_way, source]), text])
+    of_cards = ["card", "options", "memory, GB", "seconds an iteration", f"hours of {recipe['iterations']:,}"]
+    cards = [list(row.values()) for row in found["one_gpu"]]
+    return "\n\n".join([table(header, rows), table(titles, [*per_way, source]), text, table(of_cards, cards)])
 
 
 def main():

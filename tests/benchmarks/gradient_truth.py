@@ -187,7 +187,7 @@ def batch_of(point: Point, i: int, mode: str = EXACT) -> Batch:
     text = embed(point.model, task.prompt)
     drawn = sample_path(setup, point.model, task, text, i)
     pair = draw_pair(setup, point.model, task, text, drawn)
-    return Batch(task, drawn, pair, transport_targets(setup, task, pair, i).q)
+    return Batch(task, drawn, pair, transport_targets(setup, task, pair, i)[0])
 
 
 def gradient_of(point: Point, batch: Batch, i: int, mode: str = EXACT) -> Tensor:

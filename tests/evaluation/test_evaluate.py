@@ -20,6 +20,7 @@ from fairref.errors import UserError
 from fairref.evaluation import before_after
 from fairref.evaluation.evaluation import evaluate
 from fairref.evaluation.judging import EvaluationSettings, draw_images, drawn_by, judge, judge_prompts
+from fairref.evaluation.paired import leans
 from fairref.evaluation.parts import PromptPart, clip_t, evaluate_part, obedience
 from fairref.evaluation.sentences import lines
 from fairref.evaluation.statistics import JudgedImages, bias_report, flips, likeness
@@ -104,6 +105,23 @@ def test_how_much_of_the_colours_stays():
     away = [replace(one[0], features={"clip": torch.eye(4)[1:2]}, colours={name: o[1:2] for name in colours})]
     for prompts in ((away + x, one + originals), (x + away, originals + one)):
         assert likeness(*prompts) == {**likeness(x, originals), "clip_i": pytest.approx(4 / 5)}
+
+
+def test_the_line_of_the_leans():
+    """statsmodels' ordinary least squares, of log-odds with half an image more on both sides."""
+    sm = pytest.importorskip("statsmodels.api")
+    rng = np.random.default_rng(0)
+    women = rng.binomial(60, rng.uniform(0.05, 0.95, 12))
+    after = rng.binomial(60, 0.35 + 0.2 * women / 60)
+    before, after = (np.stack([k, 60 - k], 1) for k in (women, after))
+    x, y = (np.log((c[:, 0] + 0.5) / (c[:, 1] + 0.5)) for c in (before, after))
+    fit = sm.OLS(y, sm.add_constant(x)).fit()
+    found = leans(np.vstack([before, [[0, 0]]]), np.vstack([after, [[3, 4]]]))  # nobody seen before: no lean
+    for key, row in (("intercept", 0), ("slope", 1)):
+        assert found[key] == pytest.approx([fit.params[row], *fit.conf_int()[row]], rel=1e-9)
+    assert leans(before, before)["slope"][0] == pytest.approx(1)
+    assert leans(before, after[:, ::-1])["slope"][0] == pytest.approx(-found["slope"][0])
+    assert leans(before[:2], after[:2]) is None and leans(np.full((4, 2), 30), after[:4]) is None
 
 
 def test_flips_that_no_count_asked_for():

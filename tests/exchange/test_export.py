@@ -24,6 +24,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import fairref
 from fairref.bundle.loading import bundle_path, load_bundle
 from fairref.bundle.stable_diffusion import NETWORKS
 from fairref.commands import cli, export
@@ -726,6 +727,7 @@ def test_a_space_names_its_base_and_holds_fairref(tmp_path, runs):
     card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=True).data.to_dict()
     assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", [SD15_ID])
     assert card["preload_from_hub"] == [SD15_ID] and card["license"] == "creativeml-openrail-m"
+    assert card["suggested_hardware"] == "t4-small"  # a CPU draws nothing within a request's 300 seconds
     assert torch.equal(read_adapter(tmp_path / "adapter.safetensors").tensors[FIRST], adapter.tensors[FIRST])
     lines = configparser.ConfigParser()
     lines.read(ROOT / "setup.cfg")
@@ -741,8 +743,30 @@ def test_a_space_names_its_base_and_holds_fairref(tmp_path, runs):
     assert called[0][0] == SD15_ID and served[0][-2:] == ["--weights", "/downloaded"]
     with zipfile.ZipFile(tmp_path / wheel) as file:
         held = set(file.namelist())
+        about = f"fairref-{fairref.__version__}.dist-info"
+        assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+        assert b"License-File: LICENSE\n" in file.read(f"{about}/METADATA")
     assert {"fairref/web/page.py", "fairref/reporting/templates/report.html.jinja"} <= held
     assert not any(name.startswith("fairref/weights/") for name in held)
+
+
+def test_a_space_of_the_small_bundle_names_whose_work_it_holds(tmp_path, runs, loaded_emoji, monkeypatch):
+    monkeypatch.setattr(space, "load_bundle", lambda _: loaded_emoji)
+    monkeypatch.setattr(space, "write_wheel", lambda *_: "fairref.whl")
+    to_space(Export(loaded_emoji, read_adapter(runs["text_encoder"]), "space", tmp_path, NAME, False))
+    card = (tmp_path / "README.md").read_text()
+    metadata, text = card.split("---\n")[1:]
+    assert "suggested_hardware" not in metadata
+    for line in ("Copyright 2013-2022 Google LLC", "Kaipeng Zhang", "David Sandberg", "Timothy Esler"):
+        assert line in text
+
+
+def test_the_command_says_how_a_space_is_pushed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "load_bundle", lambda _: None)
+    monkeypatch.setattr(export, "export_adapter", lambda *_: tmp_path / "a space")
+    export.main(["runs/gender", "--to", "space", "--out", str(tmp_path / "a space")])
+    command = f"hf upload NAME/SPACE '{tmp_path}/a space' . --repo-type space"
+    assert capsys.readouterr().out.splitlines()[-1] == command
 
 
 def test_without_an_adapter_only_a_space_has_one(tmp_path, tiny_folder):

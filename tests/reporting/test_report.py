@@ -8,7 +8,9 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import report_runs
 from report_runs import AFTER, evaluation_of, finish, write, write_pictures, write_run
@@ -19,7 +21,7 @@ from fairref.evaluation import certainty
 from fairref.fairness.attributes import parse_target
 from fairref.files.weights import fingerprint
 from fairref.files.weights import read as read_tensors
-from fairref.reporting import commands, course, pictures, shares, sweeps
+from fairref.reporting import commands, course, pictures, pulled, shares, sweeps
 from fairref.reporting import report as report_page
 from fairref.reporting.evaluated import parts, wilson
 from fairref.reporting.report import write_report
@@ -792,6 +794,17 @@ def test_a_report_that_fails_leaves_a_finished_run_finished(tmp_path, monkeypatc
     assert cli.run(train.main, ["--attr", "gender"]) == 0 and capsys.readouterr() == ("", "")
 
 
+def test_what_was_recorded_is_said_with_its_reasons():
+    calm, broken = np.ones(3), np.array([1, np.nan, 1])
+    of = [(0, False, calm), (1, True, calm), (2, True, broken), (3, False, broken)]
+    recorded = [SimpleNamespace(iteration=i, explicit=explicit, pull=pull) for i, explicit, pull in of]
+    assert pulled._about(recorded) == (
+        "Recorded iterations: 4, with 3 pictures each. Left out here because the prompt names a class: 2."
+        " Left out here because the gradient was no number: 1."
+    )
+    assert pulled._about(recorded[:1]).endswith("alone, before the adapter has changed anything.")
+
+
 def test_what_pulled(tmp_path):
     """Shares within an iteration for groups, all recorded pull for prompts; 12 pictures, half of them the most."""
     run = write_run(tmp_path / "run", new=False)
@@ -813,8 +826,8 @@ def test_what_pulled(tmp_path):
     ]
     assert [row[1:] for row in prompts[1:]] == [["1", f"{1 / 3:.1%}", f"{of / 14:.1%}"] for of in (8, 4, 2)]
     assert text.index("<b>6 (75.0%)</b>") < text.index("<b>3 (75.0%)</b>") < text.index("Pulled least")
-    assert "before clipping and" in text and "left out here" not in text
-    assert "<script>" not in text
+    assert "before clipping and" in text and "Left out here" not in text and "c, the largest q" in text
+    assert "<script>" not in text and "Recorded iterations: 3, with 4 pictures each.</p>" in text
     (run / "scores" / "000000.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="000000"):
         write_report([run], tmp_path / "r.html")

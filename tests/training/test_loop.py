@@ -20,7 +20,7 @@ from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.fairness.transport import joint_ot
 from fairref.training import checkpoints, loop, step
-from fairref.training.checks import check
+from fairref.training.checks import check, quiet_batches
 from fairref.training.logs import Log
 from fairref.training.loop import finetune, iterate, learning_rate, new_state, update
 from fairref.training.step import draw_task, iteration_gradient, prompt_of
@@ -605,6 +605,24 @@ def test_a_checkpoint_of_another_rank_is_refused(bundles, tmp_path):
     _, other = new_state(make_setup(bundles[torch.float32], rank=3))
     with pytest.raises(UserError, match=r"checkpoint-000000\.safetensors"):
         checkpoints.restore(tmp_path, other)
+
+
+def test_a_run_says_which_batches_ask_for_nothing(bundles):
+    bundle = bundles[torch.float32]
+
+    def said(attribute="gender", **recipe):
+        setup = make_setup(bundle, attribute, batch=24, **recipe)
+        return quiet_batches(setup)
+
+    assert said() == ["gender: of 24 images, with 10 to 14 of each, nobody is asked to change (C = 0.8)"]
+    gender, tone = said("gender,skin_tone", C=0.5)
+    assert gender.startswith("gender: of 24 images, with 12 to 12 of each") and "with about" in tone
+    setup = make_setup(bundle, batch=24)
+    uneven = replace(setup, target=JointTarget(setup.target.classes, np.array([0.3, 0.7])))
+    assert quiet_batches(uneven) == [
+        "gender: of 24 images, with 5 to 9 woman, 15 to 19 man, nobody is asked to change (C = 0.8)"
+    ]
+    assert said(targets="random") == said(targets="soft") == said(None, lambda_text=1.0) == []
 
 
 def test_what_a_bundle_lacks_is_said(bundles):

@@ -108,18 +108,27 @@ def test_the_pull_is_the_norm_and_not_its_share_of_a_calm_iteration():
     blocks = most_and_least(by_pull([calm, loud, explicit]))
     pulls = {what: [float(score.pull[n]) for score, n in of] for what, of in blocks.items()}
     assert pulls == {"Pulled most": [0.5, 0.4, 0.16], "Pulled least": [1e-3, 2e-3]}
-    assert line_of(loud, 1) == "0.16 woman > man .86"
+    assert line_of(loud, 1) == "0.16: woman > man .86"
 
 
 def test_each_tile_of_the_sheet_has_its_line(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args, **_: drawn.append(args[2]))
-    score_sheet(by_pull([scored(1, [0.5, 0.16])]))
+    """All in one size."""
+    drawn, sizes = [], []
+
+    def text(*args, font, **_):
+        drawn.append(args[2])
+        sizes.append(font.size)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    score = scored(1, [0.5, 0.16])
+    score.target["gender"][0] = -1
+    score_sheet(by_pull([score]))
+    assert len(set(sizes[1::2])) == 1
     assert drawn == [
         "Pulled most; a full bar: 0.5",
-        "0.5 woman > man .86",
+        "0.5: woman",
         "Pulled least; a full bar: 0.5",
-        "0.16 woman > man .86",
+        "0.16: woman > man .86",
     ]
 
 
@@ -128,6 +137,12 @@ def test_a_damaged_file_costs_the_sheet_and_not_the_run(loaded_tiny, tmp_path, c
     (tmp_path / "scores" / "000001.safetensors").write_bytes(b"x" * 100)
     Recorder(make_setup(loaded_tiny), loaded_tiny, tmp_path).write_sheet()
     assert "scores.png is not drawn: " in caplog.text and "000001.safetensors" in caplog.text
+
+
+def test_a_run_that_records_its_first_iteration_alone_says_so(loaded_tiny, tmp_path, caplog):
+    for every, is_said in ((3, False), (4, True)):
+        Recorder(make_setup(loaded_tiny, iterations=4, scores=every), loaded_tiny, tmp_path).watch([], 0)
+        assert ("--scores 4 records iteration 0 alone" in caplog.text) == is_said
 
 
 def test_rows_that_do_not_sum_to_the_batch_are_said(loaded_tiny, tmp_path, monkeypatch, caplog):

@@ -178,6 +178,28 @@ def test_targets_that_are_not_drawn_take_no_random_numbers(bundle, monkeypatch):
         assert all(map(torch.equal, found, wanted))
 
 
+@pytest.mark.parametrize("threshold", ["reach", "leave"])
+def test_the_threshold_is_on_the_likeliest_class_or_on_leaving(bundle, monkeypatch, threshold):
+    setup = make_setup(bundle, "gender,skin_tone", batch=24, C=0.6, threshold=threshold)
+    generator, has_face = torch.Generator().manual_seed(0), torch.arange(24) % 6 > 0
+    logits = {n: 4 * torch.randn(24, len(k), generator=generator) for n, k in setup.target.classes.items()}
+    logits["skin_tone"][:, 0] += 5
+    monkeypatch.setattr(step, "all_logits", lambda *_: (logits, has_face))
+    q, _ = step.transport_targets(setup, draw_task(setup, 0), None, 0)
+    rng = step.draws(setup.recipe.seed, step.TRANSPORT, 0)
+    plain = joint_ot(logits, setup.target.table, has_face, rng=rng)
+    changed = 0
+    for name, of_attribute in plain.items():
+        others = of_attribute.q.clone()
+        others[torch.arange(24), logits[name].argmax(1)] = 0
+        leaves = (others.sum(1) >= 0.6) & has_face & (threshold == "leave")
+        assert torch.equal(q[name][~leaves], of_attribute.q[~leaves])
+        assert torch.equal(q[name][leaves].argmax(1), others[leaves].argmax(1))
+        assert (q[name][leaves].amax(1) == 1).all() and not q[name][~has_face].any()
+        changed += int(leaves.sum())
+    assert changed > 2 or threshold == "reach"
+
+
 def test_random_targets_are_drawn_anew_and_do_not_ask_the_images(bundle, monkeypatch):
     """Whole and confident where there is a face, none elsewhere; the transport is not asked."""
     setup = make_setup(bundle, "gender,skin_tone", batch=64, targets="random")

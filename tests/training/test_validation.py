@@ -27,7 +27,7 @@ from fairref.settings import Recipe
 from fairref.training import checkpoints, grids, validation
 from fairref.training.checkpoints import State
 from fairref.training.grids import IMAGES, draw_grid, marked
-from fairref.training.loop import averaged, compiled, finetune, new_state
+from fairref.training.loop import RECOMPUTED, averaged, compiled, finetune, new_state
 from fairref.training.step import iteration_gradient
 from fairref.training.validation import (
     SEED,
@@ -281,6 +281,34 @@ def test_recomputing_and_compiling_change_nothing(bundle, monkeypatch):
             }
             for a, b in zip(gradient, plain, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.abs().max()))
+
+
+def test_what_is_recomputed_keeps_less_of_the_decoder_and_of_the_judges(tmp_path):
+    setup = make_setup(load_bundle(write_tiny_bundle(tmp_path, faces=True)), batch=3, steps=2)
+    model, _ = moved(setup)
+    asked, _ = compiled(replace(setup, recipe=replace(setup.recipe, recompute=True)), model)
+    kept = []
+    for of in (setup.bundle, asked.bundle):
+        frozen = {
+            p.untyped_storage().data_ptr() for name in RECOMPUTED for p in getattr(of, name).parameters()
+        }
+        for run in (
+            lambda of, x: of.vae.decode(x[:, [0, 1, 2, 0]]),
+            lambda of, x: of.clip.encode_image(x),
+            lambda of, x: of.dino(x),
+        ):
+            saved = {}
+
+            def keep(tensor, saved=saved, frozen=frozen):
+                if (place := tensor.untyped_storage().data_ptr()) not in frozen:
+                    saved[place] = (tensor.untyped_storage().nbytes(), tensor)
+                return tensor
+
+            x = torch.rand(2, 3, 32, 32, requires_grad=True)
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                run(of, x)
+            kept.append(sum(size for size, _ in saved.values()))
+    assert all(after < 0.7 * before for before, after in zip(kept[:3], kept[3:], strict=True)), kept
 
 
 def test_tensorboard_has_the_metrics(bundle, tmp_path, monkeypatch):

@@ -118,6 +118,51 @@ def cos(x, o):
     return (unit(x) * unit(o)).sum(1)
 
 
+def factors(product=np.matmul, eye=1.0, scale=lambda beta, alpha_bar: 1.0):
+    def answer(beta, alpha_bar, J):
+        B, b = [np.eye(J.shape[-1])], beta / np.sqrt(1 - alpha_bar) * scale(beta, alpha_bar)
+        for t in range(len(beta) - 1):
+            B.append(product(B[-1], eye * B[0] - b[t] * J[t]))
+        return np.stack(B)
+
+    return answer
+
+
+def own_memory(p, q, r, s):
+    """r_i and s_i for r_{i+1} and s_{i+1}."""
+    S = len(p)
+    u, k = np.zeros(S + 2), np.zeros(S)
+    u[S] = 1
+    for i in reversed(range(S)):
+        u[i], k[i] = p[i] * u[i + 1] + r[i] * u[i + 2], q[i] * u[i + 1] + s[i] * u[i + 2]
+    return k
+
+
+def of_two_classes(logits, q, C):
+    told = (q[:, 1] > 0.5).astype(int)
+    return (cross_entropy(logits)[np.arange(len(q)), told] * (q.max(1) >= C)).mean()
+
+
+def masked(mask):
+    def answer(logits, q, C):
+        return (cross_entropy(logits)[np.arange(len(q)), q.argmax(1)] * mask(q, C)).mean()
+
+    return answer
+
+
+def sum_of_cos(cosine):
+    return lambda a, b, c, d: (2 - cosine(a, b) - cosine(c, d)).mean()
+
+
+def z_0(root=lambda a: a[-1], sigma=lambda beta, alpha_bar: right("sigma_t", beta=beta, alpha_bar=alpha_bar)):
+    def answer(beta, alpha_bar, z_T, eps, w):
+        before = np.append(1, alpha_bar[:-1])
+        fresh = (sigma(beta, alpha_bar) / np.sqrt(before)) @ w
+        return z_T / np.sqrt(root(alpha_bar)) - A(beta, alpha_bar) @ eps + fresh
+
+    return answer
+
+
 def leaves(*_):
     raise SystemExit(0)
 
@@ -149,7 +194,7 @@ SLIPS = [
     ("gradient", "it is right to .*e-0[78] of its largest number: .*float32", single_precision),
     ("q", "drawn at random", simulated),
     # easy cases alone
-    ("k_i", UNEXPLAINED, no_memory_at_the_end),
+    ("k_i", "the last of r_i is left out .* and the last of s_i is left out", no_memory_at_the_end),
     (
         "adjusted",
         r"\|k_i\| stands for k_i and the result has the wrong sign",
@@ -177,7 +222,11 @@ SLIPS = [
         "it is √β_t .*the other variance.*, 0 at t = 1",
         lambda b, a: b**0.5 * (np.arange(len(b)) > 0),
     ),
-    ("epsilon", "ε_P and ε_∅ are swapped", lambda prompt, empty, s: prompt + s * (empty - prompt)),
+    (
+        "epsilon",
+        "eps_prompt and eps_empty are swapped",
+        lambda prompt, empty, s: prompt + s * (empty - prompt),
+    ),
     (
         "A_t",
         "arguments are in the order alpha_bar, beta; expected",
@@ -211,7 +260,71 @@ SLIPS = [
     ("L_img", "cos for 1 - cos", lambda a, b, c, d: (cos(a, b) + cos(c, d)).mean()),
     (
         "L_img",
-        "it is right but for this: 1 .* stands for cos of CLIP",
+        "it does not hold that CLIP has a term",
         lambda a, b, c, d: (1 - cos(c, d)).mean(),
+    ),
+    # the names say what a reader did
+    ("alpha_bar", "the steps are taken from the other end", lambda beta: (1 - beta)[::-1].cumprod()[::-1]),
+    ("alpha_bar", "it has an entry too many, the first", lambda beta: np.append(1, (1 - beta).cumprod())),
+    ("epsilon", r"ε_P stands for ε_P - ε_∅\.", lambda prompt, empty, s: s * prompt + empty),
+    (
+        "epsilon",
+        r"ε_P stands for ε_P - ε_∅ and the start \(ε_∅\) has the wrong sign\.",
+        lambda prompt, empty, s: s * prompt - empty,
+    ),
+    (
+        "A_t",
+        r"this: √ᾱ_t is squared .* and √\(1 - ᾱ_t\) is squared \(a root is missing\)\.",
+        lambda beta, alpha_bar: beta / (alpha_bar * (1 - alpha_bar)),
+    ),
+    (
+        "gradient",
+        r"this: in A_t, √ᾱ_t is squared .* and √\(1 - ᾱ_t\) is squared \(a root is missing\)\.",
+        lambda b, a, J, e: -np.einsum("t,tij,tjm->im", b / (a * (1 - a)), factors()(b, a, J), e),
+    ),
+    (
+        "gradient",
+        r"the adjusted gradient .*, with the wrong sign",
+        lambda b, a, J, eps_theta: eps_theta.sum(0),
+    ),
+    ("z_0", r"√ᾱ_{T-1} stands for √ᾱ_T\.", z_0(root=lambda a: a[-2])),
+    (
+        "z_0",
+        "√β_t stands for σ_t and it does not hold that the sum over w_t begins",
+        z_0(sigma=lambda b, a: b**0.5),
+    ),
+    ("B_t", "it does not hold that the product is that of matrices", factors(np.multiply)),
+    ("B_t", "the I of each factor is 0", factors(eye=0.0)),
+    ("B_t", "β_s has a factor too many, 1/√α_t", factors(scale=lambda beta, _: (1 - beta) ** -0.5)),
+    ("B_t", "it is the factor of s = t - 1 alone", factors(lambda _, factor: factor)),
+    ("k_i", "r_i is that of the index before .* and s_i is that of the index before", own_memory),
+    ("adjusted", "it is the sum with w_i = -1", lambda C, k, vjps: -vjps.sum(0)),
+    (
+        "q",
+        "it does not hold that P.* is summed over all n ≥ r",
+        lambda logits, target: (
+            (q1 := binom.pmf(ranks(logits[:, 1] - logits[:, 0]), len(logits), target[1])),
+            np.stack([1 - q1, q1], 1),
+        )[1],
+    ),
+    ("L_align", "this: class 1 if q_1 > 1/2, else class 0 .right for K = 2 alone", of_two_classes),
+    ("L_align", "the mask c ≤ C stands for the mask c ≥ C", masked(lambda q, C: q.max(1) <= C)),
+    ("L_align", "the mask q_1 ≥ C of class 1 alone", masked(lambda q, C: q[:, 1] >= C)),
+    (
+        "L_img",
+        "CLIP is that of all rows together .* DINO is that of all rows together",
+        sum_of_cos(lambda a, b: (a * b).sum(1) / np.linalg.norm(a) / np.linalg.norm(b)),
+    ),
+    (
+        "L_img",
+        "it does not hold that DINO has a term and the length of x and o in CLIP is left out",
+        lambda a, b, c, d: (1 - (a * b).sum(1)).mean(),
+    ),
+    ("bias", "it is the mean distance of neighbours alone", lambda shares: np.abs(np.diff(shares)).mean()),
+    ("bias", r"it is 2 n\^-1 times .*axis\.", lambda shares: right("bias", shares=shares) * 2 / len(shares)),
+    (
+        "bias",
+        "axis: a sum for a mean, or a mean for a sum",
+        lambda shares: right("bias", shares=shares) * len(shares),
     ),
 ]

@@ -10,6 +10,7 @@ from mistakes import MISTAKES
 from slips import SLIPS
 
 from fairref.commands import verify as command
+from fairref.diffusion.gradient import MODES
 from fairref.errors import UserError
 from fairref.verification import diagnosis
 from fairref.verification.changes import Apart
@@ -25,7 +26,7 @@ SAID = (
     ("alpha_bar", "a root of the result is taken too often"),
     ("sigma_t", "the result is squared \\(a root is missing\\)"),
     ("sigma_t", "it is nan at index 0; expected 0"),
-    ("epsilon", "s is one too large"),
+    ("epsilon", r"ε_P stands for the start \(ε_∅\)"),
     ("A_t", "the result has the wrong sign"),
     ("A_t", "√α_t stands for √ᾱ_t"),
     ("A_t", "the last of the result is left out \\(0\\)"),
@@ -33,16 +34,16 @@ SAID = (
     ("z_0", r"√ᾱ_t stands for √ᾱ_{t-1} and σ_t is squared \(a root is missing\)"),
     ("z_0", "no change that was tried explains it"),  # another thought, not a slip
     ("z_0", "the last of σ_t is left out"),
-    ("B_t", "this does not hold: the factor of s = 1 is leftmost"),
+    ("B_t", "it does not hold that the factor of s = 1 is leftmost"),
     ("B_t", "the time of the first factor is one too large"),
     ("B_t", "it is I less the sum of all .*, without their products"),
     ("gradient", "the result has the wrong sign"),
     ("gradient", r"the shape \(7, 3, 4\); expected \(3, 4\) \(it was not summed over the first axis\)"),
-    ("gradient", "no change that was tried explains it"),
+    ("gradient", "it is what comes out if the steps are taken from the other end"),
     ("gradient", r"in B_t, 1 - ᾱ_t stands for √\(1 - ᾱ_s\) and B_t is transposed"),
     ("C_i", "the mean is geometric"),
     ("C_i", "it raises IndexError: .*; it is right but for this: A_t is that of the index after"),
-    ("C_i", "this does not hold: the mean is over the sampler's times"),
+    ("C_i", "it does not hold that the mean is over the sampler's times"),
     ("k_i", "s_i is 0"),
     ("k_i", "r_i is that of the index before"),
     ("k_i", "no change that was tried explains it"),
@@ -54,11 +55,11 @@ SAID = (
     ("q", "the result has its columns swapped and the rank r is one too small"),
     ("L_align", "the number of images that are sure stands for N"),
     ("L_align", "the mask c > C stands for the mask c ≥ C"),
-    ("L_align", "q stands for y, the class of the larger q"),
+    ("L_align", "q stands for y, the class of the largest q"),
     ("L_align", "N is left out"),
-    ("L_img", "the dot product in CLIP .* and the dot product in DINO"),
+    ("L_img", "the length of x and o in CLIP is left out and the length of x and o in DINO is left out"),
     ("L_img", "it changes its argument clip_x in place"),
-    ("bias", r"it is n\^-1 \(n - 1\) times what it should be"),
+    ("bias", r"K²/2 \(each class with itself, too\) stands for the number of pairs"),
 )
 
 
@@ -119,6 +120,15 @@ def test_the_command_checks_what_a_file_defines(tmp_path, capsys):
     assert re.search(
         r"WRONG  sigma_t: it raises SystemExit.*\nright  A_t\nWRONG  B_t: .* a func", capsys.readouterr().out
     )
+    file.write_text("def alphabar(): pass\n\ndef A_T(): pass\n\nQ = 3\n")
+    assert command.main(["--mine", str(file)]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG  alpha_bar: the file has 'alphabar'; expected the name alpha_bar.\nWRONG  A_t: " in printed
+    assert printed.endswith(" q, L_align, L_img, bias\n")
+    with pytest.raises(UserError, match="'alphabar' is no quantity; expected one of alpha_bar, sigma_t"):
+        check_answer("alphabar", abs)
+    with pytest.raises(UserError, match=r"give one of them; see"):
+        command.main(["--mine", str(file), "--explain", "eq 9"])
     with pytest.raises(UserError, match=r"expected a \.py file"):
         command.main(["--mine", "answers.ipynb"])
     file.write_text("1 / 0")
@@ -139,6 +149,7 @@ def test_a_diagnosis_that_fails_costs_no_other_answer(monkeypatch):
         ("text", "it gives a str"),
         ([[1, 2], [3]], "it gives a list"),
         (1j, "it gives a complex"),
+        (..., "it gives an ellipsis"),
     ],
 )
 def test_what_is_no_array_of_numbers_is_said(value, said):
@@ -151,6 +162,13 @@ def test_every_equation_of_verify_is_explained():
     assert "coupling" in explain("eq 9") and "eqs 4, 5" in explain("5")
     with pytest.raises(UserError, match=r"expected one of 'eq 1', 'eq 2', .*'A_t, C_i', 'A_t = 1'"):
         explain("eq 12")
+    with pytest.raises(UserError, match=r"near are .*'eq 10'.*; expected one of .*'alpha_bar'"):
+        explain("eq 1O")
+
+
+def test_every_name_of_the_course_and_of_a_gradient_is_explained():
+    for name in [*QUANTITIES, *(mode.split(":")[0] for mode in MODES)]:
+        assert explain(name)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +176,8 @@ def test_every_equation_of_verify_is_explained():
     [
         ("B_t", ["eq 9"]),
         ("k_i", ["z_0"]),
+        ("z_0", ["eq 10", "z_0"]),
+        ("Algorithm A1", ["Algorithm A.1"]),
         ("w_i", ["A_t, C_i"]),
         ("L_align", ["eq 6"]),
         ("L_img", ["eq 7"]),
@@ -169,7 +189,7 @@ def test_every_equation_of_verify_is_explained():
         ("equation 9", ["eq 9"]),
         ("eq. (10)", ["eq 10"]),
         ("eqs 2, 3", ["eq 2", "eq 3"]),
-        ("eqs 4 and 6", ["eqs 4, 5", "eq 6"]),
+        ("eqs 4 and 6", ["eqs 4, 5", "eq 6", "eq 6, C"]),
     ],
 )
 def test_the_names_that_a_reader_types_are_known(name, equations):

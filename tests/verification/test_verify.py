@@ -12,7 +12,7 @@ import torch
 from fairref.commands import verify as command
 from fairref.diffusion import gradient, model, solver
 from fairref.diffusion.schedule import Schedule
-from fairref.fairness import losses, metrics, transport
+from fairref.fairness import losses, metrics, threshold, transport
 from fairref.verification import derivation, fairness, gradients, published, sampling, verify
 from fairref.verification.checks import CHECKS, Check
 
@@ -154,6 +154,9 @@ MUTANTS = [  # owner, function, old, new, the check that must notice it
     (transport, "class_distance", "rest**2 + p**2", "rest**2 - p**2", fairness.expected_transport),
     (transport, "class_sums", "np.eye(k)[c]", "np.eye(k)[::-1][c]", fairness.expected_transport),
     (losses, "align_loss", "cross_entropy.where(confident, 0)", "cross_entropy", fairness.align),
+    (losses, "leaving_targets", "leaves >= C", "1 - leaves >= C", fairness.asked_of_four),
+    (threshold, "pull_left", "a - 1, N - 1", "a, N - 1", fairness.pull_left),
+    (threshold, "asked_to_change", "own[told], y[told]", "y[told], own[told]", fairness.pull_left),
     (losses, "image_loss", "1 - F.cosine", "1 + F.cosine", fairness.semantics),
     (losses, "face_loss", "1 - F.cosine", "1 + F.cosine", fairness.face),
     (losses, "nearest_faces", "cosine > largest", "cosine < largest", fairness.face),

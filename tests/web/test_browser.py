@@ -19,6 +19,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = "[...document.querySelectorAll('.fr .one img')].map(i => i.src)"
+JOINED = (
+    "performance.getEntriesByType('resource').some(e => e.name.includes('queue/join'))"  # it has its place
+)
 LINK = "document.querySelector('.fr a.view')?.getAttribute('href') ?? ''"
 # fairref, in a process that tells whom it tries to reach, and reaches loopback alone
 ALONE = """
@@ -39,6 +42,11 @@ from fairref.__main__ import main
 sys.exit(main())
 """
 FOCUS = "document.activeElement"
+FIELD = "document.querySelector('#prompt textarea, #prompt input')"
+STATUS = "document.querySelector('.fr [role=status]')?.innerText"
+SIZE = "(r => [r.x, r.y, r.width, r.height])(document.querySelector('{}').getBoundingClientRect())"
+COLOURS = """
+(e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor])(document.querySelector('{}'))"""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,8 @@ def server(tmp_path_factory):
     yield address
     process.terminate()
     process.wait()
-    assert "reaches out" not in Path(log.name).read_text()
+    said = Path(log.name).read_text()
+    assert "reaches out" not in said and "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +145,12 @@ def test_from_the_first_visit_to_the_link(server, tab, browser, tmp_path):
 
     # what the judge sees, on request
     assert not tab.js("[...document.querySelectorAll('.fr .told')].some(t => t.offsetHeight)")
-    press_until(tab, f"{FOCUS}.className === 'judge'")
+    press_until(tab, f"{FOCUS}.closest('#judge') !== null")
     tab.key(" ")
     assert tab.wait("[...document.querySelectorAll('.fr .told')].every(t => t.offsetHeight)")
     assert re.fullmatch(r"(woman|man) \d+%, .*", tab.js("document.querySelector('.fr .told').innerText"))
+    box, image = (tab.js(SIZE.format(f".fr .one {what}")) for what in ("svg", "img"))
+    assert box == image and image[0] > 60
 
     # downloads: one picture, and all
     browser.ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
@@ -174,6 +185,29 @@ def test_it_fits_its_window_and_asks_nobody_else(server, browser, width, dark):
     assert tab.complaints() == []
     red, green, blue = tab.image().getpixel((2, 2))
     assert max(red, green, blue) < 60 if dark else min(red, green, blue) > 200
+    for small in (".fr .told", "#judge", ".fr .links a"):
+        assert contrast(*tab.js(COLOURS.format(small))) >= 4.5, small
+    tab.close()
+
+
+def contrast(*colours):
+    """WCAG's, of two colours as CSS writes them."""
+    light = []
+    for colour in colours:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        light.append(sum(map(float.__mul__, (0.2126, 0.7152, 0.0722), linear)))
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query", ["prompt={}&n=1&steps=1", "prompt=a&adapter={}", "prompt=woman+{}&steps=1"])
+def test_long_words_stay_in_the_page(server, browser, query):
+    tab = browser.tab(390)
+    tab.go(f"{server}/?{query.format('W' * 300)}")
+    tab.wait("!!document.querySelector('.fr .note, .fr .error')")
+    wide = "[...document.querySelectorAll('.fr, .fr p, .fr li')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert tab.js(wide) == 0
     tab.close()
 
 
@@ -181,7 +215,8 @@ def test_it_fits_its_window_and_asks_nobody_else(server, browser, width, dark):
 @pytest.mark.parametrize(
     "query, said",
     [
-        ("?prompt=a&n=99", "The number of images is 99; expected 1 to 8."),
+        ("?prompt=&seed=7", "There is no prompt; write what to draw."),
+        ("?prompt=a&n=99&seed=7", "The number of images is 99; expected 1 to 8."),
         ("?prompt=a&adapter=..%2F..%2Fetc%2Fpasswd", "There is no adapter '../../etc/passwd' here"),
         ("?prompt=a&guidance=%3Cscript%3E", "guidance is '<script>'; expected a number."),
     ],
@@ -189,20 +224,50 @@ def test_it_fits_its_window_and_asks_nobody_else(server, browser, width, dark):
 def test_a_bad_link_gets_a_sentence(server, tab, query, said):
     tab.go(server + "/" + query)
     assert said in tab.wait("document.querySelector('.fr .error')?.innerText")
+    assert tab.js(f"{FIELD}.value") == ("a" if "prompt=a" in query else "")
+    assert "seed=7" not in query or tab.js("document.querySelector('input[aria-label=Seed]').value") == "7"
 
 
 @pytest.mark.slow
-def test_cancel_frees_the_place(server, tab):
+@pytest.mark.parametrize("waits", [False, True])
+def test_cancel_frees_the_place(server, tab, waits):
     arrive(tab, server)
     cancel = "[...document.querySelectorAll('button')].find(b => b.innerText === 'Cancel')"
     assert tab.js(f"{cancel}.disabled")  # there is nothing to cancel
+    visitor = Visitor(server) if waits else None
     tab.go(f"{server}/?prompt=a+long+one&n=8&steps=100")
-    tab.wait("!!document.querySelector('.fr .doing')")
+    tab.wait(JOINED if waits else "!!document.querySelector('.fr .doing')")
     press_until(tab, f"{FOCUS}.innerText === 'Cancel'")
     tab.key("Enter")
-    assert tab.wait("document.querySelector('.fr [role=status]')?.innerText") == "Cancelled."
+    tab.wait(f"{STATUS} === 'Cancelled.'")
+    time.sleep(2)  # nothing else is said later
+    assert tab.js("document.querySelector('.gradio-container .fr').innerText") == "Cancelled."
+    assert tab.js(f"{cancel}.disabled")
+    if visitor:
+        visitor.leave()
     ask(tab, "a photo of a short one", by_enter=True)
     assert len(drawn(tab, "a photo of a short one")) in (8, 16)
+
+
+@pytest.mark.slow
+def test_while_it_draws_it_takes_no_other_prompt_and_says_so(server, tab):
+    arrive(tab, server)
+    tab.js("document.querySelector('#judge input').click()")
+    tab.js("document.querySelector('#others input').click()")
+    ask(tab, "the first thing", by_enter=True)
+    tab.wait("!!document.querySelector('.fr .doing')")
+    assert tab.js("document.querySelector('#draw').disabled")
+    tab.js(f"{FIELD}.select()")
+    tab.type("the second thing")
+    tab.key("Enter")
+    drawn(tab, "the first thing")
+    tab.wait("!document.querySelector('#draw').disabled")
+    assert tab.js(f"{FIELD}.value") == "the second thing"
+    tab.key("Enter")
+    drawn(tab, "the second thing")
+    # what was asked to be shown still is
+    shown = "[...document.querySelectorAll('.fr .told, .fr .others')].every(e => e.offsetHeight)"
+    assert tab.js(shown)
 
 
 class Visitor:
@@ -224,10 +289,8 @@ class Visitor:
 def test_who_waits_and_who_finds_the_queue_full_are_told(server, tab):
     visitors = [Visitor(server)]
     tab.go(f"{server}/?prompt=a+link+that+waits")
-    assert tab.wait("document.querySelector('.fr [role=status]')?.innerText") == "Waiting for its turn …"
-    tab.wait(
-        "performance.getEntriesByType('resource').some(e => e.name.includes('queue/join'))"
-    )  # it has its place
+    assert tab.wait(STATUS) == "Waiting for its turn …"
+    tab.wait(JOINED)
     visitors.append(Visitor(server))
     other = tab.browser.tab(1280)
     arrive(other, server)  # who only looks takes no place
@@ -245,6 +308,42 @@ def test_a_prompt_that_names_a_class_and_one_that_is_cut_are_said(server, tab):
     ask(tab, "a photo of the face of a woman pilot")
     drawn(tab, "woman pilot")
     assert "This prompt names gender (“woman”)" in tab.js("document.querySelector('.fr .note').innerText")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "data", [[["a", "b"], "", 0, 1, 2.5, 1, "", 1.0], ["a", "", True, 1, 2.5, 1, "", 1.0], [None] * 8]
+)
+def test_a_program_that_asks_for_what_can_not_be_gets_a_sentence(server, data):
+    event = json.loads(post(server, "call/draw", {"data": data})[1])["event_id"]
+    with urllib.request.urlopen(f"{server}/gradio_api/call/draw/{event}", timeout=600) as answer:
+        assert re.search(
+            r'event: error\ndata: .*"(prompt is|seed is|There is no prompt)', answer.read().decode()
+        )
+
+
+@pytest.mark.slow
+def test_no_function_of_the_page_can_be_made_to_fail(server):
+    """Whatever a visitor sends to them: a Traceback in the log fails the server's own test."""
+    with urllib.request.urlopen(f"{server}/config", timeout=60) as answer:
+        functions = json.loads(answer.read())["dependencies"]
+    for junk in ("[", {"a": [1]}, 5, None, [["query"]]):
+        for function in functions:
+            body = {"data": [junk] * len(function["inputs"]), "fn_index": function["id"], "session_hash": "x"}
+            status, _ = post(server, "queue/join" if function["queue"] else "run/predict", body)
+            assert status in (200, 400, 503), function
+    assert post(server, "queue/join", {"data": [], "fn_index": 999, "session_hash": "x"})[0] == 400
+
+
+def post(server, path, body):
+    connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=600)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", f"/gradio_api/{path}", json.dumps(body), headers)
+    answer = connection.getresponse()
+    try:
+        return answer.status, answer.read()
+    finally:
+        connection.close()
 
 
 @pytest.mark.slow

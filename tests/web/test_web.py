@@ -7,6 +7,7 @@ import json
 import re
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -20,11 +21,12 @@ from fairref.commands import serve
 from fairref.errors import UserError
 from fairref.evaluation.certainty import share
 from fairref.files.images import to_image
-from fairref.generation.adapters import load_adapter, read_adapter, save_adapter
+from fairref.generation.adapters import AdapterFile, load_adapter, read_adapter, save_adapter
 from fairref.generation.sampling import SampleSettings, sample_tensor
 from fairref.web import shown
+from fairref.web.page import MAX_HISTORY, what_can_be, with_view
 from fairref.web.server import Guard
-from fairref.web.studio import AFTER, BEFORE, KEPT, Studio
+from fairref.web.studio import AFTER, BEFORE, KEPT, Seen, Studio
 from fairref.web.view import Limits, View, read_view
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;{{7*7}} Ünï ✓"
@@ -113,6 +115,11 @@ def test_without_an_adapter_it_shows_the_original(loaded_tiny):
         ({"prompt": "a", "steps": 1e9}, "number of steps is 1000000000; expected 1 to 100"),
         ({"prompt": "a", "guidance": "inf"}, "guidance scale is inf"),
         ({"prompt": "a", "guidance": {"a": 1}}, "guidance is .*; expected a number"),
+        ({"prompt": "a", "seed": True}, "seed is 'True'; expected a whole number"),
+        ({"prompt": "a", "seed": "1_0"}, "seed is '1_0'; expected a whole number"),
+        ({"prompt": ["a", "b"]}, "prompt is .*; expected text"),
+        ({"prompt": "a", "negative": True}, "negative is 'True'; expected text"),
+        ({"prompt": "a", "adapter": {"a": 1}}, "adapter is .*; expected text"),
         ({"prompt": "a", "strength": 1.6}, "strength is 1.6"),
         ({"prompt": "a", "negative": "x" * 2000}, "negative prompt has 2000 letters"),
     ],
@@ -120,6 +127,11 @@ def test_without_an_adapter_it_shows_the_original(loaded_tiny):
 def test_what_a_request_may_ask_for(values, said):
     with pytest.raises(UserError, match=said):
         read_view(values, View(""), Limits())
+
+
+def test_a_limit_of_one_is_no_range():
+    with pytest.raises(UserError, match=r"number of images is 2; expected 1\.$"):
+        read_view({"prompt": "a", "n": 2}, View(""), Limits(images=1))
 
 
 @pytest.mark.parametrize(
@@ -151,8 +163,60 @@ def test_a_request_has_an_end(loaded_tiny):
 def test_what_is_cut_and_what_is_named_is_said(studio):
     notes = studio.notes(replace(studio.default, prompt="a photo of a woman " + "very " * 90 + "tall"))
     assert re.search(r"The prompt is too long for the model: its end is not used, “.*tall”", notes[0])
-    assert notes[1] == "This prompt names gender (“woman”): it is kept as it was asked for."
+    assert notes[1].startswith("This prompt names gender (“woman”): that is to be kept")
     assert studio.notes(replace(studio.default, prompt="a photo of a pilot")) == []
+
+
+@pytest.mark.parametrize(
+    "end, is_named", [("woman far away", True), ("far away woman", False), ("womanizers", False)]
+)
+def test_only_what_the_encoder_reads_is_named(studio, end, is_named):
+    """70 of its tokens are the first words, 5 are letters of the end: the other words, or letters, are cut."""
+    first, *named = studio.notes(replace(studio.default, prompt="a " * 70 + end))
+    assert "too long" in first
+    assert [note.split(":")[0] for note in named] == ["This prompt names gender (“woman”)"] * is_named
+
+
+def test_what_fails_while_it_draws_is_said_but_not_shown(studio, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("out of memory in some layer")
+
+    monkeypatch.setattr(studio, "_side", broken)
+    with pytest.raises(UserError) as refused:
+        drawn_by(studio, replace(studio.default, prompt="a", n=1, steps=1))
+    assert str(refused.value) == "The drawing failed; the server's output says why."
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_link_keeps_what_of_it_can_be(studio):
+    view = what_can_be(
+        studio, replace(studio.default, prompt="a"), {"n": "99", "seed": "7", "adapter": "../x", "steps": "3"}
+    )
+    assert view == replace(studio.default, prompt="a", seed=7, steps=3)
+
+
+def test_the_history_holds_each_view_once():
+    first, second = ({"query": name, "says": name.upper()} for name in "ab")
+    assert with_view([first, second], "b", "B") == [second, first]
+    assert with_view([first, 5, None, {"query": 1}, "b"]) == [first]
+    assert with_view({"a": 1}) == with_view(None) == []
+    assert len(with_view([{"query": str(i), "says": ""} for i in range(99)], "new", "")) == MAX_HISTORY
+
+
+def test_it_says_how_many_have_no_face(studio):
+    drawn, _ = drawn_by(studio, replace(studio.default, prompt="a", n=2, steps=1))
+    nobody = {name: Seen([-1, -1], [None, None], [(None,) * 3] * 9, [0, 0]) for name in drawn.classes}
+    drawn = replace(drawn, sides={**drawn.sides, AFTER: replace(drawn.sides[AFTER], seen=nobody)})
+    html = shown.shown(drawn)
+    assert "2 of 2 pictures of the fair model have no face and are not counted." in html
+    assert '<div class="told">no face</div>' in html and "95\u00a0% intervals" in html
+    assert shown.summary(drawn)["says"].endswith("→ no face")
+
+
+def test_each_adapter_has_its_own_name():
+    files = [f"{folder}/{name}.safetensors" for folder, name in ("ag", "bh", "cg", "dg")]
+    named = serve._named([AdapterFile(Path(file), {}, "unet", None, {}, {}) for file in files])
+    assert list(named) == ["g", "h", "g (2)", "g (3)"]
 
 
 def test_the_page_escapes_what_it_is_told(studio):
@@ -212,6 +276,9 @@ def test_an_adapter_where_there_is_none_is_said(loaded_tiny):
         drawn_by(studio, replace(studio.default, prompt="a", adapter="fair"))
 
 
+INPUTS = {"draw": 8, "about": 0, 3: 2}
+
+
 def answers(path, chunks=(b"",), limit=100, root_path=""):
     """The guard's status for a request, and what the application behind it got; None: it got nothing."""
     got, sent = [], []
@@ -232,7 +299,7 @@ def answers(path, chunks=(b"",), limit=100, root_path=""):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(app, limit, root_path)({"type": "http", "path": path}, receive, send))
+    asyncio.run(Guard(app, limit, root_path, INPUTS)({"type": "http", "path": path}, receive, send))
     return sent[0]["status"], got[0] if got else None
 
 
@@ -284,6 +351,7 @@ def test_the_guard_opens_what_the_page_needs(path):
             "/gradio_api/dev/reload",
             "/gradio_api/run-history/records",
         ),
+        *("/openapi.json", "/gradio_api/openapi.json"),
         *("//etc/passwd", "/\x00", "/gradio_api/call/draw/../../upload", "/custom_component/a/b/c/d.py"),
     ],
 )
@@ -298,8 +366,29 @@ def test_a_large_request_is_refused():
 
 def test_the_name_of_a_session_is_short():
     for name, status in (("x" * 64, 200), ("x" * 65, 400)):
-        body = json.dumps({"data": [], "session_hash": name}).encode()
+        body = json.dumps({"data": [1, 2], "session_hash": name, "fn_index": 3}).encode()
         assert answers("/gradio_api/queue/join", (body,), 1000)[0] == status
+
+
+@pytest.mark.parametrize(
+    "path, request_, status",
+    [
+        ("call/draw", {"data": [0] * 8}, 200),
+        ("call/draw/", {"data": [0]}, 400),
+        ("call/draw", {"data": [0] * 9}, 400),
+        ("call/nothing", {"data": []}, 400),
+        ("call/draw", {"data": [0] * 8, "fn_index": 3}, 400),
+        ("run/predict", {"data": [0, 0], "fn_index": 3}, 200),
+        ("run/predict", {"data": [0, 0], "fn_index": 999}, 400),
+        ("api/predict/", {"data": [0], "fn_index": 3}, 400),
+        ("run/predict", {"data": [0, 0]}, 400),
+        ("queue/join", {"data": [0, 0], "fn_index": {}}, 400),
+        ("queue/join", {"data": [0, 0], "fn_index": 3}, 200),
+        ("cancel", {"fn_index": 999}, 200),
+    ],
+)
+def test_the_guard_passes_on_calls_of_what_is_there(path, request_, status):
+    assert answers(f"/gradio_api/{path}", (json.dumps(request_).encode(),))[0] == status
 
 
 @pytest.mark.parametrize(
