@@ -51,7 +51,8 @@ def lines(report: Report) -> list[str]:
     said = []
     for name, of in report["attributes"].items():
         said.append(
-            f"{name}: of {report['neutral']} neutral batches {of['leaned']} leaned before, {of['still_lean']} still do."
+            f"{name}: of {report['neutral']} neutral batches {_counted(of['leaned'])} leaned before,"
+            f" {_counted(of['still_lean'])} still do."
         )
         said.append(f"A term's pull on the lean ({MEANING}), mean ± standard error over batches:")
         said.append(f"  {'term':12}" + "".join(f"{clip:>24}" for clip in CLIPS))
@@ -67,6 +68,11 @@ def lines(report: Report) -> list[str]:
         if report["clip"]
         else "clip is 0: nothing is clipped",
     ]
+
+
+def _counted(classes):
+    """So many batches, and of which class."""
+    return f"{sum(classes.values())} ({', '.join(f'{n} {name}' for name, n in classes.items() if n)})"
 
 
 def _shown(value):

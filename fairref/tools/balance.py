@@ -5,9 +5,9 @@
 A batch is what an iteration of training after the run's last one would draw: a prompt, S, and the noise of N images. A
 prompt leans to the class that the frozen model's images of it show more often than the target has it; it still leans
 where the adapted model's do so, too. Let u be the gradient of the mean log-odds of that class, by the run's own
-gradient mode, on average over the neutral batches that still lean. A term whose gradient is g pulls with -<g, u>/‖u‖:
-so fast the log-odds change where the adapter follows this term. Below 0 the term makes the lean smaller. A batch is
-held against the u of the others alone, or its noise would pull on itself.
+gradient mode, on average over the neutral batches that still lean, each class with the same weight. A term whose
+gradient is g pulls with -<g, u>/‖u‖: so fast the log-odds change where the adapter follows this term. Below 0 the term
+makes the lean smaller. A batch is held against the u of the others alone, or its noise would pull on itself.
 
 B batches, n images, M of them with a face, K classes of an attribute, P parameters.
 """
@@ -164,17 +164,27 @@ def leanings(setup: Setup, pair: ImagePair, columns: dict[str, Tensor]) -> dict[
 def pulls(batches: Sequence[Batch], attribute: str) -> np.ndarray:
     """(B, terms + 1) float64: -<g, u>/‖u‖ of each batch's terms and of their sum, unclipped; u of the other batches.
 
-    Raises UserError where there is no such u for a batch.
+    u is the mean over classes of the mean over the batches that still lean to the class; one with a single batch is
+    left out. So what moves all prompts towards one class cancels out in u, whichever batch is left out. Raises
+    UserError where there is no such u.
     """
-    leaning = [batch.u[attribute].double() for batch in batches if attribute in batch.u]
-    if len(leaning) < 2:
-        raise UserError(
-            f"{len(leaning)} of {len(batches)} batches still lean in {attribute}, but a direction takes two; give more"
-            " --batches."
-        )
-    total, rows = sum(leaning), []
+    leaning: dict[int, list[Tensor]] = {}
     for batch in batches:
-        u = total - batch.u[attribute].double() if attribute in batch.u else total
+        if attribute in batch.u:
+            leaning.setdefault(batch.leans[attribute], []).append(batch.u[attribute].double())
+    totals = {k: (sum(of_class), len(of_class)) for k, of_class in leaning.items() if len(of_class) > 1}
+    if not totals:
+        raise UserError(
+            f"no two of {len(batches)} batches still lean to one class of {attribute}, and a direction takes two; give"
+            " more --batches."
+        )
+    rows = []
+    for batch in batches:
+        own = batch.leans[attribute] if attribute in batch.u else None
+        u = sum(
+            (total - batch.u[attribute].double()) / (n - 1) if k == own else total / n
+            for k, (total, n) in totals.items()
+        )
         row = [-float(g.double() @ u / u.norm()) for g in batch.terms.values()]
         rows.append([*row, sum(row)])
     return np.array(rows)
@@ -202,8 +212,8 @@ def report(
     attributes = {}
     for name, of_batches in pulled.items():
         attributes[name] = {
-            "leaned": sum(name in batch.leans for batch in batches),
-            "still_lean": sum(name in batch.u for batch in batches),
+            "leaned": _counts(name, classes[name], batches),
+            "still_lean": _counts(name, classes[name], [batch for batch in batches if name in batch.u]),
             "pull": {
                 clip: dict(zip(names, map(_mean, (scales[:, [c]] * of_batches).T), strict=True))
                 for c, clip in enumerate(CLIPS)
@@ -233,6 +243,12 @@ def report(
         "attributes": attributes,
         "rows": rows,
     }
+
+
+def _counts(attribute, classes, batches):
+    """Class -> how many of the batches lean to it."""
+    leans = [batch.leans.get(attribute) for batch in batches]
+    return {of_class: leans.count(k) for k, of_class in enumerate(classes)}
 
 
 def _mean(values):
