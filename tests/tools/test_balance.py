@@ -165,35 +165,26 @@ def test_the_clipped_sum_is_what_an_update_applies(gender, monkeypatch):
     assert found["clipped"] == pytest.approx(2 / 3)
 
 
-def batch_by_hand(i, align, image, u=None, k=1, asked=1, explicit=False):
+def batch_by_hand(i, align, image, u=None, k=1, asked=1):
     terms = {name: torch.tensor(g) for name, g in (("align", align), ("image", image))}
-    leans = {} if explicit else {"gender": k}
-    of_leaning = {} if u is None else {"gender": torch.tensor(u)}
-    return Batch(
-        i,
-        Task("a", None, explicit, 2, 1.0),
-        asked,
-        terms,
-        float(sum(terms.values()).norm()),
-        leans,
-        of_leaning,
-    )
+    task, norm = Task("a", None, False, 2, 1.0), float(sum(terms.values()).norm())
+    return Batch(i, task, asked, terms, norm, {"gender": k}, {} if u is None else {"gender": torch.tensor(u)})
 
 
 def test_a_report_by_hand():
-    """The two that lean are held against each other's u, the third against both; u's length does not count."""
+    """The two that still lean are held against each other's u, the third against both; u's length does not count."""
     batches = [
         batch_by_hand(5, [3.0, 0.0], [0.0, 4.0], u=[7.0, 0.0]),
         batch_by_hand(6, [0.0, 1.0], [-1.0, 0.0], u=[0.0, 7.0], asked=0),
-        batch_by_hand(7, [2.0, 2.0], [-1.0, -1.0], asked=3, explicit=True),
+        batch_by_hand(7, [2.0, 2.0], [-1.0, -1.0], asked=3),
     ]
     half = 2**0.5
     rows = np.array([[0, -4, -4], [0, 1, 1], [-2 * half, half, -half]])
     np.testing.assert_allclose(pulls(batches, "gender"), rows, atol=1e-12)
     found = report(Recipe(clip=half), {"gender": ("woman", "man")}, batches)
     of = found["attributes"]["gender"]
-    assert (found["neutral"], found["clipped"]) == (2, pytest.approx(1 / 3))
-    assert of["leaned"] == of["still_lean"] == {"woman": 0, "man": 2}
+    assert (found["neutral"], found["clipped"]) == (3, pytest.approx(1 / 3))
+    assert (of["leaned"], of["still_lean"]) == ({"woman": 0, "man": 3}, {"woman": 0, "man": 2})
     scales = np.array([half / 5, 1, 1])[:, None]
     for clip, values in (("unclipped", rows), ("clipped", rows * scales)):
         for name, column in zip(("align", "image", "sum"), values.T, strict=True):
