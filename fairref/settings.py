@@ -19,23 +19,27 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Range(NamedTuple):
-    """What is drawn anew at each iteration, from low to high."""
+    """What is drawn anew at each iteration, from low to high, or one of the two by turns."""
 
     low: float
     high: float
+    turns: bool = False
 
 
 Shares = float | dict[str, float]  # one number for every attribute, or attribute -> number
 
 
 def read_range(value: object) -> Range:
-    """7.5, "19:23" or [19, 23] as a Range; a number is both ends. Raises ValueError."""
-    ends = (
-        value.split(":") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    )
+    """7.5, "19:23", "1,7.5" or [19, 23, false] as a Range; a number is both ends. Raises ValueError."""
+    ends, turns = value if isinstance(value, list | tuple) else [value], False
+    if isinstance(value, str):
+        turns = "," in value
+        ends = value.split("," if turns else ":")
+    elif len(ends) == 3 and type(ends[2]) is bool:
+        *ends, turns = ends
     if not 1 <= len(ends) <= 2:
         raise ValueError(value)
-    return Range(*map(_number, (ends[0], ends[-1])))
+    return Range(*map(_number, (ends[0], ends[-1])), turns)
 
 
 def read_shares(value: object) -> Shares:
@@ -187,8 +191,15 @@ class Recipe:
     )
     guidance: Range = setting(
         Range(7.5, 7.5),
-        "s: guidance scale, or a range that each iteration draws from, as 1:12",
+        "s: guidance scale; or a range that each iteration draws from, as 1:12; or two that take turns, as 1,7.5, of"
+        " which the scale 1 takes half the time",
         high=MAX_NUMBER,
+    )
+    empty_prompt: str = setting(
+        "trained",
+        "whose text encoder the empty or negative prompt goes through. frozen: the base's, which other tools can't do",
+        choices=("trained", "frozen"),
+        only_with={"component": ("text_encoder", "both")},
     )
     end: str = setting("zero", "end of the solver: zero or sigma_min", choices=("zero", "sigma_min"))
     gradient: str = setting(
@@ -280,18 +291,21 @@ class Recipe:
     def __post_init__(self):
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        if not all(type(S) is int and S >= 1 for S in self.steps):
-            raise UserError(f"recipe: steps is {shown(self.steps)}; expected whole numbers from 1 up.")
+        if self.steps.turns or not all(type(S) is int and S >= 1 for S in self.steps[:2]):
+            expected = "a whole number from 1 up, or a range of them as 19:23"
+            raise UserError(f"recipe: steps is {shown(self.steps)}; expected {expected}.")
         for name in ("steps", "guidance"):
-            low, high = getattr(self, name)
-            if low > high:
+            low, high, turns = getattr(self, name)
+            if low > high and not turns:
                 raise UserError(f"recipe: {name} is {low}:{high}, which falls; write {high}:{low}.")
         if self.until_bias and not self.validate_every:
             raise UserError("recipe: until_bias needs validations; give validate_every.")
 
     def to_dict(self) -> dict[str, object]:
         """The fields, ready for JSON."""
-        return asdict(self)
+        found = asdict(self)
+        ranges = {name: list(v if v.turns else v[:2]) for name, v in found.items() if isinstance(v, Range)}
+        return {**found, **ranges}
 
 
 def refuse_unused(recipe: Recipe, given: Mapping[str, object], has_target: bool) -> None:
@@ -407,7 +421,8 @@ def command_line(options: RunOptions, recipe: Mapping[str, object]) -> str:
 def shown(value: object) -> str:
     """A setting as its option takes it."""
     if isinstance(value, Range):
-        return str(value.low) if value.low == value.high else f"{value.low}:{value.high}"
+        ends = f"{value.low}{',' if value.turns else ':'}{value.high}"
+        return str(value.low) if value.low == value.high else ends
     return ",".join(f"{key}={v}" for key, v in value.items()) if isinstance(value, dict) else str(value)
 
 
@@ -446,7 +461,7 @@ def _numbers(value):
     """The numbers in a setting's value; none in a text."""
     if isinstance(value, dict):
         return list(value.values())
-    return [] if isinstance(value, str) else list(value) if isinstance(value, Range) else [value]
+    return [] if isinstance(value, str) else list(value[:2]) if isinstance(value, Range) else [value]
 
 
 def add_recipe_options(parser: argparse._ActionsContainer) -> None:

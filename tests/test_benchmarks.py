@@ -53,7 +53,7 @@ def test_the_released_way_gives_the_same_gradient(folder, tmp_path, scope):
     for way in training.WAYS:
         one = replace(work, way=way)
         found[way] = training.gradient_of(*training.prepare(one), one)
-    for way in ("ours", "ours, recomputed"):
+    for way in training.WAYS[:-1]:
         assert all(g.abs().max() > 0 for g in found[way])
         assert training.relative(found[way], found["released"]) < 1e-4
 

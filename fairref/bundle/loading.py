@@ -77,6 +77,7 @@ class Bundle:
     face_features: Tensor | None = None  # D_F (R, D), unit embeddings of external real faces, on the CPU
     dino: Features | None = None  # images -> features
     prefix: Tensor | None = None  # soft prompt (P, D) of an adapter
+    empty_encoder: ClipText | None = None  # of the empty or negative prompt, where it is another one
     # fingerprint and strength of each adapter; at strength 0 it changes nothing
     adapters: tuple[tuple[str, float], ...] = ()
     own_judges: Mapping[str, Sequence[OwnSource]] = field(

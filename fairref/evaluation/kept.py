@@ -73,7 +73,7 @@ class KeptJudgements:
 
 def model_of(model: Bundle, drawing: Drawing, seed: int) -> dict[str, object]:
     """All that a bundle's images follow from beside prompt and number. Its adapters are those of `load_adapters`."""
-    networks = (model.text_encoder, model.unet, model.vae)
+    networks = (model.text_encoder, model.unet, model.vae, *filter(None, [model.empty_encoder]))
     return {
         "networks": model.fingerprints,
         "configs": [repr(network.config) for network in networks],

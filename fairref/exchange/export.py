@@ -120,6 +120,11 @@ def export_adapter(
     """
     adapter, out = read_adapter(path), Path(os.path.realpath(expanded(out)))
     check_format(adapter, to, half)
+    if adapter.leaves_empty and to != SPACE:
+        raise UserError(
+            f"{adapter.file}: was trained with --empty-prompt frozen, but in other tools an adapter of the text encoder"
+            " changes the empty prompt, too; train one without that option."
+        )
     check_trained(adapter)
     if out == Path.cwd():
         raise UserError(f"--out is {out}, the folder that you are in; give a new one.")

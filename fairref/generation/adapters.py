@@ -70,6 +70,11 @@ class AdapterFile:
         ups = {name + UP: up for name, (_, up) in self.pairs.items()}
         return prefix | downs | ups | {name + WHOLE: tensor for name, tensor in self.matrices.items()}
 
+    @property
+    def leaves_empty(self) -> bool:
+        """Whether the empty or negative prompt goes through the base's text encoder."""
+        return self.info.get("empty_prompt") == "frozen"
+
     def other_parts(self, bundle: Bundle) -> list[str] | None:
         """The networks that are not those it was made from; None where that is unknown."""
         base = self.info.get("base")
@@ -167,6 +172,8 @@ def load_adapters(
     for adapter, strength in opened:
         check_strength(adapter, strength)
         _check_base(adapter, bundle, any_base)
+    if any(adapter.leaves_empty for adapter, _ in opened):
+        bundle = replace(bundle, empty_encoder=bundle.text_encoder)
     for adapter, strength in sorted(opened, key=lambda pair: not pair[0].matrices):  # LoRA goes around them
         bundle = _with_adapter(bundle, adapter, strength)
         made_of = (fingerprint(adapter.tensors), float(strength))
@@ -175,7 +182,12 @@ def load_adapters(
 
 
 def _check_together(bundle, adapters):
-    """Refuses two soft prompts, and two whole matrices for one layer."""
+    """Refuses two soft prompts, two whole matrices for one layer, and two that differ about the empty prompt."""
+    alone = [adapter.file for adapter, _ in adapters if adapter.leaves_empty]
+    if alone and len(alone) < len(adapters):
+        raise UserError(
+            f"{alone[0]}: leaves the empty prompt as it was (--empty-prompt frozen); use it by itself."
+        )
     prefixes = [adapter.file for adapter, _ in adapters if adapter.prefix is not None]
     if len(prefixes) + (bundle.prefix is not None) > 1:
         raise UserError(f"{prefixes[-1]}: a second prefix, but a prompt has room for one; leave one out.")

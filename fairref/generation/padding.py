@@ -38,9 +38,9 @@ def embed_padded(bundle: Bundle, prompt: str, negative: str, padding: str) -> Te
     T = max(lengths)
     if soft:
         return padded[:, :T]
-    return torch.stack(
-        [_masked(bundle.text_encoder, row[:T], L) for row, L in zip(ids, lengths, strict=True)]
-    )
+    encoders = (bundle.text_encoder, bundle.empty_encoder or bundle.text_encoder)
+    rows = zip(encoders, ids, lengths, strict=True)
+    return torch.stack([_masked(encoder, row[:T], L) for encoder, row, L in rows])
 
 
 def own_lengths(ids: Tensor, eos: int, pad: int) -> list[int]:

@@ -38,7 +38,9 @@ def embed(bundle: Bundle, prompt: str, negative: str = "") -> Tensor:
         bos, kept, _, eos = words[0].split([1, words.shape[1] - P - 2, P, 1])
         first = torch.cat([bos, bundle.prefix.to(words.dtype), kept, eos])  # (T, D)
         words = torch.stack([first, words[1]])
-    return encoder(embeddings=words)
+    if bundle.empty_encoder is None:
+        return encoder(embeddings=words)
+    return torch.cat([encoder(embeddings=words[:1]), bundle.empty_encoder(embeddings=words[1:])])
 
 
 def guided(bundle: Bundle, text_embeddings: Tensor, s: float, keep: bool = False) -> GuidedModel:

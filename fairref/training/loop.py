@@ -56,6 +56,8 @@ def new_state(setup: Setup) -> tuple[Bundle, State]:
     recipe = setup.recipe
     generator = torch.Generator().manual_seed(recipe.seed)
     model, adapter = adapt(setup.bundle, recipe.component, recipe.rank, recipe.tokens, generator)
+    if recipe.empty_prompt == "frozen":
+        model = replace(model, empty_encoder=setup.bundle.text_encoder)
     optimizer = torch.optim.AdamW(
         adapter.parameters(),
         lr=recipe.lr,

@@ -124,6 +124,7 @@ def _run(bundle, options, recipe, stored, weights, processes):
             "weights": bundle.path.name,
             "base": bundle.fingerprints,
             "component": setup.recipe.component,
+            "empty_prompt": setup.recipe.empty_prompt,
             "classes": setup.target.classes if setup.target else {},
             "target": setup.target.table.tolist() if setup.target else None,
         }

@@ -78,7 +78,11 @@ def draw_task(setup: Setup, iteration: int) -> Task:
     """
     recipe = setup.recipe
     steps, scale = (draws(recipe.seed, stream, iteration) for stream in (STEPS, GUIDANCE))
-    S, guidance = int(steps.integers(*recipe.steps, endpoint=True)), float(scale.uniform(*recipe.guidance))
+    S = int(steps.integers(*recipe.steps[:2], endpoint=True))
+    guidance = float(scale.uniform(*recipe.guidance[:2]))
+    if recipe.guidance.turns:  # of two iterations each has one, in a drawn order
+        first = draws(recipe.seed, GUIDANCE, iteration // 2).integers(2)
+        guidance = float(recipe.guidance[(int(first) + iteration) % 2])
     every = recipe.explicit_every if setup.explicit else 0
     rounds, place = divmod(iteration, every) if every else (0, None)
     if place is not None and place == every - 1:

@@ -518,7 +518,7 @@ def test_without_out_a_run_takes_the_first_free_folder(weights, tmp_path, monkey
         (["--attr", "gender", "--gradient", "drtune:99"], "a run may have"),
         (["--attr", "gender", "--gradient", "exact", "--grad-steps", "2"], "no effect with --gradient exact"),
         (["--attr", "gender", "--steps", "9:3"], "write 3:9"),
-        (["--attr", "gender", "--steps", "2.5"], "whole numbers from 1 up"),
+        (["--attr", "gender", "--steps", "2.5"], "a whole number from 1 up"),
         (["--attr", "gender", "--steps", "1:2:3"], "--steps"),
         (["--attr", "gender", "--guidance", "much"], "--guidance"),
         (["--attr", "gender", "--lambda-2", "race=0.5"], "lambda_2 names race; the run is for gender"),
@@ -845,7 +845,12 @@ def test_the_defaults_are_the_methods():
         10_000,
     )
     assert (r.beta_1, r.beta_2, r.weight_decay, r.adam_eps, r.ema) == (0.9, 0.999, 1e-2, 1e-8, 0.996)
-    assert (r.steps, r.guidance, r.eval_steps, r.eval_guidance) == ((19, 23), (7.5, 7.5), 25, 7.5)
+    assert (r.steps, r.guidance, r.eval_steps, r.eval_guidance) == (
+        (19, 23, False),
+        (7.5, 7.5, False),
+        25,
+        7.5,
+    )
     assert (r.clip, r.checkpoint_every, r.component, r.tokens) == (100, 200, "text_encoder", 5)
     assert (r.gradient, r.end) == ("paper", "zero")
 

@@ -460,6 +460,15 @@ def test_an_adapter_that_does_not_fit_is_refused(loaded_emoji, runs, tmp_path, n
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+def test_an_adapter_that_leaves_the_empty_prompt_cannot_leave_for_other_tools(loaded_emoji, runs, tmp_path):
+    adapter = read_adapter(runs["text_encoder"])
+    save_adapter(tmp_path / FILE, adapter.tensors, {**adapter.info, "empty_prompt": "frozen"})
+    for to in ("kohya", "diffusers", "merged"):
+        with pytest.raises(UserError, match="--empty-prompt frozen"):
+            export_adapter(loaded_emoji, tmp_path, to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layer_that_the_base_lacks_is_refused(loaded_emoji, runs, tmp_path):
     layer = "text_encoder.text_model.encoder.layers.9.mlp.fc1"
     more = {f"{layer}.lora_down.weight": torch.ones(4, 96), f"{layer}.lora_up.weight": torch.ones(384, 4)}

@@ -24,6 +24,7 @@ from fairref.generation.adapters import (
     save_adapter,
 )
 from fairref.generation.lora import COMPONENTS, adapt, first_tokens
+from fairref.generation.padding import embed_padded
 from fairref.generation.rollout import embed
 from fairref.generation.sampling import SampleSettings, sample, sample_tensor
 from fairref.generation.strengths import choose_adapters, describe_adapters
@@ -206,6 +207,26 @@ def test_file_and_back(bundle, tmp_path, component):
     save_adapter(tmp_path / FILE, dict(reversed(tensors.items())), dict(reversed(info.items())))
     assert (tmp_path / FILE).read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
+def test_the_empty_prompt_may_stay_as_it_was(bundle, tmp_path):
+    adapted, adapter = moved(bundle, "text_encoder")
+    both, base = embed(adapted, PROMPT, "ugly"), embed(bundle, PROMPT, "ugly")
+    info = {"base": bundle.fingerprints, "component": "text_encoder"}
+    files = {how: tmp_path / f"{how}.safetensors" for how in ("trained", "frozen")}
+    for how, file in files.items():
+        save_adapter(file, dict(adapter.named_parameters()), {**info, "empty_prompt": how})
+    assert torch.equal(embed(load_adapter(bundle, files["trained"]), PROMPT, "ugly"), both)
+    frozen = load_adapter(bundle, files["frozen"])
+    c, c_empty = embed(frozen, PROMPT, "ugly")
+    torch.testing.assert_close(c, both[0])
+    torch.testing.assert_close(c_empty, base[1])
+    assert (both[1] - base[1]).abs().max() > 0.01
+    own = embed_padded(frozen, PROMPT, "ugly", "own")
+    torch.testing.assert_close(own[0], embed_padded(adapted, PROMPT, "ugly", "own")[0])
+    torch.testing.assert_close(own[1], embed_padded(bundle, PROMPT, "ugly", "own")[1])
+    with pytest.raises(UserError, match="leaves the empty prompt as it was"):
+        load_adapters(bundle, [(files["frozen"], 1.0), (files["trained"], 1.0)])
 
 
 def test_names_in_the_file(bundle):

@@ -19,6 +19,8 @@ from fairref.diffusion.gradient import subsample
 from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.fairness.transport import joint_ot
+from fairref.generation.adapters import load_adapter
+from fairref.generation.rollout import embed
 from fairref.training import checkpoints, loop, step
 from fairref.training.checks import check, quiet_batches
 from fairref.training.logs import Log
@@ -274,6 +276,26 @@ def test_kept_graphs_change_nothing_but_what_is_evaluated(bundles, monkeypatch, 
     )  # the path, the frozen one, the VJPs
     for a, b in zip(kept, gradient, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.abs().max()))
+
+
+def test_a_frozen_empty_prompt_has_no_part_in_the_gradient(bundles, tmp_path):
+    """c_empty is the base's, and the gradient that of c alone; the adapter's file says so, and its reader follows."""
+    bundle = bundles[torch.float64]
+    setup = make_setup(
+        bundle, batch=2, steps=2, empty_prompt="frozen", iterations=1, lr=0.1, validate_every=0
+    )
+    model, state = moved(setup)
+    prompt, parameters = draw_task(setup, 0).prompt, list(state.adapter.parameters())
+    text = embed(model, prompt)
+    torch.testing.assert_close(text[1], embed(bundle, prompt)[1])
+    assert not torch.allclose(text[0], embed(bundle, prompt)[0])
+    assert all(
+        g is None or not g.any() for g in torch.autograd.grad(text[1].sum(), parameters, allow_unused=True)
+    )
+    finetune(setup, tmp_path, {"empty_prompt": "frozen", "base": bundle.fingerprints})
+    c, c_empty = embed(load_adapter(bundle, tmp_path), prompt)
+    torch.testing.assert_close(c_empty, embed(bundle, prompt)[1])
+    assert not torch.equal(c, embed(bundle, prompt)[0])
 
 
 def test_at_the_start_both_models_draw_the_same_and_nothing_is_drawn_twice(bundles, monkeypatch):

@@ -130,6 +130,14 @@ def test_what_an_iteration_draws_follows_from_the_seed_and_the_iteration(bundle,
     assert drawn[0] == drawn[-1] and len(set(drawn)) == 4
 
 
+def test_two_scales_take_turns_within_each_pair_of_iterations(bundle):
+    """In an order that is drawn: else the first of two prompts that stay together would always have the same."""
+    setup = make_setup(bundle, guidance="1,7.5", steps="3:4")
+    scales = np.array([draw_task(setup, i).guidance for i in range(200)]).reshape(-1, 2)
+    assert (np.sort(scales, 1) == [1, 7.5]).all() and 30 < (scales[:, 0] == 1).sum() < 70
+    assert len({draw_task(setup, i).S for i in range(20)}) == 2
+
+
 def test_the_error_of_drawn_targets_averages_out_over_iterations(bundle, monkeypatch):
     """The same logits in every iteration, K = 6 classes: the mean of 12 independent errors of q is 1/sqrt(12) = .29 as
     long as one of them, that of 12 equal errors is as long."""

@@ -1,0 +1,168 @@
+"""One change of the recipe at a time, screened: short runs of the small bundle, looked at on validation occupations.
+
+    python tests/benchmarks/screen.py [--list] [--only GROUP or NAME ...] [--seeds 0 1 2] [--iterations 100]
+        [--folder runs/screens] [--report docs/results/screens.json]
+
+A screen runs its whole schedule in --iterations. Then 60 images of each of the 12 validation occupations are judged,
+and the prompts that name a class, on the same noise for all; what is judged is kept beside the runs. What is there is
+not made again, and a run that was stopped goes on. A run takes about 8 minutes of a core, and its look 4. Then the
+table of each group is printed, with what is there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from measure import ROOT, table
+from results import call
+
+from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
+from fairref.evaluation.judging import EvaluationSettings
+from fairref.evaluation.kept import KEPT
+from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, compare
+from fairref.files.paths import read_json, write_json
+from fairref.generation.adapters import FILE, load_adapter
+from fairref.generation.drawing import Drawing
+from fairref.prompts.sets import OCCUPATIONS, read_prompts
+from fairref.training.checkpoints import SETTINGS, read_settings
+from fairref.training.stored import of_settings
+
+IMAGES, CLASSIFIER = 60, "classifier"
+CLIPS, LAMBDAS, THRESHOLDS = (0.02, 0.1, 0.3, 1), (0.5, 1, 2), (0.8, 0.7, 0.55)
+GROUPS = {  # group -> name of a row -> what it adds to today's options
+    "terms": {
+        "all terms": "",
+        **{f"{M} drawn": f"--grad-steps {M}" for M in (3, 2, 1)},
+    },
+    "clip": {
+        f"clip {clip:g}, lambda {image:g}, C {C:g}": f"--clip {clip:g} --lambda-img {image:g} --C {C:g}"
+        for C in THRESHOLDS
+        for clip in CLIPS
+        for image in LAMBDAS
+    },
+    "weight": {  # what C does beside its weight
+        "lambdas / 2.4, C .8": "--lambda-img 0.208 --lambda-face 0.042",
+        "lambdas x 2.4, C .55": "--lambda-img 1.2 --lambda-face 0.24 --C 0.55",
+    },
+    "guidance": {
+        "1 and 7.5 by turns": "--guidance 1,7.5",
+        "1 and 12 by turns": "--guidance 1,12",
+        "2.5 and 12 by turns": "--guidance 2.5,12",
+        "1 to 12": "--guidance 1:12",
+        "empty prompt frozen": "--empty-prompt frozen",
+    },
+    "targets": {"soft": "--targets soft", "no threshold": "--C 0"},
+}
+OPTIONS = "--attr gender --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
+COLUMNS = ("run", "seeds", "bias", "slope", "intercept", "rms gap", "CLIP-T", "CLIP-I", "DINO")
+COLUMNS += ("none", "explicit", "needless")
+
+
+def place(folder: Path, name: str, seed: int, iterations: int) -> Path:
+    """A run's own folder."""
+    return folder / f"{name.replace(' ', '_').replace(',', '').replace('/', 'by')}-{iterations}-{seed}"
+
+
+def finetune(options: str, seed: int, iterations: int, folder: Path) -> bool:
+    """Makes a run, or what is missing of it -> whether it is whole."""
+    if (folder / FILE).exists():
+        return True
+    if (folder / SETTINGS).exists():
+        return call("train.py", "--resume", folder) == 0
+    words = [*OPTIONS.split(), *options.split(), "--iterations", iterations, "--seed", seed, "--out", folder]
+    return call("train.py", *words) == 0
+
+
+def look(bundle: Bundle, run: Path) -> dict:
+    """What the validation occupations show of a run, beside the original."""
+    target, recipe = of_settings(read_settings(run))
+    (prompts,) = read_prompts(OCCUPATIONS, None, bundle.path, list(target.classes))
+    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
+    how = EvaluationSettings(bundle, target, drawing, kept=run.parent / KEPT)
+    models = {"before": bundle, "after": load_adapter(bundle, run / FILE)}
+    part = PromptPart(prompts, "validation", IMAGES, EXPLICIT_IMAGES)
+    return {when: evaluated.report for when, evaluated in compare(how, models, part)}
+
+
+def row_of(report: dict) -> dict:
+    """The numbers of a table's row, by the judges that have them."""
+    judges = report["judges"]
+
+    def of(values, judge=CLASSIFIER):
+        return (values or {}).get(judge)
+
+    lean = of(report.get("leans")) or {"slope": [None], "intercept": [None]}
+    return {
+        "bias": [judges[judge]["mean"] for judge in judges],
+        "slope": lean["slope"][0],
+        "intercept": lean["intercept"][0],
+        "rms gap": judges[CLASSIFIER]["sure"]["rms_gap"]["value"],
+        "CLIP-T": report["clip_t"]["matched"],
+        "CLIP-I": report.get("clip_i"),
+        "DINO": report.get("dino"),
+        "none": report.get("none"),
+        "explicit": of(report.get("explicit")),
+        "needless": (of(report.get("flips")) or {}).get("needless"),
+    }
+
+
+def mean(values: list) -> float | str | None:
+    """Of the seeds; by two judges "a / b"."""
+    if any(isinstance(v, list) for v in values):
+        return " / ".join(f"{sum(of) / len(of):.3f}" for of in zip(*values, strict=True))
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def tables(found: dict[str, dict], iterations: int) -> str:
+    """The table of each group that has rows."""
+    texts = []
+    for group, rows in GROUPS.items():
+        lines = []
+        for name in rows:
+            seeds = [of for key, of in found.items() if key.rpartition("-")[0] == f"{name}-{iterations}"]
+            if seeds:
+                lines.append([name, len(seeds), *(mean([s[key] for s in seeds]) for key in COLUMNS[2:])])
+        if lines:
+            texts.append(f"### {group}, {iterations} iterations\n\n" + table(list(COLUMNS), lines))
+    return "\n\n".join(texts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="groups or rows")
+    parser.add_argument("--list", action="store_true", help="what there is to make; makes nothing")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument(
+        "--with", dest="more", default="", help="options that all runs get, as '--grad-steps 1'"
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "screens")
+    parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "screens.json")
+    options = parser.parse_args()
+    rows = {name: of for group in GROUPS.values() for name, of in group.items()}
+    names = [n for one in options.only or GROUPS for n in GROUPS.get(one, [one])]
+    if unknown := set(names) - set(rows):
+        parser.error(f"--only names {min(unknown)}; expected some of {', '.join([*GROUPS, *rows])}")
+    found = read_json(options.report) if options.report.exists() else {}
+    folder, bundle = options.folder.resolve(), None
+    for seed in options.seeds:
+        for name in names:
+            key = f"{name}-{options.iterations}-{seed}"
+            if options.list:
+                print(f"{'done ' if key in found else 'to do'} {key}: {rows[name]} {options.more}")
+            elif key not in found:
+                run = place(folder, name, seed, options.iterations)
+                if finetune(f"{rows[name]} {options.more}", seed, options.iterations, run):
+                    bundle = bundle or load_bundle(DEFAULT)
+                    reports = look(bundle, run)
+                    found[key] = row_of(reports["after"])
+                    found["original"] = row_of(reports["before"])
+                    write_json(options.report, found)
+                    print(key, found[key], flush=True)
+    print(tables(found, options.iterations))
+
+
+if __name__ == "__main__":
+    main()
