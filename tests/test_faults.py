@@ -167,8 +167,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "a batch's own noise pulls on it": (
         BALANCE,
-        "total - batch.u[attribute].double() if attribute in batch.u else total",
-        "total",
+        "(n - 1) if k == own else total / n",
+        "(n - 1) if False else total / n",
         f"{FORCES}::test_a_report_by_hand",
     ),
     # resuming
