@@ -17,6 +17,7 @@ COMMANDS = {
     "bundle": "say what a folder of weights has and lacks",
     "export": "write an adapter for diffusers, ComfyUI and web UIs",
     "classifier": "train an attribute classifier on CelebA or FairFace",
+    "balance": "say which terms of the loss hold a run where it has ended",
     "faces": "turn photographs into the external faces of L_face",
     "import": "take an adapter from the released code, PEFT, diffusers, kohya or UCE",
     "emoji": "make the small world's bundle again, or measure it",

@@ -27,6 +27,7 @@ STAGES = "tests/judges/test_mtcnn.py"
 KEPT = "tests/evaluation/test_kept.py"
 CONFUSIONS = "tests/evaluation/test_confusion.py"
 SURE = "tests/evaluation/test_certainty.py"
+FORCES = "tests/tools/test_balance.py"
 ERRING = "tests/evaluation/test_judge_errors.py"
 # and what is faulty
 GROUP = "fairref/processes.py"
@@ -45,6 +46,7 @@ JUDGE_ERRORS = "fairref/evaluation/judge_errors.py"
 CONFUSION = "fairref/evaluation/confusion.py"
 JUDGING = "fairref/evaluation/judging.py"
 ZERO_SHOT = "fairref/bundle/zero_shot.py"
+BALANCE = "fairref/tools/balance.py"
 
 BY_HAND = f"{LOOP}::test_updates_are_adamw_by_hand"
 LITERAL = f"{LOOP}::test_a_published_gradient_is_autograd_through_its_literal_algorithm"
@@ -145,8 +147,8 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
     ),
     "a short gradient is lengthened": (
         UPDATE,
-        "min(1.0, recipe.clip / (float(norm) + 1e-12))",
-        "recipe.clip / (float(norm) + 1e-12)",
+        "min(1.0, recipe.clip / (norm + 1e-12))",
+        "recipe.clip / (norm + 1e-12)",
         BY_HAND,
     ),
     "clip 0 makes the gradient 0": (UPDATE, " if recipe.clip else 1.0", "", BY_HAND),
@@ -155,6 +157,19 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         "min(recipe.ema, (1 + state.updates) / (10 + state.updates))",
         "recipe.ema",
         BY_HAND,
+    ),
+    # what holds a run back
+    "a pull has the other sign": (
+        BALANCE,
+        "row = [-float(g",
+        "row = [float(g",
+        f"{FORCES}::test_a_pull_is_how_fast_the_log_odds_change_along_the_term",
+    ),
+    "a batch's own noise pulls on it": (
+        BALANCE,
+        "(n - 1) if k == own else total / n",
+        "(n - 1) if False else total / n",
+        f"{FORCES}::test_a_report_by_hand",
     ),
     # resuming
     "after a skipped gradient Adam counts the iterations": (

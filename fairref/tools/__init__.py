@@ -1,1 +1,1 @@
-"""What makes parts of a bundle: training of classifiers, external face features."""
+"""What makes parts of a bundle, classifiers and external face features; and what holds a run back."""

@@ -26,7 +26,7 @@ SETTINGS, METRICS = "settings.json", "metrics.jsonl"
 # what a run leaves, beside its settings
 REMAINS = (
     *(METRICS, "*.safetensors", "evaluation*.json", "judged.csv", "sweep-*.json", "before_after.png"),
-    *("grids", "tensorboard"),
+    *("grids", "tensorboard", "balance.*"),
 )
 CHECKPOINT = re.compile(r"checkpoint-(\d+)\.safetensors", re.ASCII)
 NUMBERS = ("iteration", "updates", "best", "streak", "unusable")  # of a State, in a checkpoint's metadata

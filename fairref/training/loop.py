@@ -69,6 +69,11 @@ def new_state(setup: Setup) -> tuple[Bundle, State]:
     return model, State(adapter, ema, optimizer)
 
 
+def clip_scale(recipe: Recipe, norm: float) -> float:
+    """What a gradient of this norm is multiplied by, so that it is no longer than `clip`."""
+    return min(1.0, recipe.clip / (norm + 1e-12)) if recipe.clip else 1.0
+
+
 def update(recipe: Recipe, state: State, gradient: Sequence[Tensor]) -> tuple[float, bool]:
     """One clipped AdamW step and the moving average, in `state` -> (norm before clipping, whether taken).
 
@@ -77,7 +82,7 @@ def update(recipe: Recipe, state: State, gradient: Sequence[Tensor]) -> tuple[fl
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
     finite = bool(torch.isfinite(norm))
     if finite:
-        scale = min(1.0, recipe.clip / (float(norm) + 1e-12)) if recipe.clip else 1.0
+        scale = clip_scale(recipe, float(norm))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, state.iteration)
         for parameter, g in zip(state.adapter.parameters(), gradient, strict=True):

@@ -89,6 +89,19 @@ def train(
     return _run(bundle, options, recipe, None, str(bundle.path), Processes())
 
 
+def setup_of_run(folder: str | Path, weights: str | None = None, device: str | None = None) -> Setup:
+    """The setup of a run that is there. `weights` and `device` take the place of those in its settings.json.
+
+    Raises UserError.
+    """
+    options = RunOptions(resume=str(folder), weights=weights, device=device)
+    settings = read_stored(options, {})
+    place, dtype = choose_device(device or settings["device"]), DTYPES[settings["dtype"]]
+    bundle = load_bundle(weights or settings["weights"], place, dtype, judge_places(settings))
+    refuse_another(settings, bundle)
+    return _plan(bundle, options, {}, settings, Processes(device=place)).setup
+
+
 def _run(bundle, options, recipe, stored, weights, processes):
     if stored:
         refuse_another(stored, bundle)

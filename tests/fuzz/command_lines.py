@@ -158,6 +158,7 @@ BASES = {  # command -> a command line that works, and is quick; {i} is the case
     "verify": "--json out{i}.json",
     "figures": "7 8 --weights tiny -n 1 --steps 2 --device cpu --out out{i}",
     "report": "run --out out{i}.html",
+    "balance": "run --weights tiny --device cpu",
     "plan": "--classes 8 --prompts 50 --half-width .03",
     "serve": "--weights tiny --adapter run --device cpu --max-images 4",
     "bundle": "check tiny",
@@ -289,7 +290,7 @@ def little_work() -> Iterator[None]:
     from fairref.commands import emoji, verify
     from fairref.generation import drawing, sampling
     from fairref.reporting import figures
-    from fairref.tools import classifier
+    from fairref.tools import balance, classifier
     from fairref.training import loop
     from fairref.web import server
 
@@ -300,6 +301,7 @@ def little_work() -> Iterator[None]:
             (loop, "iterate", interrupt_after(loop.iterate)),
             (sampling, "draw", interrupt_after(sampling.draw)),
             (drawing, "draw", interrupt_after(drawing.draw, 4 * STEPS)),
+            (balance, "measure", interrupt_after(balance.measure)),
             (classifier, "load", interrupt_after(classifier.load, 40)),
             (verify, "verify", lambda shown: []),
             (figures, "descent", interrupt_after(None, 0)),
