@@ -1,6 +1,7 @@
 """Soft prompts against a literal construction in transformers, their starts, their files and their gradients."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ from fairref.generation.adapters import FILE, FORMAT, load_adapter, load_adapter
 from fairref.generation.drawing import Drawing
 from fairref.generation.lora import COMPONENTS, adapt
 from fairref.generation.padding import embed_padded
-from fairref.generation.rollout import embed
+from fairref.generation.rollout import embed, guided
 from fairref.generation.soft import HIDDEN, SOFT_PROMPTS, eos_place
 from fairref.settings import SOFT
 
@@ -97,6 +98,19 @@ def test_c_and_its_gradient_are_those_of_transformers_and_c_empty_stays(bundle, 
     for a, b in zip(ours, theirs, strict=True):
         assert b.abs().max() > 1e-6
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_the_empty_branch_is_fixed_where_nothing_that_is_trained_is_in_it(bundle):
+    assert not guided(bundle, embed(bundle, PROMPT), 2.0).fixed_empty  # nothing is trained
+    for component in COMPONENTS:
+        for frozen in (None, bundle.text_encoder):
+            model = replace(start(bundle, component)[0], empty_encoder=frozen)
+            wanted = component in SOFT or (component == "text_encoder" and frozen is not None)
+            text = embed(model, PROMPT)
+            assert (
+                guided(model, text, 2.0).fixed_empty == guided(model, text, 2.0, True).fixed_empty == wanted
+            )
+            assert not guided(model, text, 1.0).fixed_empty
 
 
 def test_where_a_suffix_stands_in_a_prompt_of_each_length():
