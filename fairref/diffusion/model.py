@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-# float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 upwards
+# float16: a cotangent is brought to a largest entry in [8, 16) by a power of two. That leaves 2^12 / s upwards
 # before 65504 and 2^27 downwards before 2^-24, and what a U-Net does to a cotangent is mostly to shrink it.
 HALF_PEAK = 16.0
 

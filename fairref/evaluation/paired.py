@@ -49,7 +49,7 @@ def leans(before: np.ndarray, after: np.ndarray) -> dict[str, object] | None:
 
     A slope of 1 keeps every prompt's lean and 0 none; the intercept moves all prompts alike, towards the first class
     above 0. Each as (value, low, high), ready for JSON. None with fewer than three prompts, or where all lean alike.
-    Log-odds of k of n images: (k + 1/2) / (n - k + 1/2). Their noise before makes the slope a little smaller.
+    Log-odds of k of n images: log((k + 1/2) / (n - k + 1/2)). Their noise before makes the slope a little smaller.
     """
     some = (before.sum(1) > 0) & (after.sum(1) > 0)
     x, y = (np.log(part[some, 0] + 0.5) - np.log(part[some, 1] + 0.5) for part in (before, after))
