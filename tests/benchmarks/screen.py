@@ -30,7 +30,7 @@ from fairref.training.stored import of_settings
 
 IMAGES, CLASSIFIER = 60, "classifier"
 CLIPS, LAMBDAS, THRESHOLDS = (0.02, 0.1, 0.3, 1), (0.5, 1, 2), (0.8, 0.7, 0.55)
-GROUPS = {  # group -> name of a row -> what it adds to today's options
+GROUPS = {  # group -> name of a row -> what it adds to today's options, behind a way of variants.py
     "terms": {
         "all terms": "",
         **{f"{M} drawn": f"--grad-steps {M}" for M in (3, 2, 1)},
@@ -53,6 +53,30 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options
         "empty prompt frozen": "--empty-prompt frozen",
     },
     "targets": {"soft": "--targets soft", "no threshold": "--C 0"},
+    "length": {  # who is shortened: the bundle's clip is .02 of all
+        "no clip": "--clip 0",
+        **{
+            f"align {longest:g}, lambda {image:g}": f"align={longest:g} --clip 0 --lambda-img {image:g}"
+            for longest in (0.05, 0.15)
+            for image in (0.5, 1)
+        },
+    },
+    "rates": {
+        "lr .0015": "--lr 0.0015",
+        "lr .006": "--lr 0.006",
+        "up 4, lr .0015": "up=4 --lr 0.0015",
+        "up 16, lr .00075": "up=16 --lr 0.00075",
+        "lr_end .02": "--lr-end 0.02",
+        "constant rate": "--lr-end 1",
+        "beta_1 .97": "--beta-1 0.97",
+    },
+    "average": {"ema .9": "--ema 0.9", "ema .99": "--ema 0.99"},
+    "images": {"N 16": "--batch 16", "N 36": "--batch 36", "12 steps": "--steps 12"},
+    "prompts": {
+        "replay .5": "replay=0.5",
+        "no explicit": "--explicit-every 0",
+        "explicit 6": "--explicit-every 6",
+    },
 }
 OPTIONS = "--attr gender --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
 COLUMNS = ("run", "seeds", "bias", "slope", "intercept", "rms gap", "CLIP-T", "CLIP-I", "DINO")
@@ -68,10 +92,15 @@ def finetune(options: str, seed: int, iterations: int, folder: Path) -> bool:
     """Makes a run, or what is missing of it -> whether it is whole."""
     if (folder / FILE).exists():
         return True
+    first, _, rest = options.partition(" ")
+    if "=" in first:  # a row of variants.py
+        program, options = ["tests/benchmarks/variants.py", first], rest
+    else:
+        program = ["train.py"]
     if (folder / SETTINGS).exists():
-        return call("train.py", "--resume", folder) == 0
+        return call(*program, "--resume", folder) == 0
     words = [*OPTIONS.split(), *options.split(), "--iterations", iterations, "--seed", seed, "--out", folder]
-    return call("train.py", *words) == 0
+    return call(*program, *words) == 0
 
 
 def look(bundle: Bundle, run: Path) -> dict:

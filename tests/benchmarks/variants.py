@@ -1,0 +1,125 @@
+"""Ways of training that fairref has not, to be screened: what one of them is worth decides whether it comes in.
+
+    python tests/benchmarks/variants.py align=0.1,up=4 --attr gender ...        (else as train.py)
+
+align=L    L_align's part of the gradient is shortened to the length L, the other terms' is left as it is. With
+           --clip 0 nothing else is shortened.
+up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
+replay=P   with the chance P the prompt is one of the eighth of the finetuning prompts that were last seen most biased.
+A run that was stopped goes on with the same words before --resume.
+"""
+
+import functools
+import json
+import sys
+
+import numpy as np
+import torch
+
+from fairref.commands import cli
+from fairref.commands.train import main
+from fairref.training import loop, run, step, terms
+from fairref.training.checkpoints import METRICS
+
+REPLAY = 100  # a stream of random numbers of its own, beside those of training/step.py
+EIGHTH = 8
+
+
+def align(longest: float) -> None:
+    """L_align's gradient and the other terms' apart: its length is at most `longest`."""
+
+    def parts(setup, model, parameters, i, watch=None):
+        task = step.draw_task(setup, i)
+        text = step.embed(model, task.prompt)
+        drawn = step.sample_path(setup, model, task, text, i)
+        pair = step.draw_pair(setup, model, task, text, drawn)
+        q, said = step.transport_targets(setup, task, pair, i)
+        gradients, about = [], {"prompt": task.prompt, "S": task.S, "guidance": task.guidance, "loss": 0.0}
+        for pulls in (True, False):
+            terms.terms_of = lambda of, pulls=pulls: {
+                name: term for name, term in whole(of).items() if (name == "align") == pulls
+            }
+            g, sums = terms.image_gradient(setup, task, pair, q)
+            found = dict(zip(terms.sums_of(setup), sums.tolist(), strict=True))
+            terms.terms_of = whole
+            about |= {**found, "loss": about["loss"] + found["loss"]}
+            text = step.embed(model, task.prompt)  # a graph for each
+            sampled = step.draw_terms(setup, drawn, g, i)
+            gradients.append(step.sampling_gradient(setup, sampled, g, text, parameters))
+        pull, others = gradients
+        length = float(torch.cat([g.flatten() for g in pull]).norm())
+        scale = min(1.0, longest / (length + 1e-12))
+        gradient = [scale * a + b for a, b in zip(pull, others, strict=True)]
+        return gradient, {**about, **said, "align_norm": length}
+
+    whole = terms.terms_of
+    loop.iteration_gradient = parts
+
+
+class Plus(torch.optim.AdamW):
+    """AdamW whose groups' learning rates are multiplied by their `ratio`."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] *= group["ratio"]
+        return super().step(closure)
+
+
+def up(ratio: float) -> None:
+    """LoRA+."""
+    new_state = loop.new_state
+
+    def with_groups(setup):
+        model, state = new_state(setup)
+        (group,) = state.optimizer.param_groups
+        ups = [p for name, p in state.parameters().items() if name.endswith("lora_up.weight")]
+        rest = [p for p in group["params"] if not any(p is one for one in ups)]
+        kept = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        groups = [{"params": rest, "ratio": 1.0}, {"params": ups, "ratio": ratio}]
+        state.optimizer = Plus(groups, **kept)
+        return model, state
+
+    loop.new_state = with_groups
+
+
+def replay(chance: float) -> None:
+    """Prompts that lean come again sooner. What is known of them is read from the run's metrics."""
+    draw_task, iterate, finetune, last = step.draw_task, loop.iterate, run.finetune, {}
+
+    def drawn(setup, i):
+        task = draw_task(setup, i)
+        rng = np.random.default_rng((setup.recipe.seed, REPLAY, i))
+        worst = sorted(last, key=last.get)[-(-len(last) * (EIGHTH - 1) // EIGHTH) :]
+        if task.explicit or rng.random() >= chance or not worst:
+            return task
+        return task._replace(prompt=worst[rng.integers(len(worst))])
+
+    def remember(metrics):
+        if metrics.get("bias") is not None:
+            last[metrics["prompt"]] = metrics["bias"]
+        return metrics
+
+    def going_on(setup, folder, info):
+        lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).exists() else []
+        for line in lines:
+            remember(json.loads(line))
+        return finetune(setup, folder, info)
+
+    step.draw_task = drawn
+    loop.iterate = functools.wraps(iterate)(lambda *of: remember(iterate(*of)))
+    run.finetune = going_on
+
+
+VARIANTS = {"align": align, "up": up, "replay": replay}
+
+
+def put(words: str) -> None:
+    """Puts "align=0.1,up=4" in place."""
+    for word in words.split(","):
+        name, _, value = word.partition("=")
+        VARIANTS[name](float(value))
+
+
+if __name__ == "__main__":
+    put(sys.argv[1])
+    sys.exit(cli.run(main, sys.argv[2:]))
