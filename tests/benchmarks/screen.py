@@ -72,6 +72,19 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
     },
     "average": {"ema .9": "--ema 0.9", "ema .99": "--ema 0.99"},
     "images": {"N 16": "--batch 16", "N 36": "--batch 36", "12 steps": "--steps 12"},
+    "prefix": {
+        **{f"prefix, lr {rate:g}": f"--component prefix --lr {rate:g}" for rate in (0.01, 0.03, 0.1, 0.3)},
+        "prefix, lr .1, warm-up 30": "--component prefix --lr 0.1 --warmup 30",
+        "prefix, lr .1, length 4.7": "length=4.7 --component prefix --lr 0.1",
+        "prefix, lr .1, of words": "words=0 --component prefix --lr 0.1",
+        "prefix, lr .1, of genders": "words=1 --component prefix --lr 0.1",
+        "prefix, lr .1, 16 tokens": "--component prefix --lr 0.1 --tokens 16",
+    },
+    "soft": {
+        f"{kind}, lr {rate:g}": f"--component {kind} --lr {rate:g}"
+        for kind in ("suffix", "deep", "generated")
+        for rate in (0.01, 0.03, 0.1)
+    },
     "prompts": {
         "replay .5": "replay=0.5",
         "no explicit": "--explicit-every 0",

@@ -6,6 +6,8 @@ align=L    L_align's part of the gradient is shortened to the length L, the othe
            --clip 0 nothing else is shortened.
 up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
 replay=P   with the chance P the prompt is one of the eighth of the finetuning prompts that were last seen most biased.
+length=L   after each iteration each soft token has the length L; those of the small vocabulary have a median of 4.70.
+words=K    a soft prompt starts as words, those of row K of STARTS, in place of random tokens.
 A run that was stopped goes on with the same words before --resume.
 """
 
@@ -18,6 +20,7 @@ import torch
 
 from fairref.commands import cli
 from fairref.commands.train import main
+from fairref.generation import lora
 from fairref.training import loop, run, step, terms
 from fairref.training.checkpoints import METRICS
 
@@ -110,7 +113,34 @@ def replay(chance: float) -> None:
     run.finetune = going_on
 
 
-VARIANTS = {"align": align, "up": up, "replay": replay}
+def length(wanted: float) -> None:
+    """Soft tokens on a sphere."""
+    update = loop.update
+
+    def held(recipe, state, gradient):
+        found = update(recipe, state, gradient)
+        for name, tokens in state.parameters().items():
+            if name in TOKENS:
+                tokens.data *= wanted / tokens.data.norm(dim=-1, keepdim=True)
+        return found
+
+    loop.update = held
+
+
+def words(row: float) -> None:
+    """Soft prompts that start as words."""
+
+    def start(bundle, tokens, generator=None):
+        chosen = (STARTS[int(row)].split() * tokens)[:tokens]
+        ids = bundle.tokenizer([" ".join(chosen)])[0, 1 : 1 + tokens]
+        return bundle.text_encoder.embed(ids).detach().float()
+
+    lora.first_tokens = start
+
+
+TOKENS = ("prefix", "suffix", "deep", "generated.tokens")
+STARTS = ("photo of a person ,", "woman man person woman man")
+VARIANTS = {"length": length, "words": words, "align": align, "up": up, "replay": replay}
 
 
 def put(words: str) -> None:
