@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent))
 from measure import ROOT, table
 from results import call
+from variants import leaning_world
 
 from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
 from fairref.evaluation.judging import EvaluationSettings
@@ -51,6 +52,10 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         "2.5 and 12 by turns": "--guidance 2.5,12",
         "1 to 12": "--guidance 1:12",
         "empty prompt frozen": "--empty-prompt frozen",
+        "empty prompt held": "empty=1",
+        "empty prompt held more": "empty=10",
+        "leaning world": "leaning=0",
+        "leaning world, empty prompt frozen": "leaning=0 --empty-prompt frozen",
     },
     "targets": {"soft": "--targets soft", "no threshold": "--C 0"},
     "length": {  # who is shortened: the bundle's clip is .02 of all
@@ -116,13 +121,16 @@ def finetune(options: str, seed: int, iterations: int, folder: Path) -> bool:
     return call(*program, *words) == 0
 
 
-def look(bundle: Bundle, run: Path) -> dict:
-    """What the validation occupations show of a run, beside the original."""
+def look(bundle: Bundle, run: Path, options: str, strength: float = 1.0) -> dict:
+    """What the validation occupations show of a run's adapter, beside the original."""
     target, recipe = of_settings(read_settings(run))
     (prompts,) = read_prompts(OCCUPATIONS, None, bundle.path, list(target.classes))
     drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
     how = EvaluationSettings(bundle, target, drawing, kept=run.parent / KEPT)
-    models = {"before": bundle, "after": load_adapter(bundle, run / FILE)}
+    models = {"before": bundle, "after": load_adapter(bundle, run / FILE, strength)}
+    if options.startswith("leaning="):
+        row = float(options.split()[0].partition("=")[2])
+        models = {when: leaning_world(bundle, row, model) for when, model in models.items()}
     part = PromptPart(prompts, "validation", IMAGES, EXPLICIT_IMAGES)
     return {when: evaluated.report for when, evaluated in compare(how, models, part)}
 
@@ -163,9 +171,13 @@ def tables(found: dict[str, dict], iterations: int) -> str:
     for group, rows in GROUPS.items():
         lines = []
         for name in rows:
-            seeds = [of for key, of in found.items() if key.rpartition("-")[0] == f"{name}-{iterations}"]
-            if seeds:
-                lines.append([name, len(seeds), *(mean([s[key] for s in seeds]) for key in COLUMNS[2:])])
+            shown: dict[str, list] = {}  # the row's name, with its strength -> its seeds
+            for key, of in found.items():
+                label, _, of_run = key.rpartition("-")[0].rpartition("-")
+                if label.partition(" x ")[0] == name and of_run == str(iterations):
+                    shown.setdefault(label, []).append(of)
+            for label, seeds in shown.items():
+                lines.append([label, len(seeds), *(mean([s[key] for s in seeds]) for key in COLUMNS[2:])])
         if lines:
             texts.append(f"### {group}, {iterations} iterations\n\n" + table(list(COLUMNS), lines))
     return "\n\n".join(texts)
@@ -177,6 +189,9 @@ def main():
     parser.add_argument("--list", action="store_true", help="what there is to make; makes nothing")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument(
+        "--strengths", nargs="*", type=float, default=[1.0], help="of the adapters that are judged"
+    )
     parser.add_argument(
         "--with", dest="more", default="", help="options that all runs get, as '--grad-steps 1'"
     )
@@ -191,18 +206,21 @@ def main():
     folder, bundle = options.folder.resolve(), None
     for seed in options.seeds:
         for name in names:
-            key = f"{name}-{options.iterations}-{seed}"
-            if options.list:
-                print(f"{'done ' if key in found else 'to do'} {key}: {rows[name]} {options.more}")
-            elif key not in found:
-                run = place(folder, name, seed, options.iterations)
-                if finetune(f"{rows[name]} {options.more}", seed, options.iterations, run):
-                    bundle = bundle or load_bundle(DEFAULT)
-                    reports = look(bundle, run)
-                    found[key] = row_of(reports["after"])
-                    found["original"] = row_of(reports["before"])
-                    write_json(options.report, found)
-                    print(key, found[key], flush=True)
+            for strength in options.strengths:
+                shown = name if strength == 1 else f"{name} x {strength:g}"
+                key = f"{shown}-{options.iterations}-{seed}"
+                if options.list:
+                    print(f"{'done ' if key in found else 'to do'} {key}: {rows[name]} {options.more}")
+                elif key not in found:
+                    run = place(folder, name, seed, options.iterations)
+                    if finetune(f"{rows[name]} {options.more}", seed, options.iterations, run):
+                        bundle = bundle or load_bundle(DEFAULT)
+                        reports = look(bundle, run, rows[name], strength)
+                        found[key] = row_of(reports["after"])
+                        if not rows[name].startswith("leaning="):
+                            found["original"] = row_of(reports["before"])
+                        write_json(options.report, found)
+                        print(key, found[key], flush=True)
     print(tables(found, options.iterations))
 
 

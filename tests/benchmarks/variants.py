@@ -8,16 +8,20 @@ up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al.,
 replay=P   with the chance P the prompt is one of the eighth of the finetuning prompts that were last seen most biased.
 length=L   after each iteration each soft token has the length L; those of the small vocabulary have a median of 4.70.
 words=K    a soft prompt starts as words, those of row K of STARTS, in place of random tokens.
+empty=W    a penalty: W times the squared change of the empty prompt's embedding, as a share of its own square.
+leaning=K  a world whose unconditional model leans: row K of LEANING is in the place of the empty prompt.
 A run that was stopped goes on with the same words before --resume.
 """
 
 import functools
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from fairref.bundle.loading import Bundle
 from fairref.commands import cli
 from fairref.commands.train import main
 from fairref.generation import lora
@@ -138,9 +142,69 @@ def words(row: float) -> None:
     lora.first_tokens = start
 
 
+def empty(weight: float) -> None:
+    """c_empty held back."""
+    gradient_of = loop.iteration_gradient
+
+    def with_penalty(setup, model, parameters, i, watch=None):
+        gradient, metrics = gradient_of(setup, model, parameters, i, watch)
+        c_empty, own = (step.embed(of, "")[1] for of in (model, setup.bundle))
+        penalty = weight * (c_empty - own).square().sum() / own.square().sum()
+        pull = torch.autograd.grad(penalty, parameters)
+        return [a + b for a, b in zip(gradient, pull, strict=True)], {**metrics, "empty": float(penalty)}
+
+    loop.iteration_gradient = with_penalty
+
+
+class Another(torch.nn.Module):
+    """A text encoder that reads another prompt than the empty one."""
+
+    def __init__(self, encoder: torch.nn.Module, ids: torch.Tensor, empty: torch.Tensor):
+        super().__init__()
+        self.encoder, self.ids, self.empty, self.config = encoder, ids, empty, encoder.config
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder(torch.where((ids == self.empty).all(1, keepdim=True), self.ids, ids))
+
+
+def leaning_world(bundle: Bundle, row: float, model: Bundle | None = None) -> Bundle:
+    """The bundle, or an adapted `model` of it, with that prompt in the place of the empty one."""
+    ids, none = bundle.tokenizer([LEANING[int(row)], ""])
+    model = model or bundle
+    read_by = Another(model.empty_encoder or model.text_encoder, ids, none)
+    known = (f"leaning {LEANING[int(row)]}", 1.0)  # to what is kept
+    return replace(model, empty_encoder=read_by, adapters=(*model.adapters, known))
+
+
+def leaning(row: float) -> None:
+    """Both models draw in that world."""
+    new_state, finetune = loop.new_state, run.finetune
+
+    def in_world(setup):
+        model, state = new_state(setup)
+        return leaning_world(model, row), state
+
+    def started(setup, folder, info):
+        return finetune(replace(setup, bundle=leaning_world(setup.bundle, row)), folder, info)
+
+    def of_plain(setup):  # the adapter goes into the bundle as it is
+        return in_world(replace(setup, bundle=replace(setup.bundle, empty_encoder=None)))
+
+    loop.new_state, run.finetune = of_plain, started
+
+
+LEANING = ("a photo of the face of a carpenter, a person",)
 TOKENS = ("prefix", "suffix", "deep", "generated.tokens")
 STARTS = ("photo of a person ,", "woman man person woman man")
-VARIANTS = {"length": length, "words": words, "align": align, "up": up, "replay": replay}
+VARIANTS = {
+    "empty": empty,
+    "leaning": leaning,
+    "length": length,
+    "words": words,
+    "align": align,
+    "up": up,
+    "replay": replay,
+}
 
 
 def put(words: str) -> None:
