@@ -44,7 +44,7 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
     },
     "weight": {  # what C does beside its weight
         "lambdas / 2.4, C .8": "--lambda-img 0.208 --lambda-face 0.042",
-        "lambdas x 2.4, C .55": "--lambda-img 1.2 --lambda-face 0.24 --C 0.55",
+        "lambdas times 2.4, C .55": "--lambda-img 1.2 --lambda-face 0.24 --C 0.55",
     },
     "guidance": {
         "1 and 7.5 by turns": "--guidance 1,7.5",

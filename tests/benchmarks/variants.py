@@ -13,10 +13,11 @@ leaning=K  a world whose unconditional model leans: row K of LEANING is in the p
 A run that was stopped goes on with the same words before --resume.
 """
 
-import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial, wraps
 
 import numpy as np
 import torch
@@ -44,7 +45,9 @@ def align(longest: float) -> None:
         gradients, about = [], {"prompt": task.prompt, "S": task.S, "guidance": task.guidance, "loss": 0.0}
         for pulls in (True, False):
             terms.terms_of = lambda of, pulls=pulls: {
-                name: term for name, term in whole(of).items() if (name == "align") == pulls
+                name: partial(with_graph, term)
+                for name, term in whole(of).items()
+                if (name == "align") == pulls
             }
             g, sums = terms.image_gradient(setup, task, pair, q)
             found = dict(zip(terms.sums_of(setup), sums.tolist(), strict=True))
@@ -61,6 +64,12 @@ def align(longest: float) -> None:
 
     whole = terms.terms_of
     loop.iteration_gradient = parts
+
+
+def with_graph(term: Callable, view: terms.View) -> terms.Values:
+    """A term's values, also where no image has a face for it."""
+    values, weight = term(view)
+    return values + 0 * view.x.flatten(1).sum(1), weight
 
 
 class Plus(torch.optim.AdamW):
@@ -96,7 +105,7 @@ def replay(chance: float) -> None:
     def drawn(setup, i):
         task = draw_task(setup, i)
         rng = np.random.default_rng((setup.recipe.seed, REPLAY, i))
-        worst = sorted(last, key=last.get)[-(-len(last) * (EIGHTH - 1) // EIGHTH) :]
+        worst = sorted(last, key=last.get)[len(last) * (EIGHTH - 1) // EIGHTH :]
         if task.explicit or rng.random() >= chance or not worst:
             return task
         return task._replace(prompt=worst[rng.integers(len(worst))])
@@ -113,7 +122,7 @@ def replay(chance: float) -> None:
         return finetune(setup, folder, info)
 
     step.draw_task = drawn
-    loop.iterate = functools.wraps(iterate)(lambda *of: remember(iterate(*of)))
+    loop.iterate = wraps(iterate)(lambda *of: remember(iterate(*of)))
     run.finetune = going_on
 
 
@@ -151,7 +160,10 @@ def empty(weight: float) -> None:
         c_empty, own = (step.embed(of, "")[1] for of in (model, setup.bundle))
         penalty = weight * (c_empty - own).square().sum() / own.square().sum()
         pull = torch.autograd.grad(penalty, parameters)
-        return [a + b for a, b in zip(gradient, pull, strict=True)], {**metrics, "empty": float(penalty)}
+        return [a + b for a, b in zip(gradient, pull, strict=True)], {
+            **metrics,
+            "empty": float(penalty.detach()),
+        }
 
     loop.iteration_gradient = with_penalty
 
