@@ -107,8 +107,7 @@ class GuidedModel:
                 f"text embeddings are of {rows} images; expected 1 or {len(z)}, as many as latents."
             )
         context = torch.cat([text.expand(rows, -1, -1) for text in texts]).to(dtype)
-        t = t.repeat(len(texts)) if isinstance(t, Tensor) and t.dim() else t
-        branches = self.unet(torch.cat([z] * len(texts)).to(dtype), t, context).to(z.dtype)
+        branches = self.unet(z.to(dtype), t, context, len(texts)).to(z.dtype)
         return branches if self.s == 1 else guide(*branches.chunk(2), self.s)
 
 

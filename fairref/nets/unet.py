@@ -115,6 +115,11 @@ def time_features(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def copies(x: Tensor, n: int) -> Tensor:
+    """x (B, ...) n times, one behind the other (n B, ...)."""
+    return torch.cat([x] * n) if n > 1 else x
+
+
 class TimeEmbedding(nn.Module):
     """Time features (B, C_0) -> (B, 4 C_0), what every resnet is told about t."""
 
@@ -225,15 +230,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, branches: int = 1) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, y)
+        x = copies(x + self.attn1(y, y), branches)
         x = x + self.attn2(self.norm2(x), c)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer(nn.Module):
-    """Feature map x (B, C, h, w) and text c (R, T, D) -> (B, C, h, w)."""
+    """Feature map x (B, C, h, w) and text c (R, T, D) -> (branches B, C, h, w), the copies of x with a text each."""
 
     def __init__(self, width: int, heads: int, config: UNetConfig):
         super().__init__()
@@ -243,20 +248,20 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config.cross_attention_dim, heads)])
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, branches: int = 1) -> Tensor:
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, hw, C)
         if self.linear:
             h = self.proj_in(h)
-        h = self.transformer_blocks[0](h, c)
+        h = self.transformer_blocks[0](h, c, branches)
         if self.linear:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).reshape(x.shape)  # (B, hw, C) -> (B, C, h, w)
+        h = h.transpose(1, 2).reshape(-1, *x.shape[1:])  # (branches B, hw, C) -> (branches B, C, h, w)
         if not self.linear:
             h = self.proj_out(h)
-        return x + h
+        return copies(x, branches) + h
 
 
 class Downsample(nn.Module):
@@ -321,10 +326,11 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c_0, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(c_0, config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, t: int | float | Tensor, c: Tensor) -> Tensor:
-        """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (R, T, D) -> eps (B, 4, h, w).
+    def forward(self, z: Tensor, t: int | float | Tensor, c: Tensor, branches: int = 1) -> Tensor:
+        """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (R, T, D) -> eps (branches B, 4, h, w).
 
-        R divides B: each text serves B/R consecutive latents, and is read once for them."""
+        Of each branch's latents, which are all z, one behind the other; what comes before the first text is computed
+        once for all branches. R divides branches B: each text serves as many consecutive latents, and is read once."""
         t = torch.as_tensor(t, device=z.device).expand(len(z))  # (B,)
         features = time_features(t, self.config.block_out_channels[0])  # (B, C_0)
         time = self.time_embedding(features.to(z.dtype))  # (B, 4 C_0)
@@ -335,19 +341,21 @@ class UNet(nn.Module):
             for j, resnet in enumerate(block.resnets):
                 h = resnet(h, time)
                 if block.attentions:
-                    h = block.attentions[j](h, c)
+                    h = block.attentions[j](h, c, branches)
+                    time, branches = copies(time, branches), 1
                 skips.append(h)
             for downsample in block.downsamplers:
                 h = downsample(h)
                 skips.append(h)
 
         h = self.mid_block.resnets[0](h, time)
-        h = self.mid_block.attentions[0](h, c)
-        h = self.mid_block.resnets[1](h, time)
+        h = self.mid_block.attentions[0](h, c, branches)
+        h = self.mid_block.resnets[1](h, time := copies(time, branches))
 
         for block in self.up_blocks:
             for j, resnet in enumerate(block.resnets):
-                h = resnet(torch.cat([h, skips.pop()], dim=1), time)
+                skip = skips.pop()
+                h = resnet(torch.cat([h, copies(skip, len(h) // len(skip))], dim=1), time)
                 if block.attentions:
                     h = block.attentions[j](h, c)
             for upsample in block.upsamplers:
