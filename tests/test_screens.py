@@ -2,6 +2,7 @@
 
 import antithetic
 import guidance_drift
+import iteration
 import measure
 import numpy as np
 import prefix_limits
@@ -215,3 +216,13 @@ def test_the_table_of_a_screen_has_a_row_for_each_strength():
     text = screen.tables({**found, f"{name}-50-0": row, "original": row}, 100)
     assert text.count("\n| 3 drawn") == 2
     assert "| 3 drawn | 2 | 0.300 / 0.400 |" in text and "| 3 drawn x 1.2 | 1 | 0.200 / 0.300 |" in text
+
+
+def test_an_inner_part_of_an_iteration_takes_its_time_from_the_outer_one():
+    times = iter([0.0, 1.0, 3.0, 10.0, 20.0, 20.5, 21.0, 24.0])
+    clock = iteration.Clock(lambda: next(times))
+    inner = clock.watch(lambda: None, "decoder")
+    clock.watch(inner, "judges")()  # from 0 to 10, of which 1 to 3 is the decoder's
+    clock.watch(inner, "adapted path")()  # from 20 to 24, all of it the path's
+    spent = {part: seconds for part, seconds in clock.seconds.items() if seconds}
+    assert spent == {"judges": 8.0, "decoder": 2.0, "adapted path": 4.0} and not clock.open
