@@ -212,10 +212,14 @@ def test_a_fit_finds_the_tokens_that_made_its_target(setup, monkeypatch):
 def test_the_table_of_a_screen_has_a_row_for_each_strength():
     name = "3 drawn"
     row = {key: 0.5 for key in screen.COLUMNS[2:]} | {"bias": [0.2, 0.3]}
-    found = {f"{name}-100-0": row, f"{name}-100-1": row | {"bias": [0.4, 0.5]}, f"{name} x 1.2-100-0": row}
+    found = {
+        f"{name}-100-0": row,
+        f"{name}-100-1": row | {"bias": [0.4, 0.5]},
+        f"{name} x 1.2 at 12-100-0": row,
+    }
     text = screen.tables({**found, f"{name}-50-0": row, "original": row}, 100)
     assert text.count("\n| 3 drawn") == 2
-    assert "| 3 drawn | 2 | 0.300 / 0.400 |" in text and "| 3 drawn x 1.2 | 1 | 0.200 / 0.300 |" in text
+    assert "| 3 drawn | 2 | 0.300 / 0.400 |" in text and "| 3 drawn x 1.2 at 12 | 1 | 0.200 / 0.300 |" in text
 
 
 def test_an_inner_part_of_an_iteration_takes_its_time_from_the_outer_one():

@@ -10,6 +10,8 @@ table of each group is printed, with what is there.
 """
 
 import argparse
+import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from fairref.prompts.sets import OCCUPATIONS, read_prompts
 from fairref.training.checkpoints import SETTINGS, read_settings
 from fairref.training.stored import of_settings
 
-IMAGES, CLASSIFIER = 60, "classifier"
+IMAGES, CLASSIFIER, ORIGINAL = 60, "classifier", "original"
 CLIPS, LAMBDAS, THRESHOLDS = (0.02, 0.1, 0.3, 1), (0.5, 1, 2), (0.8, 0.7, 0.55)
 GROUPS = {  # group -> name of a row -> what it adds to today's options, behind a way of variants.py
     "terms": {
@@ -121,11 +123,11 @@ def finetune(options: str, seed: int, iterations: int, folder: Path) -> bool:
     return call(*program, *words) == 0
 
 
-def look(bundle: Bundle, run: Path, options: str, strength: float = 1.0) -> dict:
-    """What the validation occupations show of a run's adapter, beside the original."""
+def look(bundle: Bundle, run: Path, options: str, strength: float = 1.0, scale: float | None = None) -> dict:
+    """What the validation occupations show of a run's adapter, beside the original, at a guidance scale or the run's."""
     target, recipe = of_settings(read_settings(run))
     (prompts,) = read_prompts(OCCUPATIONS, None, bundle.path, list(target.classes))
-    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
+    drawing = Drawing(recipe.eval_steps, recipe.eval_guidance if scale is None else scale, recipe.end)
     how = EvaluationSettings(bundle, target, drawing, kept=run.parent / KEPT)
     models = {"before": bundle, "after": load_adapter(bundle, run / FILE, strength)}
     if options.startswith("leaning="):
@@ -174,7 +176,7 @@ def tables(found: dict[str, dict], iterations: int) -> str:
             shown: dict[str, list] = {}  # the row's name, with its strength -> its seeds
             for key, of in found.items():
                 label, _, of_run = key.rpartition("-")[0].rpartition("-")
-                if label.partition(" x ")[0] == name and of_run == str(iterations):
+                if re.split(" x | at ", label)[0] == name and of_run == str(iterations):
                     shown.setdefault(label, []).append(of)
             for label, seeds in shown.items():
                 lines.append([label, len(seeds), *(mean([s[key] for s in seeds]) for key in COLUMNS[2:])])
@@ -189,6 +191,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="what there is to make; makes nothing")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--scales", nargs="*", type=float, help="of guidance, in place of the bundle's")
     parser.add_argument(
         "--strengths", nargs="*", type=float, default=[1.0], help="of the adapters that are judged"
     )
@@ -206,19 +209,20 @@ def main():
     folder, bundle = options.folder.resolve(), None
     for seed in options.seeds:
         for name in names:
-            for strength in options.strengths:
+            for strength, scale in itertools.product(options.strengths, options.scales or [None]):
                 shown = name if strength == 1 else f"{name} x {strength:g}"
-                key = f"{shown}-{options.iterations}-{seed}"
+                at = "" if scale is None else f" at {scale:g}"
+                key = f"{shown}{at}-{options.iterations}-{seed}"
                 if options.list:
                     print(f"{'done ' if key in found else 'to do'} {key}: {rows[name]} {options.more}")
                 elif key not in found:
                     run = place(folder, name, seed, options.iterations)
                     if finetune(f"{rows[name]} {options.more}", seed, options.iterations, run):
                         bundle = bundle or load_bundle(DEFAULT)
-                        reports = look(bundle, run, rows[name], strength)
+                        reports = look(bundle, run, rows[name], strength, scale)
                         found[key] = row_of(reports["after"])
                         if not rows[name].startswith("leaning="):
-                            found["original"] = row_of(reports["before"])
+                            found[f"{ORIGINAL}{at}"] = row_of(reports["before"])
                         write_json(options.report, found)
                         print(key, found[key], flush=True)
     print(tables(found, options.iterations))
