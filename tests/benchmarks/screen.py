@@ -78,7 +78,12 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         "beta_1 .97": "--beta-1 0.97",
     },
     "average": {"ema .9": "--ema 0.9", "ema .99": "--ema 0.99"},
-    "images": {"N 16": "--batch 16", "N 36": "--batch 36", "12 steps": "--steps 12"},
+    "images": {  # of about the same cost
+        "N 16, 150 iterations": "--batch 16 --iterations 150",
+        "N 36, 67 iterations": "--batch 36 --iterations 67",
+        "4 to 5 steps, 130 iterations": "--steps 4:5 --iterations 130",
+        "12 steps, 60 iterations": "--steps 12 --iterations 60",
+    },
     "prefix": {
         **{f"prefix, lr {rate:g}": f"--component prefix --lr {rate:g}" for rate in (0.01, 0.03, 0.1, 0.3)},
         "prefix, lr .1, warm-up 30": "--component prefix --lr 0.1 --warmup 30",
@@ -119,12 +124,13 @@ def finetune(options: str, seed: int, iterations: int, folder: Path) -> bool:
         program = ["train.py"]
     if (folder / SETTINGS).exists():
         return call(*program, "--resume", folder) == 0
-    words = [*OPTIONS.split(), *options.split(), "--iterations", iterations, "--seed", seed, "--out", folder]
+    words = [*OPTIONS.split(), "--iterations", iterations, *options.split(), "--seed", seed, "--out", folder]
     return call(*program, *words) == 0
 
 
 def look(bundle: Bundle, run: Path, options: str, strength: float = 1.0, scale: float | None = None) -> dict:
-    """What the validation occupations show of a run's adapter, beside the original, at a guidance scale or the run's."""
+    """What the validation occupations show of a run's adapter, beside the original; the scale of guidance or the run's
+    own."""
     target, recipe = of_settings(read_settings(run))
     (prompts,) = read_prompts(OCCUPATIONS, None, bundle.path, list(target.classes))
     drawing = Drawing(recipe.eval_steps, recipe.eval_guidance if scale is None else scale, recipe.end)
