@@ -165,6 +165,11 @@ def row_of(report: dict) -> dict:
     }
 
 
+def known(report: Path) -> dict[str, dict]:
+    """What a report has so far."""
+    return read_json(report) if report.exists() else {}
+
+
 def mean(values: list) -> float | str | None:
     """Of the seeds; by two judges "a / b"."""
     if any(isinstance(v, list) for v in values):
@@ -211,7 +216,7 @@ def main():
     names = [n for one in options.only or GROUPS for n in GROUPS.get(one, [one])]
     if unknown := set(names) - set(rows):
         parser.error(f"--only names {min(unknown)}; expected some of {', '.join([*GROUPS, *rows])}")
-    found = read_json(options.report) if options.report.exists() else {}
+    found = known(options.report)
     folder, bundle = options.folder.resolve(), None
     for seed in options.seeds:
         for name in names:
@@ -226,9 +231,10 @@ def main():
                     if finetune(f"{rows[name]} {options.more}", seed, options.iterations, run):
                         bundle = bundle or load_bundle(DEFAULT)
                         reports = look(bundle, run, rows[name], strength, scale)
-                        found[key] = row_of(reports["after"])
+                        new = {key: row_of(reports["after"])}
                         if not rows[name].startswith("leaning="):
-                            found[f"{ORIGINAL}{at}"] = row_of(reports["before"])
+                            new[f"{ORIGINAL}{at}"] = row_of(reports["before"])
+                        found = known(options.report) | new  # another process may write its rows, too
                         write_json(options.report, found)
                         print(key, found[key], flush=True)
     print(tables(found, options.iterations))
