@@ -141,8 +141,13 @@ def write_file(path: Path, data: bytes) -> None:
         raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
+def _beside(path):
+    """A file for the time being; of this process alone, for another may be writing the same."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
 def _replace(path, data):
-    temporary = path.with_name(path.name + ".part")
+    temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -206,7 +211,7 @@ def _try_to_write(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return
-    temporary = target.with_name(target.name + ".part")
+    temporary = _beside(target)
     temporary.open("ab").close()
     temporary.unlink()
 

@@ -194,3 +194,14 @@ def test_why_a_file_can_not_be_read_is_said_rightly(tmp_path, monkeypatch):
 def test_a_written_file_is_read_back(tmp_path):
     WRITERS["weights"](tmp_path / "a.safetensors")
     assert torch.equal(read(tmp_path / "a.safetensors")["a"], torch.ones(2))
+
+
+def test_processes_may_write_one_file_at_once(tmp_path):
+    """As two evaluations with one --cache do."""
+    lines = "import sys; from fairref.files.paths import write_file; from pathlib import Path"
+    lines += "; [write_file(Path(sys.argv[1]), sys.argv[2].encode() * 1000) for _ in range(300)]"
+    command = [sys.executable, "-c", lines, str(tmp_path / "kept")]
+    writers = [subprocess.Popen([*command, letter]) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert (tmp_path / "kept").read_bytes() in (b"a" * 1000, b"b" * 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
