@@ -1,5 +1,7 @@
 """The scripts behind the recipe: what a way of training changes, and that the numbers of a screen are what they say."""
 
+from dataclasses import replace
+
 import antithetic
 import guidance_drift
 import iteration
@@ -83,18 +85,35 @@ def test_the_up_matrices_have_a_rate_of_their_own(setup):
         assert length == pytest.approx(ratio * plain[name], rel=1e-2), name
 
 
-def test_prompts_that_lean_come_again(setup):
-    bias = {prompt: i / 100 for i, prompt in enumerate(setup.prompts[0])}
-    shown = iter(bias)
-    loop.iterate = lambda: {"prompt": (prompt := next(shown)), "bias": bias[prompt]}
-    plain = [step.draw_task(setup, i).prompt for i in range(40)]
+def test_prompts_that_lean_come_again_with_their_neighbours(setup):
+    """What iterations before measured alone decides, whatever a stopped run has left behind."""
+    prompts = tuple(f"a photo of a cook, number {n}" for n in range(32))
+    setup = replace(setup, prompts=(prompts,))
+    measured = iter([{"iteration": i, "prompt": prompts[i], "bias": i / 100} for i in range(32)])
+    loop.iterate = lambda: next(measured)
+    plain = [step.draw_task(setup, i).prompt for i in range(400)]
     variants.replay(1.0)
-    assert [step.draw_task(setup, i).prompt for i in range(40)] == plain  # nothing is known yet
-    for _ in bias:
+    for _ in prompts:
         loop.iterate()
-    worst = set(sorted(bias, key=bias.get)[-max(1, -(-len(bias) // 8)) :])
-    assert {step.draw_task(setup, i).prompt for i in range(40)} <= worst
-    variants.replay(0.0)
+    drawn = [step.draw_task(setup, i).prompt for i in range(400)]
+    assert drawn[:16] == plain[:16]  # too few are known
+    assert set(drawn[16:18]) <= set(prompts[14:16])  # of 16 the last two
+    assert set(drawn[32:]) == set(prompts[28:])  # the last four, which are two pairs of neighbours
+    bias = dict(zip(prompts, range(32), strict=True))
+    assert np.mean([bias[prompt] % 2 for prompt in drawn[32:]]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_it_is_said_how_many_images_are_asked_to_change(setup):
+    variants.asked(1)
+    seen = []
+    _, metrics = gradient_of(setup)
+    model, state = measure.adapted(setup)
+    whole = step.iteration_gradient
+    whole(setup, model, list(state.adapter.parameters()), 0, lambda *parts: seen.append(parts))
+    (_, _, pair, q, *_) = seen[0]
+    shown = setup.classify(pair.x, pair.faces)["gender"].argmax(1)
+    sure = q["gender"].max(1).values >= setup.recipe.C
+    assert metrics["asked"] == int((sure & (q["gender"].argmax(1) != shown)).sum())
 
 
 def test_a_held_empty_prompt_adds_the_gradient_of_its_distance(setup):

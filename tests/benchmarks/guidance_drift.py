@@ -6,8 +6,8 @@
 To first order (docs/method.md §8) the lean at scale s is that at s_0 plus (s - s_0) times what the guidance direction
 leans: a line in s for each occupation, whose slope the changes of c and of c_empty make together. Each run is a text
 encoder's adapter, drawn with in four ways: c and c_empty changed, c alone, c_empty alone, and c_empty by half. The 12
-validation occupations are judged by the classifier, and what is judged is kept in --folder. About 25 core minutes a
-run.
+validation occupations are judged by the classifier, and what is judged is kept in --folder. Each scale has noise of its
+own, the same for all ways, so that the points of a line are independent. About 36 core minutes a run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from measure import ROOT, table
 
 from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
-from fairref.evaluation.judging import EvaluationSettings, drawn_by, judge_prompts
+from fairref.evaluation.judging import SEED, EvaluationSettings, drawn_by, judge_prompts
 from fairref.evaluation.statistics import counts_by_judge
 from fairref.fairness.attributes import parse_attributes, product_target
 from fairref.files.paths import read_json, write_json
@@ -81,7 +81,7 @@ def rows(report: dict) -> list[list]:
     """Those of the table: a run's way, log-odds at each scale, their lines, the bias at each scale."""
     found = []
     for key, of_scales in report["counts"].items():
-        counts = np.array(list(of_scales.values()))  # (S, P, 2)
+        counts = np.array([of_scales[str(scale)] for scale in report["scales"]])  # (S, P, 2)
         shares = counts / counts.sum(-1, keepdims=True)
         line = lines(report["scales"], counts)
         odds = [f"{v:+.2f}" for v in log_odds(counts).mean(1)]
@@ -94,7 +94,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--images", type=int, default=60)
-    parser.add_argument("--scales", nargs="+", type=float, default=[1, 2.5, 5, 7.5, 12])
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.0, 2.5, 5.0, 7.5, 12.0])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "drift")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "drift.json")
     options = parser.parse_args()
@@ -104,14 +104,22 @@ def main():
     models = {ORIGINAL: bundle}
     for run in options.runs:
         models |= {f"{run.name}, {way}": model for way, model in ways(bundle, run).items()}
-    report = read_json(options.report) if options.report.exists() else {}
-    if (report.get("scales"), report.get("images")) != (options.scales, options.images):
-        report = {"scales": options.scales, "images": options.images, "counts": {}}
+    settings = {"scales": options.scales, "images": options.images}
+    report = (
+        read_json(options.report) if options.report.exists() else {**settings, "adapters": {}, "counts": {}}
+    )
+    made_of = {key: [of for of, _ in model.adapters][:1] for key, model in models.items()}
+    if any(report[key] != value for key, value in settings.items()) or any(
+        of != made_of[key] for key, of in report["adapters"].items() if key in made_of
+    ):
+        parser.error(f"{options.report}: is of other scales, images or adapters; give another --report")
+    report["adapters"] |= made_of
     for key, model in models.items():
         of_scales = report["counts"].setdefault(key, {})
-        for scale in options.scales:
+        for place, scale in enumerate(options.scales):
             if str(scale) not in of_scales:
-                how = EvaluationSettings(bundle, target, Drawing(STEPS, scale), kept=options.folder)
+                seed = SEED + place
+                how = EvaluationSettings(bundle, target, Drawing(STEPS, scale), seed, kept=options.folder)
                 source = drawn_by(how, model, f"{key} at {scale:g}")
                 judged = judge_prompts(how, source, concept.validation, options.images)
                 counts = counts_by_judge(judged, target.classes)[JUDGE]

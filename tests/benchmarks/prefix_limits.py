@@ -8,7 +8,7 @@ Each row is one model, judged on 12 validation occupations, 60 images of each, o
 shift           the prompt's words at the positions that a prefix gives them, without a prefix
 random words    five random tokens, as a prefix starts; three draws
 best words      of --candidates prefixes of real words, half of them with words for a gender, the best three: on
-                finetuning prompts, 48 images of each candidate, then 192 of the best tenth
+                finetuning prompts, 48 images of each candidate, then 176 of the best tenth
 fit of c        five tokens fitted, by least squares on all finetuning prompts, to the text embeddings that RUN makes
 fit of eps      five tokens fitted to RUN's noise predictions, on its own sampling paths
 
@@ -37,7 +37,7 @@ from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
 from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import sample
 from fairref.diffusion.solver import solver_table
-from fairref.evaluation.gaps import squared_gaps
+from fairref.evaluation.gaps import squared_gap, told
 from fairref.evaluation.judging import EvaluationSettings, drawn_by, judge_prompts
 from fairref.evaluation.kept import KEPT
 from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, clip_t, compare
@@ -45,7 +45,8 @@ from fairref.evaluation.statistics import JudgedImages, counts_by_judge
 from fairref.fairness.attributes import parse_attributes, product_target
 from fairref.files import weights
 from fairref.files.paths import read_json, write_json
-from fairref.generation.adapters import load_adapter
+from fairref.files.weights import fingerprint
+from fairref.generation.adapters import load_adapter, read_adapter
 from fairref.generation.drawing import Drawing
 from fairref.generation.lora import first_tokens
 from fairref.generation.rollout import embed, first_noise
@@ -119,11 +120,13 @@ def candidates(bundle: Bundle, count: int) -> list[list[str]]:
 def score(
     how: EvaluationSettings, judged: Sequence[JudgedImages], prompts: Sequence[str], least: float
 ) -> float:
-    """The mean squared gap without noise's part (0: fair); none below a CLIP-T, where pictures are lost."""
-    if clip_t(how, judged, prompts)["matched"] < least:
+    """The squared gap without noise's part (0: fair), of a mean over prompts; infinite where pictures are lost: below a
+    CLIP-T, or where more than a tenth show nobody."""
+    known = sum(int(s.known("classifier").sum()) for s in judged) / sum(map(len, judged))
+    if known < KEPT_SHARE or clip_t(how, judged, prompts)["matched"] < least:
         return np.inf
     counts = counts_by_judge(judged, how.target.classes)["classifier"].reshape(len(judged), -1)
-    return float(squared_gaps(counts, how.target.table.reshape(-1)).mean())
+    return float(squared_gap(told(counts), how.target.table.reshape(-1)).value)
 
 
 def best_words(how: EvaluationSettings, concept: Prompts, count: int, folder: Path) -> list[list[str]]:
@@ -142,11 +145,9 @@ def best_words(how: EvaluationSettings, concept: Prompts, count: int, folder: Pa
     return left
 
 
-def aligned(bundle: Bundle, prompt: str, c: Tensor, moved: int) -> Tensor:
-    """The rows of c (1, T, D) of a prompt's words, its EOS and the padding, which a prefix moves by P places."""
-    ids = bundle.tokenizer([prompt])[0]
-    last = min(eos_place(bundle, ids) + 1 + P, len(ids) - P)
-    return c[0, 1 + moved : last + moved]
+def aligned(c: Tensor, moved: int) -> Tensor:
+    """The rows of c (1, T, D) behind BOS, which a prefix moves by P places, but for the last P, which it pushes out."""
+    return c[0, 1 + moved : c.shape[1] - P + moved]
 
 
 def least_squares(start: Tensor, steps: int, about: str, loss_of: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -167,13 +168,13 @@ def least_squares(start: Tensor, steps: int, about: str, loss_of: Callable[[Tens
 
 def fit_of_c(bundle: Bundle, whole: Bundle, prompts: Sequence[str]) -> Callable[[Tensor, int], Tensor]:
     """Squared distance of the rows of c that a prefix makes of prompts and those of the adapted encoder, a prompt."""
-    wanted = [aligned(bundle, prompt, embed(whole, prompt)[:1].detach(), 0) for prompt in prompts]
+    wanted = [aligned(embed(whole, prompt)[:1].detach(), 0) for prompt in prompts]
     words = [bundle.text_encoder.embed(ids) for ids in bundle.tokenizer(list(prompts))]
 
     def loss(tokens, i):
         some = range(i % THIRDS, len(prompts), THIRDS)
         c = bundle.text_encoder(embeddings=torch.cat([with_prefix(words[p], tokens) for p in some]))
-        made = [aligned(bundle, prompts[p], c[[row]], P) for row, p in enumerate(some)]
+        made = [aligned(c[[row]], P) for row, p in enumerate(some)]
         return sum((x - wanted[p]).square().sum() for x, p in zip(made, some, strict=True)) / len(some)
 
     return loss
@@ -209,8 +210,8 @@ def explained(bundle: Bundle, whole: Bundle, tokens: Tensor, prompts: Sequence[s
     """The share of the adapter's squared change of c that tokens make, over the rows of `aligned`; may be negative."""
     left = change = 0.0
     for prompt in prompts:
-        plain, wanted = (aligned(bundle, prompt, embed(of, prompt)[:1], 0) for of in (bundle, whole))
-        made = aligned(bundle, prompt, embed(with_tokens(bundle, tokens, "fit"), prompt)[:1], P)
+        plain, wanted = (aligned(embed(of, prompt)[:1], 0) for of in (bundle, whole))
+        made = aligned(embed(with_tokens(bundle, tokens, "fit"), prompt)[:1], P)
         left += float((made - wanted).square().sum())
         change += float((plain - wanted).square().sum())
     return 1 - left / change
@@ -237,12 +238,19 @@ def main():
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "prefix_limits.json")
     options = parser.parse_args()
     bundle = load_bundle(DEFAULT)
-    whole = load_adapter(bundle, options.run)
+    whole, adapter = load_adapter(bundle, options.run), read_adapter(options.run)
+    if not adapter.leaves_empty:
+        print(f"{options.run}: changes the empty prompt, too, which a prefix can't", file=sys.stderr)
     options.folder.mkdir(parents=True, exist_ok=True)
     target = product_target(parse_attributes("gender", bundle.attributes))
     (concept,) = read_prompts(OCCUPATIONS, None, bundle.path, ["gender"])
     how = EvaluationSettings(bundle, target, Drawing(STEPS, GUIDANCE), kept=options.folder / KEPT)
-    found = read_json(options.report) if options.report.exists() else {"rows": {}, "about": {}}
+    made_of = fingerprint(adapter.tensors)
+    found = (
+        read_json(options.report) if options.report.exists() else {"run": made_of, "rows": {}, "about": {}}
+    )
+    if found["run"] != made_of:
+        parser.error(f"{options.report}: is of another adapter; give another --report")
 
     def say(models: dict[str, Bundle]) -> None:
         """Judges the models that have no row yet."""

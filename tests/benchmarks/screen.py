@@ -5,22 +5,24 @@
 
 A screen runs its whole schedule in --iterations. Then 60 images of each of the 12 validation occupations are judged,
 and the prompts that name a class, on the same noise for all; what is judged is kept beside the runs. What is there is
-not made again, and a run that was stopped goes on. A run takes about 8 minutes of a core, and its look 4. Then the
-table of each group is printed, with what is there.
+not made again, a run that was stopped goes on, and several processes may share the work. A run takes about 8 minutes of
+a core, and its look 4. Then the table of each group is printed, with what is there.
 """
 
 import argparse
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from measure import ROOT, table
-from results import call
+from results import call, minutes
 from variants import leaning_world
 
 from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
+from fairref.errors import UserError
 from fairref.evaluation.judging import EvaluationSettings
 from fairref.evaluation.kept import KEPT
 from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, compare
@@ -28,7 +30,7 @@ from fairref.files.paths import read_json, write_json
 from fairref.generation.adapters import FILE, load_adapter
 from fairref.generation.drawing import Drawing
 from fairref.prompts.sets import OCCUPATIONS, read_prompts
-from fairref.training.checkpoints import SETTINGS, read_settings
+from fairref.training.checkpoints import METRICS, SETTINGS, held, read_settings
 from fairref.training.stored import of_settings
 
 IMAGES, CLASSIFIER, ORIGINAL = 60, "classifier", "original"
@@ -36,7 +38,7 @@ CLIPS, LAMBDAS, THRESHOLDS = (0.02, 0.1, 0.3, 1), (0.5, 1, 2), (0.8, 0.7, 0.55)
 GROUPS = {  # group -> name of a row -> what it adds to today's options, behind a way of variants.py
     "terms": {
         "all terms": "",
-        **{f"{M} drawn": f"--grad-steps {M}" for M in (3, 2, 1)},
+        **{f"{M} drawn": f"--grad-steps {M}" for M in (4, 3, 2, 1)},
     },
     "clip": {
         f"clip {clip:g}, lambda {image:g}, C {C:g}": f"--clip {clip:g} --lambda-img {image:g} --C {C:g}"
@@ -62,10 +64,12 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
     "targets": {"soft": "--targets soft", "no threshold": "--C 0"},
     "length": {  # who is shortened: the bundle's clip is .02 of all
         "no clip": "--clip 0",
+        "no clip, lambda 2": "--clip 0 --lambda-img 2",
         **{
-            f"align {longest:g}, lambda {image:g}": f"align={longest:g} --clip 0 --lambda-img {image:g}"
-            for longest in (0.05, 0.15)
-            for image in (0.5, 1)
+            f"align {longest:g}, lambda {image:g}, C {C:g}": (
+                f"align={longest:g} --clip 0 --lambda-img {image:g} --C {C:g}"
+            )
+            for longest, image, C in itertools.product((0.05, 0.15), (0.5, 1, 2), (0.8, 0.7))
         },
     },
     "rates": {
@@ -77,7 +81,7 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         "constant rate": "--lr-end 1",
         "beta_1 .97": "--beta-1 0.97",
     },
-    "average": {"ema .9": "--ema 0.9", "ema .99": "--ema 0.99"},
+    "average": {"ema .99": "--ema 0.99"},
     "images": {  # of about the same cost
         "N 16, 150 iterations": "--batch 16 --iterations 150",
         "N 36, 67 iterations": "--batch 36 --iterations 67",
@@ -87,25 +91,42 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
     "prefix": {
         **{f"prefix, lr {rate:g}": f"--component prefix --lr {rate:g}" for rate in (0.01, 0.03, 0.1, 0.3)},
         "prefix, lr .1, warm-up 30": "--component prefix --lr 0.1 --warmup 30",
+        "prefix, lr .1, constant": "--component prefix --lr 0.1 --lr-end 1",
         "prefix, lr .1, length 4.7": "length=4.7 --component prefix --lr 0.1",
         "prefix, lr .1, of words": "words=0 --component prefix --lr 0.1",
         "prefix, lr .1, of genders": "words=1 --component prefix --lr 0.1",
         "prefix, lr .1, 16 tokens": "--component prefix --lr 0.1 --tokens 16",
+        "prefix, lr .03, 16 tokens": "--component prefix --lr 0.03 --tokens 16",
+        "prefix, half an hour": "--component prefix --lr 0.1 --iterations 360",
     },
     "soft": {
         f"{kind}, lr {rate:g}": f"--component {kind} --lr {rate:g}"
-        for kind in ("suffix", "deep", "generated")
-        for rate in (0.01, 0.03, 0.1)
+        for kind, rates in (
+            ("suffix", (0.01, 0.03, 0.1)),
+            ("deep", (0.003, 0.01, 0.03)),
+            ("generated", (0.001, 0.003, 0.01)),
+        )
+        for rate in rates
     },
     "prompts": {
         "replay .5": "replay=0.5",
         "no explicit": "--explicit-every 0",
         "explicit 6": "--explicit-every 6",
     },
+    "classes": {  # more than two of them
+        f"{attr}, {name}": f"asked=1 --attr {attr} {options}"
+        for attr in ("skin_tone", "gender,skin_tone")
+        for name, options in {
+            "reach": "",
+            "leave": "--threshold leave",
+            "soft": "--targets soft",
+            "C .4": "--C 0.4",
+        }.items()
+    },
 }
 OPTIONS = "--attr gender --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
 COLUMNS = ("run", "seeds", "bias", "slope", "intercept", "rms gap", "CLIP-T", "CLIP-I", "DINO")
-COLUMNS += ("none", "explicit", "needless")
+COLUMNS += ("none", "blended", "explicit", "needless", "asked", "min")
 
 
 def place(folder: Path, name: str, seed: int, iterations: int) -> Path:
@@ -113,24 +134,29 @@ def place(folder: Path, name: str, seed: int, iterations: int) -> Path:
     return folder / f"{name.replace(' ', '_').replace(',', '').replace('/', 'by')}-{iterations}-{seed}"
 
 
-def finetune(options: str, seed: int, iterations: int, folder: Path) -> bool:
-    """Makes a run, or what is missing of it -> whether it is whole."""
+def finetune(options: str, seed: int, iterations: int, folder: Path) -> None:
+    """Makes a run, or what is missing of it. Raises UserError where it can't be made, or was made with others."""
+    beside = folder.with_name(f"{folder.name}.command")
+    if folder.exists() and (made := beside.read_text(encoding="utf-8") if beside.exists() else "") != options:
+        raise UserError(f"{folder}: is a run of {made!r}, not of {options!r}; move it away.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(options, encoding="utf-8")
     if (folder / FILE).exists():
-        return True
+        return
     first, _, rest = options.partition(" ")
     if "=" in first:  # a row of variants.py
         program, options = ["tests/benchmarks/variants.py", first], rest
     else:
         program = ["train.py"]
-    if (folder / SETTINGS).exists():
-        return call(*program, "--resume", folder) == 0
     words = [*OPTIONS.split(), "--iterations", iterations, *options.split(), "--seed", seed, "--out", folder]
-    return call(*program, *words) == 0
+    if (folder / SETTINGS).exists():
+        words = ["--resume", folder]
+    if code := call(*program, *words):
+        raise UserError(f"{folder}: its run ended with {code}.")
 
 
-def look(bundle: Bundle, run: Path, options: str, strength: float = 1.0, scale: float | None = None) -> dict:
-    """What the validation occupations show of a run's adapter, beside the original; the scale of guidance or the run's
-    own."""
+def look(bundle: Bundle, run: Path, options: str, strength: float, scale: float | None, part: str) -> dict:
+    """What a part of the occupations shows of a run's adapter, beside the original; a scale of guidance, or its own."""
     target, recipe = of_settings(read_settings(run))
     (prompts,) = read_prompts(OCCUPATIONS, None, bundle.path, list(target.classes))
     drawing = Drawing(recipe.eval_steps, recipe.eval_guidance if scale is None else scale, recipe.end)
@@ -139,8 +165,8 @@ def look(bundle: Bundle, run: Path, options: str, strength: float = 1.0, scale: 
     if options.startswith("leaning="):
         row = float(options.split()[0].partition("=")[2])
         models = {when: leaning_world(bundle, row, model) for when, model in models.items()}
-    part = PromptPart(prompts, "validation", IMAGES, EXPLICIT_IMAGES)
-    return {when: evaluated.report for when, evaluated in compare(how, models, part)}
+    looked = compare(how, models, PromptPart(prompts, part, IMAGES, EXPLICIT_IMAGES))
+    return {when: evaluated.report for when, evaluated in looked}
 
 
 def row_of(report: dict) -> dict:
@@ -151,18 +177,28 @@ def row_of(report: dict) -> dict:
         return (values or {}).get(judge)
 
     lean = of(report.get("leans")) or {"slope": [None], "intercept": [None]}
+    gap = judges[CLASSIFIER]["sure"]["rms_gap"] or {"value": None}
     return {
         "bias": [judges[judge]["mean"] for judge in judges],
         "slope": lean["slope"][0],
         "intercept": lean["intercept"][0],
-        "rms gap": judges[CLASSIFIER]["sure"]["rms_gap"]["value"],
+        "rms gap": gap["value"],
+        "interval": [gap.get("low"), gap.get("high")],
         "CLIP-T": report["clip_t"]["matched"],
         "CLIP-I": report.get("clip_i"),
         "DINO": report.get("dino"),
         "none": report.get("none"),
+        "blended": report.get("blended"),
         "explicit": of(report.get("explicit")),
         "needless": (of(report.get("flips")) or {}).get("needless"),
     }
+
+
+def of_run(run: Path) -> dict:
+    """What a run's metrics say: minutes, and the share of batches of neutral prompts that asked anybody to change."""
+    rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    asked = [row["asked"] > 0 for row in rows if "asked" in row and "bias" in row]
+    return {"min": minutes(run), "asked": sum(asked) / len(asked) if asked else None}
 
 
 def known(report: Path) -> dict[str, dict]:
@@ -173,24 +209,29 @@ def known(report: Path) -> dict[str, dict]:
 def mean(values: list) -> float | str | None:
     """Of the seeds; by two judges "a / b"."""
     if any(isinstance(v, list) for v in values):
-        return " / ".join(f"{sum(of) / len(of):.3f}" for of in zip(*values, strict=True))
+        means = [mean(list(of_judge)) for of_judge in zip(*values, strict=True)]
+        return " / ".join("–" if v is None else f"{v:.3f}" for v in means)
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
 
 
 def tables(found: dict[str, dict], iterations: int) -> str:
-    """The table of each group that has rows."""
-    texts = []
+    """The table of each group that has rows, and that of the originals."""
+
+    def row(name, seeds):
+        return [name, len(seeds), *(mean([s.get(key) for s in seeds]) for key in COLUMNS[2:])]
+
+    lines = [row(key, [of]) for key, of in found.items() if key.startswith(ORIGINAL)]
+    texts = ["### originals\n\n" + table(list(COLUMNS), lines)] if lines else []
     for group, rows in GROUPS.items():
         lines = []
         for name in rows:
-            shown: dict[str, list] = {}  # the row's name, with its strength -> its seeds
+            shown: dict[str, list] = {}  # the row's name, with its strength and scale -> its seeds
             for key, of in found.items():
-                label, _, of_run = key.rpartition("-")[0].rpartition("-")
-                if re.split(" x | at ", label)[0] == name and of_run == str(iterations):
+                label, _, of_key = key.rpartition("-")[0].rpartition("-")
+                if re.split(" x | at |, unseen", label)[0] == name and of_key == str(iterations):
                     shown.setdefault(label, []).append(of)
-            for label, seeds in shown.items():
-                lines.append([label, len(seeds), *(mean([s[key] for s in seeds]) for key in COLUMNS[2:])])
+            lines += [row(label, seeds) for label, seeds in shown.items()]
         if lines:
             texts.append(f"### {group}, {iterations} iterations\n\n" + table(list(COLUMNS), lines))
     return "\n\n".join(texts)
@@ -202,13 +243,10 @@ def main():
     parser.add_argument("--list", action="store_true", help="what there is to make; makes nothing")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--unseen", action="store_true", help="looks at the 50 unseen occupations")
     parser.add_argument("--scales", nargs="*", type=float, help="of guidance, in place of the bundle's")
-    parser.add_argument(
-        "--strengths", nargs="*", type=float, default=[1.0], help="of the adapters that are judged"
-    )
-    parser.add_argument(
-        "--with", dest="more", default="", help="options that all runs get, as '--grad-steps 1'"
-    )
+    parser.add_argument("--strengths", nargs="*", type=float, default=[1.0], help="of the adapters judged")
+    parser.add_argument("--with", dest="more", default="", help="options of all runs, as '--grad-steps 1'")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "screens")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "screens.json")
     options = parser.parse_args()
@@ -216,28 +254,38 @@ def main():
     names = [n for one in options.only or GROUPS for n in GROUPS.get(one, [one])]
     if unknown := set(names) - set(rows):
         parser.error(f"--only names {min(unknown)}; expected some of {', '.join([*GROUPS, *rows])}")
-    found = known(options.report)
-    folder, bundle = options.folder.resolve(), None
-    for seed in options.seeds:
-        for name in names:
-            for strength, scale in itertools.product(options.strengths, options.scales or [None]):
-                shown = name if strength == 1 else f"{name} x {strength:g}"
-                at = "" if scale is None else f" at {scale:g}"
-                key = f"{shown}{at}-{options.iterations}-{seed}"
-                if options.list:
-                    print(f"{'done ' if key in found else 'to do'} {key}: {rows[name]} {options.more}")
-                elif key not in found:
-                    run = place(folder, name, seed, options.iterations)
-                    if finetune(f"{rows[name]} {options.more}", seed, options.iterations, run):
-                        bundle = bundle or load_bundle(DEFAULT)
-                        reports = look(bundle, run, rows[name], strength, scale)
-                        new = {key: row_of(reports["after"])}
-                        if not rows[name].startswith("leaning="):
-                            new[f"{ORIGINAL}{at}"] = row_of(reports["before"])
-                        found = known(options.report) | new  # another process may write its rows, too
-                        write_json(options.report, found)
-                        print(key, found[key], flush=True)
-    print(tables(found, options.iterations))
+    bundle, failed = None, []
+    for seed, name, strength, scale in itertools.product(
+        options.seeds, names, options.strengths, options.scales or [None]
+    ):
+        at = ", unseen" * options.unseen + ("" if scale is None else f" at {scale:g}")
+        key = f"{name if strength == 1 else f'{name} x {strength:g}'}{at}-{options.iterations}-{seed}"
+        words, is_done = f"{rows[name]} {options.more}".strip(), key in known(options.report)
+        if options.list:
+            print(f"{'done ' if is_done else 'to do'} {key}: {words}")
+        if options.list or is_done:
+            continue
+        run = place(options.folder.resolve(), name, seed, options.iterations)
+        try:
+            finetune(words, seed, options.iterations, run)
+            bundle = bundle or load_bundle(DEFAULT)
+            with held(run):
+                reports = look(
+                    bundle, run, words, strength, scale, "test" if options.unseen else "validation"
+                )
+        except UserError as error:
+            failed.append(f"{key}: {error}")
+            continue
+        world = ", leaning" if words.startswith("leaning=") else ""
+        attr = ",".join(of_settings(read_settings(run))[0].classes)
+        new = {
+            f"{ORIGINAL}, {attr}{world}{at}": row_of(reports["before"]),
+            key: {"command": words, **row_of(reports["after"]), **of_run(run)},
+        }
+        write_json(options.report, known(options.report) | new)  # another process may write its rows, too
+        print(key, new[key], flush=True)
+    print(tables(known(options.report), options.iterations))
+    print(*failed, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

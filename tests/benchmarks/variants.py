@@ -5,9 +5,11 @@
 align=L    L_align's part of the gradient is shortened to the length L, the other terms' is left as it is. With
            --clip 0 nothing else is shortened.
 up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
-replay=P   with the chance P the prompt is one of the eighth of the finetuning prompts that were last seen most biased.
+replay=P   with the chance P a neutral prompt is one of the eighth of those seen, at least 16, that were last most
+           biased, or its neighbour in the list. Neighbours lean opposite ways, and each has the chance of a half.
 length=L   after each iteration each soft token has the length L; those of the small vocabulary have a median of 4.70.
 words=K    a soft prompt starts as words, those of row K of STARTS, in place of random tokens.
+asked=1    the metrics say how many images of a batch are asked to show another class.
 empty=W    a penalty: W times the squared change of the empty prompt's embedding, as a share of its own square.
 leaning=K  a world whose unconditional model leans: row K of LEANING is in the place of the empty prompt.
 A run that was stopped goes on with the same words before --resume.
@@ -28,6 +30,7 @@ from fairref.commands.train import main
 from fairref.generation import lora
 from fairref.training import loop, run, step, terms
 from fairref.training.checkpoints import METRICS
+from fairref.training.scores import seen_by_losses
 
 REPLAY = 100  # a stream of random numbers of its own, beside those of training/step.py
 EIGHTH = 8
@@ -41,7 +44,10 @@ def align(longest: float) -> None:
         text = step.embed(model, task.prompt)
         drawn = step.sample_path(setup, model, task, text, i)
         pair = step.draw_pair(setup, model, task, text, drawn)
-        q, said = step.transport_targets(setup, task, pair, i)
+        targets = step.transport_targets(setup, task, pair, i)
+        if targets is None:
+            return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": task.prompt}
+        q, said = targets
         gradients, about = [], {"prompt": task.prompt, "S": task.S, "guidance": task.guidance, "loss": 0.0}
         for pulls in (True, False):
             terms.terms_of = lambda of, pulls=pulls: {
@@ -99,20 +105,23 @@ def up(ratio: float) -> None:
 
 
 def replay(chance: float) -> None:
-    """Prompts that lean come again sooner. What is known of them is read from the run's metrics."""
-    draw_task, iterate, finetune, last = step.draw_task, loop.iterate, run.finetune, {}
+    """Prompts that lean come again sooner. What is known of them is what iterations before this one have measured."""
+    draw_task, iterate, finetune, known = step.draw_task, loop.iterate, run.finetune, []
 
     def drawn(setup, i):
         task = draw_task(setup, i)
         rng = np.random.default_rng((setup.recipe.seed, REPLAY, i))
-        worst = sorted(last, key=last.get)[len(last) * (EIGHTH - 1) // EIGHTH :]
-        if task.explicit or rng.random() >= chance or not worst:
+        last = {prompt: bias for iteration, prompt, bias in known if iteration < i}
+        if task.explicit or rng.random() >= chance or len(last) < 2 * EIGHTH:
             return task
-        return task._replace(prompt=worst[rng.integers(len(worst))])
+        worst = sorted(last, key=last.get)[len(last) * (EIGHTH - 1) // EIGHTH :]
+        prompts = setup.prompts[0]
+        place = prompts.index(worst[rng.integers(len(worst))]) ^ int(rng.integers(2))
+        return task._replace(prompt=prompts[min(place, len(prompts) - 1)])
 
     def remember(metrics):
         if metrics.get("bias") is not None:
-            last[metrics["prompt"]] = metrics["bias"]
+            known.append((metrics["iteration"], metrics["prompt"], metrics["bias"]))
         return metrics
 
     def going_on(setup, folder, info):
@@ -124,6 +133,29 @@ def replay(chance: float) -> None:
     step.draw_task = drawn
     loop.iterate = wraps(iterate)(lambda *of: remember(iterate(*of)))
     run.finetune = going_on
+
+
+def asked(_: float) -> None:
+    """How often eq 6 asks anything."""
+    gradient_of = loop.iteration_gradient
+
+    def counted(setup, model, parameters, i, watch=None):
+        asks = []
+
+        def see(task, drawn, pair, q, g, gradient):
+            columns = seen_by_losses(setup, pair, q)
+            moves = [
+                (columns[f"target {name}"] >= 0) & (columns[f"target {name}"] != columns[f"shown {name}"])
+                for name in q
+            ]
+            asks.append(int(sum(moves).clamp(max=1).sum()))
+            if watch:
+                watch(task, drawn, pair, q, g, gradient)
+
+        gradient, metrics = gradient_of(setup, model, parameters, i, see)
+        return gradient, metrics | ({"asked": asks[0]} if asks else {})
+
+    loop.iteration_gradient = counted
 
 
 def length(wanted: float) -> None:
@@ -184,7 +216,8 @@ def leaning_world(bundle: Bundle, row: float, model: Bundle | None = None) -> Bu
     ids, none = bundle.tokenizer([LEANING[int(row)], ""])
     model = model or bundle
     read_by = Another(model.empty_encoder or model.text_encoder, ids, none)
-    known = (f"leaning {LEANING[int(row)]}", 1.0)  # to what is kept
+    whose = "frozen" if model.empty_encoder else "own"
+    known = (f"leaning {LEANING[int(row)]}, {whose}", 1.0)  # to what is kept
     return replace(model, empty_encoder=read_by, adapters=(*model.adapters, known))
 
 
@@ -209,6 +242,7 @@ LEANING = ("a photo of the face of a carpenter, a person",)
 TOKENS = ("prefix", "suffix", "deep", "generated.tokens")
 STARTS = ("photo of a person ,", "woman man person woman man")
 VARIANTS = {
+    "asked": asked,
     "empty": empty,
     "leaning": leaning,
     "length": length,
