@@ -97,7 +97,7 @@ def test_prompts_that_lean_come_again_with_their_neighbours(setup):
         loop.iterate()
     drawn = [step.draw_task(setup, i).prompt for i in range(400)]
     assert drawn[:16] == plain[:16]  # too few are known
-    assert set(drawn[16:18]) <= set(prompts[14:16])  # of 16 the last two
+    assert drawn[16] in prompts[14:16]  # of 16 the last two
     assert set(drawn[32:]) == set(prompts[28:])  # the last four, which are two pairs of neighbours
     bias = dict(zip(prompts, range(32), strict=True))
     assert np.mean([bias[prompt] % 2 for prompt in drawn[32:]]) == pytest.approx(0.5, abs=0.1)
