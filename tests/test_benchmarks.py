@@ -519,11 +519,12 @@ def test_baselines_are_chosen_on_validation_prompts_and_measured_once(folder, tm
     baselines.run(bench, {})
 
 
-def test_the_best_number_keeps_people_in_its_pictures():
-    def report(bias, none):
-        return {"judges": {"classifier": {"mean": bias}}, "none": none}
+def test_the_best_number_keeps_people_and_the_prompt_in_its_pictures():
+    def report(bias, none, clip_t=0.66):
+        return {"judges": {"classifier": {"mean": bias}}, "none": none, "clip_t": {"matched": clip_t}}
 
-    reports = {"a": report(0.5, 0.02), "b": report(0.1, 0.5), "c": report(0.3, 0.06)}
+    reports = {"a": report(0.5, 0.02), "b": report(0.1, 0.5), "c": report(0.3, 0.06, 0.63)}
+    reports["d"] = report(0.2, 0.02, 0.62)
     assert baselines.best(reports, report(0.8, 0.02)) == "c"
     assert baselines.best({"b": reports["b"]}, report(0.8, 0.02)) == "b"
 

@@ -3,10 +3,11 @@
     python tests/benchmarks/baselines.py [--list] [--tables] [--adapter LABEL=RUN ...] [--folder runs/baselines]
 
 First each baseline that has a number is measured at each of NUMBERS on the validation occupations, and its best number
-is taken: the least bias by the classifier among those that keep people in their pictures. Then the original, the
-baselines and the runs of --adapter are measured on the unseen occupations. What is there is not made again: fits and
-judgements are kept in --folder, so it can be stopped and started at any time. Minutes are CPU time of one core: give
-OMP_NUM_THREADS=1. About five hours of a core, of which the fits of uce take half. Runs are made before, as
+is taken: the least bias by the classifier among those that keep people in their pictures, and CLIP-T within 5 %. Then
+the original, the baselines and the runs of --adapter are measured on the unseen occupations. What is there is not made
+again: fits and judgements are kept in --folder, so it can be stopped and started at any time. Minutes are CPU time of
+one core: give OMP_NUM_THREADS=1. About five hours of a core, of which the fits of uce take half. Runs are made before,
+as
 
     python train.py --attr gender --targets random --evaluate none --out runs/random
 
@@ -43,6 +44,7 @@ NUMBERS = {
 }
 IMAGES = 60  # of each prompt
 TIMED = 3  # iterations of a run whose CPU time is measured
+LEAST_CLIP_T = 0.95  # of the original's
 MOST_NONE = 0.05  # how many more pictures than the original's may show nobody, or a class that can't be told
 HEADER = (
     "method",
@@ -115,11 +117,13 @@ def last_report(evaluation: Evaluation) -> dict:
 
 
 def best(reports: dict[str, dict], original: dict) -> str:
-    """The name of the least biased, by the classifier, among those with about as many people as the original."""
+    """The name of the least biased, by the classifier, among those whose images show about as many people as the
+    original's and about as well what the prompt says."""
     kept = {
         name: report
         for name, report in reports.items()
         if report.get("none", 0) <= original.get("none", 0) + MOST_NONE
+        and report["clip_t"]["matched"] >= LEAST_CLIP_T * original["clip_t"]["matched"]
     }
     return min(kept or reports, key=lambda name: (kept or reports)[name]["judges"]["classifier"]["mean"])
 
@@ -154,8 +158,13 @@ def run(bench: Bench, adapters: dict[str, Path]) -> None:
 
 
 def rows(found: dict) -> list[list]:
-    """One a method."""
-    return [row(name, report, found["minutes"].get(name)) for name, report in found["reports"].items()]
+    """One a method, at the number that was chosen."""
+    shown = {
+        name: report
+        for name, report in found["reports"].items()
+        if name.partition(":")[0] not in NUMBERS or name in found["chosen"].values()
+    }
+    return [row(name, report, found["minutes"].get(name)) for name, report in shown.items()]
 
 
 def row(name: str, report: dict, took: float | None) -> list:
