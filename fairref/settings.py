@@ -128,7 +128,7 @@ class Recipe:
     threshold: str = setting(
         "reach",
         "which chance must be C. reach: that of the likeliest class (eq 6). leave: that of leaving the image's own"
-        " class, whose target is then the likeliest other. With two classes both are the same",
+        " class, whose target is then the likeliest other; C is then above .5. With two classes both are the same",
         choices=("reach", "leave"),
         only_with=TARGET,
     )
@@ -298,6 +298,11 @@ class Recipe:
             low, high, turns = getattr(self, name)
             if low > high and not turns:
                 raise UserError(f"recipe: {name} is {low}:{high}, which falls; write {high}:{low}.")
+        if self.keep_graphs and self.grad_steps:
+            raise UserError("recipe: keep_graphs has no effect with grad_steps; leave one of them out.")
+        if self.threshold == "leave" and (self.targets != "transport" or self.C <= 0.5):
+            found = f"targets is {self.targets} and C {self.C:g}"
+            raise UserError(f"recipe: {found}; threshold leave takes targets of transport, and C above .5.")
         if self.until_bias and not self.validate_every:
             raise UserError("recipe: until_bias needs validations; give validate_every.")
 

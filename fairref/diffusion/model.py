@@ -85,15 +85,15 @@ class GuidedModel:
         """`eps`, and `vjp` as a function of v alone, which serves once: the evaluation's graph is kept until then."""
         if self.fixed_empty and not wrt_z:
             eps, vjp = replace(self, s=1.0, fixed_empty=False).kept(z, t)
-            eps_empty = GuidedModel(self.unet, self.c_empty, None, 1.0).eps(z.detach(), t)  # without a graph
-            return guide(eps_empty, eps, self.s), lambda v: vjp(self.s * v)
+            s, of_empty = self.s, GuidedModel(self.unet, self.c_empty, None, 1.0)  # which makes no graph
+            return guide(of_empty.eps(z.detach(), t), eps, s), lambda v: vjp(s * v)
         with torch.enable_grad():
             texts, z = [_leaf(text) for text in self.texts], z.detach().requires_grad_(wrt_z)
-            eps = self._eps(z, t, texts)
+            eps, dtype = self._eps(z, t, texts), network_dtype(self.unet, z)
+        inputs = [*texts, *self.parameters, *([z] if wrt_z else [])]
 
-        def vjp(v: Tensor) -> Grads:
-            inputs = [*texts, *self.parameters, *([z] if wrt_z else [])]
-            grads = scaled_vjp(eps, inputs, v, network_dtype(self.unet, z))
+        def vjp(v: Tensor) -> Grads:  # without self, which may hold it: no cycle keeps its graph alive
+            grads = scaled_vjp(eps, inputs, v, dtype)
             return grads, grads.pop().to(z.dtype) if wrt_z else None
 
         return eps.detach(), vjp
@@ -107,6 +107,7 @@ class GuidedModel:
                 f"text embeddings are of {rows} images; expected 1 or {len(z)}, as many as latents."
             )
         context = torch.cat([text.expand(rows, -1, -1) for text in texts]).to(dtype)
+        t = torch.as_tensor(t, device=z.device).expand(len(z))  # torch.compile makes a graph for each number
         branches = self.unet(z.to(dtype), t, context, len(texts)).to(z.dtype)
         return branches if self.s == 1 else guide(*branches.chunk(2), self.s)
 

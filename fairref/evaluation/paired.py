@@ -58,6 +58,7 @@ def leans(before: np.ndarray, after: np.ndarray) -> dict[str, object] | None:
     fit = linregress(x, y)
     t = student.ppf((1 + LEVEL) / 2, len(x) - 2)
     found = {"slope": (fit.slope, fit.stderr), "intercept": (fit.intercept, fit.intercept_stderr)}
+    found = {key: np.nan_to_num(of) for key, of in found.items()}  # no error, where all are alike after
     return {key: [float(v), float(v - t * error), float(v + t * error)] for key, (v, error) in found.items()}
 
 

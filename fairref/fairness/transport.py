@@ -185,8 +185,8 @@ class Solver:
         The counts are a control variate, for E[n] = N D is known: what an image gets is fitted by a constant and
         n - N D, and q is the constant.
         A class that an image got in none of M draws, or in all, has the error 3 / M: its chance is then below 3 / M,
-        or above 1 - 3 / M, with a confidence of 95 % (rule of three). Where D rules a class out, or all others, q is
-        exact.
+        or above 1 - 3 / M, with a confidence of 95 % (rule of three); so has one that no draw has off the fit. Where D
+        rules a class out, or all others, q is exact.
         """
         cost, M, stderr = self.cost[self.group], 0, np.inf
         xx = xy = yy = 0.0  # sums over draws
@@ -200,10 +200,10 @@ class Solver:
             xx, xy, yy, M = xx + x.T @ x, xy + x.T @ y, yy + (y**2).sum(0), M + len(n)
             inverse = np.linalg.pinv(xx, rcond=1e-9, hermitian=True)  # not 1 / xx: the counts add up to N
             fit = inverse @ xy  # (1 + K, G J)
-            stderr = np.sqrt(inverse[0, 0] * np.maximum(yy - (fit * xy).sum(0), 0) / (M - len(self.target)))
-            constant = (xy[0] == 0) | (xy[0] == M)
-            stderr = np.where(exact, 0, np.where(constant, 3 / M, stderr))
-        q = np.where(constant, xy[0] / M, fit[0])
+            left = np.maximum(yy - (fit * xy).sum(0), 0)  # squares
+            stderr = np.sqrt(inverse[0, 0] * left / (M - len(self.target)))
+            stderr = np.where(exact, 0, np.where(left < 1e-9 * M, 3 / M, stderr))
+        q = np.where((xy[0] == 0) | (xy[0] == M), xy[0] / M, fit[0])
         return q.reshape(len(self.cost), -1), stderr.reshape(len(self.cost), -1)
 
 

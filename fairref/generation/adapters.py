@@ -192,9 +192,14 @@ def load_adapters(
 def _check_together(bundle, adapters):
     """Refuses two soft prompts, two whole matrices for one layer, and two that differ about the empty prompt."""
     alone = [adapter.file for adapter, _ in adapters if adapter.leaves_empty]
-    if alone and len(alone) < len(adapters):
+    if alone and (len(alone) < len(adapters) or bundle.adapters):
         raise UserError(
             f"{alone[0]}: leaves the empty prompt as it was (--empty-prompt frozen); use it by itself."
+        )
+    if adapters and bundle.empty_encoder is not None:
+        raise UserError(
+            f"{adapters[0][0].file}: the bundle has an adapter that leaves the empty prompt as it was"
+            " (--empty-prompt frozen); use that by itself."
         )
     soft = [adapter.file for adapter, _ in adapters if adapter.soft]
     if len(soft) + (bundle.soft is not None) > 1:

@@ -33,7 +33,7 @@ from fairref.settings import Recipe
 from fairref.training.loop import clip_scale, compiled, new_state
 from fairref.training.scores import MOST_APART, seen_by_losses
 from fairref.training.setup import Setup, Task
-from fairref.training.step import iteration_gradient, sampling_gradient
+from fairref.training.step import Rollout, iteration_gradient, sampling_gradient, term_weights
 from fairref.training.terms import ImagePair, Values, View, loss_gradient, terms_of
 
 SUM = "sum"  # of all terms
@@ -85,7 +85,7 @@ def measure(point: Point, i: int) -> Batch:
         raise UserError(f"the gradient of iteration {i} is not finite; give another --adapter.")
     task, drawn, pair, q, *_ = seen[0]
 
-    def gradient(value: Value) -> Tensor:
+    def gradient(value: Value, drawn: Rollout = drawn) -> Tensor:
         g = value_gradient(setup, task, pair, q, value)
         return _flat(sampling_gradient(setup, drawn, g, embed(model, task.prompt), parameters)).cpu()
 
@@ -98,8 +98,9 @@ def measure(point: Point, i: int) -> Batch:
         )
     columns = seen_by_losses(setup, pair, q)
     leans = {} if task.explicit else leanings(setup, pair, columns)
+    all_terms = drawn._replace(w=term_weights(setup, drawn.table, i))  # those drawn were drawn for the loss
     u = {
-        name: gradient(partial(_log_odds, name, k, int((columns[f"shown {name}"] >= 0).sum())))
+        name: gradient(partial(_log_odds, name, k, int((columns[f"shown {name}"] >= 0).sum())), all_terms)
         for name, (k, still) in leans.items()
         if still
     }

@@ -15,6 +15,7 @@ from fairref.evaluation.judging import EvaluationSettings
 from fairref.evaluation.kept import KEPT
 from fairref.fairness.attributes import wanted_target
 from fairref.files.paths import expanded, write_json
+from fairref.generation.lora import COMPONENTS
 from fairref.processes import DTYPES, Processes, choose_device, start
 from fairref.prompts.sets import (
     OCCUPATIONS,
@@ -120,11 +121,12 @@ def _run(bundle, options, recipe, stored, weights, processes):
                 print(line)
             if plan.settings != stored:
                 write_json(folder / checkpoints.SETTINGS, plan.settings)
+        component, empty_prompt = setup.recipe.component, setup.recipe.empty_prompt
         info = {
             "weights": bundle.path.name,
             "base": bundle.fingerprints,
-            "component": setup.recipe.component,
-            "empty_prompt": setup.recipe.empty_prompt,
+            "component": component,
+            "empty_prompt": empty_prompt if "text_encoder" in COMPONENTS[component] else "trained",
             "classes": setup.target.classes if setup.target else {},
             "target": setup.target.table.tolist() if setup.target else None,
         }

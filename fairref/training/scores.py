@@ -24,7 +24,7 @@ from fairref.generation.rollout import embed
 from fairref.generation.views import scatter_to_images
 from fairref.progress import note
 from fairref.training.setup import Setup, Task
-from fairref.training.step import Rollout, Watch, sampling_gradient
+from fairref.training.step import Rollout, Watch, sampling_gradient, term_weights
 from fairref.training.terms import ImagePair
 
 SIDE = 64  # pixels of a thumbnail, at most
@@ -52,6 +52,9 @@ class Recorder:
 
     def _record(self, parameters, i, task, drawn, pair, q, g, gradient):
         setup, N = self.setup, self.setup.recipe.batch
+        if setup.recipe.grad_steps:  # of all terms: one that was not drawn pulled, too
+            drawn = drawn._replace(w=term_weights(setup, drawn.table, i))
+            gradient = sampling_gradient(setup, drawn, g, embed(self.model, task.prompt), parameters)
         batch = torch.cat([part.flatten() for part in gradient])
         rest, pull = batch.clone(), []
         for row in gradient_rows(setup, self.model, parameters, task, drawn, g):
@@ -100,13 +103,14 @@ def gradient_rows(
     """n rows (P,), one at a time: each image's part of dL/dparameters, by the run's gradient mode, from the path.
 
     Row n is what `sampling_gradient` makes of image n alone; the rows sum to the batch's gradient. Where the U-Net is
-    not trained, each image gets a text leaf of its own, so that the U-Net sees all of them at once.
+    not trained, each image gets a text leaf of its own, so that the U-Net sees all of them at once: in one step, for
+    drawn terms are of several.
     """
     n = len(g)
     if not n:
         return
     w = drawn.w.view(len(drawn.w), -1).expand(-1, n)
-    if not drawn.model.parameters and not setup.recipe.micro_batch:
+    if drawn.w.dim() == 1 and not drawn.model.parameters and not setup.recipe.micro_batch:
         text = embed(model, task.prompt).detach()
         leaf = text.repeat_interleave(n, 0).requires_grad_(True)  # (2n, T, d)
         own = replace(drawn.model, c=leaf[:n], c_empty=leaf[n:])

@@ -28,9 +28,8 @@ from fairref.training.terms import ImagePair, image_gradient, judged_pair, sums_
 # the class counts of the transport, where the run stops
 ORDER, STEPS, GRAD_STEPS, EXPLICIT, GUIDANCE, TRANSPORT, STOP = 1, 2, 3, 4, 5, 6, 7
 Metrics = dict[str, object]
-Targets = tuple[
-    dict[str, Tensor], Metrics
-]  # q (n, K_a) of this process's images for each attribute; what is said
+# q (n, K_a) of this process's images for each attribute; what is said
+Targets = tuple[dict[str, Tensor], Metrics]
 Watch = Callable[..., None]  # of (task, drawn, pair, q, g, this process's gradient)
 
 
@@ -79,10 +78,10 @@ def draw_task(setup: Setup, iteration: int) -> Task:
     recipe = setup.recipe
     steps, scale = (draws(recipe.seed, stream, iteration) for stream in (STEPS, GUIDANCE))
     S = int(steps.integers(*recipe.steps[:2], endpoint=True))
-    guidance = float(scale.uniform(*recipe.guidance[:2]))
-    if recipe.guidance.turns:  # of two iterations each has one, in a drawn order
-        first = draws(recipe.seed, GUIDANCE, iteration // 2).integers(2)
-        guidance = float(recipe.guidance[(int(first) + iteration) % 2])
+    low, high, turns = recipe.guidance
+    guidance = float(low if turns else scale.uniform(low, high))
+    if turns and (draws(recipe.seed, GUIDANCE, iteration // 2).integers(2) + iteration) % 2:
+        guidance = float(high)  # of two iterations each has one, in a drawn order
     every = recipe.explicit_every if setup.explicit else 0
     rounds, place = divmod(iteration, every) if every else (0, None)
     if place is not None and place == every - 1:
@@ -185,7 +184,7 @@ def draw_terms(setup: Setup, drawn: Rollout, g: Tensor, i: int) -> Rollout:
     """The run with weights w (S, n) of which only some are not 0: `grad_steps` N terms of a step and one of all N
     images are drawn, with probability proportional to |w_i| ‖g_n‖."""
     (S,), N, M = drawn.w.shape, setup.recipe.batch, setup.recipe.grad_steps
-    if not 0 < M < S:
+    if not 0 < M < S or gradient_mode(setup.recipe.gradient).coupling:
         return drawn
     size = setup.processes.gather(g.double().flatten(1).norm(dim=1), N).cpu()  # (N,)
     u = draws(setup.recipe.seed, GRAD_STEPS, i).random()

@@ -1,6 +1,7 @@
 """docs/method.md section 2, proved in float64 on a toy network: eq 9, eq 10, and that the weighted sum of
 vector-Jacobian products is Algorithm A.1."""
 
+import gc
 import math
 import weakref
 
@@ -375,6 +376,23 @@ def test_kept_graphs_give_the_same_gradient_without_another_evaluation(guidance)
         kept = list(sample(keeping, table, z_T + 1))
     got = adjusted_gradient(keeping, table, w, path, g)  # not the latents whose graphs are there
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("fixed_empty", [False, True])
+def test_no_cycle_keeps_a_graph_that_nobody_asked_for(fixed_empty):
+    """Else it would be there until Python looks for cycles, on a GPU too late."""
+    unet, table, (c, c_empty) = ToyUNet(), solver_table(SCHEDULE, 3), random(2, 1, T, D, seed=1)
+    model = KeepingModel(unet, c, c_empty, 2.0, fixed_empty)
+    with torch.no_grad():
+        path = list(sample(model, table, random(N, 4, 3, 3, seed=2)))
+    known = weakref.ref(model)  # which holds them
+    assert len(model.graphs) == 3
+    gc.disable()
+    try:
+        del model, path
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])

@@ -121,6 +121,9 @@ def test_the_line_of_the_leans():
         assert found[key] == pytest.approx([fit.params[row], *fit.conf_int()[row]], rel=1e-9)
     assert leans(before, before)["slope"][0] == pytest.approx(1)
     assert leans(before, after[:, ::-1])["slope"][0] == pytest.approx(-found["slope"][0])
+    alike = leans(before, np.tile([60, 0], (12, 1)))  # a model that draws one class alone
+    assert alike["slope"] == pytest.approx([0] * 3, abs=1e-9)
+    assert alike["intercept"] == pytest.approx([np.log(121)] * 3)
     assert leans(before[:2], after[:2]) is None and leans(np.full((4, 2), 30), after[:4]) is None
 
 

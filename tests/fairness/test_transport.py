@@ -226,6 +226,16 @@ def test_the_rule_of_three_may_ask_for_more_draws_and_leaves_what_is_certain_alo
     assert (joint["a"].stderr > 0).all()
 
 
+def test_a_fit_without_any_draw_off_it_is_no_certainty():
+    """A class with N d of .05: most draws have it never or once, and then the counts alone say who gets it."""
+    logits, target = draw_logits(10, 3, seed=1), [0.005, 0.4, 0.595]
+    exact = expected_ot(logits, target)
+    for seed in range(40):
+        drawn = expected_ot(logits, target, exact_limit=0, tolerance=0.05, rng=np.random.default_rng(seed))
+        off = (drawn.q - exact.q).abs()
+        assert (off < 4.5 * drawn.stderr + 1e-12).all()
+
+
 def test_drawing_without_a_generator_is_the_same_at_every_call():
     logits = draw_logits(12, 8)
     state = np.random.get_state()[1].copy()

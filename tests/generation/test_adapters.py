@@ -229,6 +229,9 @@ def test_the_empty_prompt_may_stay_as_it_was(bundle, tmp_path):
     torch.testing.assert_close(own[1], embed_padded(bundle, PROMPT, "ugly", "own")[1])
     with pytest.raises(UserError, match="leaves the empty prompt as it was"):
         load_adapters(bundle, [(files["frozen"], 1.0), (files["trained"], 1.0)])
+    for first, second in (("frozen", "trained"), ("trained", "frozen"), ("frozen", "frozen")):
+        with pytest.raises(UserError, match=r"leaves the empty prompt as it was .*by itself"):
+            load_adapter(load_adapter(bundle, files[first]), files[second])
 
 
 def test_names_in_the_file(bundle):

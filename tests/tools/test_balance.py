@@ -93,8 +93,15 @@ def test_the_terms_are_those_of_the_batchs_gradient(gender):
 
 def test_drawn_steps_are_those_of_the_whole_batch(tiny_faces_folder):
     point, _ = faced(tiny_faces_folder, grad_steps=1)
-    batch = measure(point, 0)
-    assert float(sum(batch.terms.values()).norm()) == pytest.approx(batch.norm, rel=1e-9)
+    all_terms = replace(point, setup=replace(point.setup, recipe=replace(point.setup.recipe, grad_steps=0)))
+    for i in range(20):
+        batch = measure(point, i)
+        assert float(sum(batch.terms.values()).norm()) == pytest.approx(batch.norm, rel=1e-9)
+        if batch.u:
+            break
+    for name, u in measure(all_terms, i).u.items():  # the log-odds' gradient is of all terms
+        torch.testing.assert_close(batch.u[name], u)
+    assert batch.u
 
 
 def log_odds(point, i, attribute, k):

@@ -21,7 +21,7 @@ from fairref.fairness.attributes import JointTarget
 from fairref.fairness.transport import joint_ot
 from fairref.generation.adapters import load_adapter
 from fairref.generation.rollout import embed
-from fairref.settings import SOFT
+from fairref.settings import SOFT, Recipe
 from fairref.training import checkpoints, loop, step
 from fairref.training.checks import check, quiet_batches
 from fairref.training.logs import Log
@@ -692,3 +692,32 @@ def test_a_class_too_rare_for_a_confident_target_is_refused(bundles, rest, lacks
     message = r"no target is man, which has 0\.064 of gender, as surely as C = 0\.8"
     with pytest.raises(UserError, match=message):
         check(setup)
+    for other in (
+        {"targets": "soft"},
+        {"targets": "random"},
+        {"threshold": "leave"},
+    ):  # it is not about these
+        check(replace(setup, recipe=replace(setup.recipe, **other)))
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"keep_graphs": True, "grad_steps": 1}, "keep_graphs has no effect with grad_steps"),
+        ({"threshold": "leave", "C": 0.5}, "C above .5"),
+        ({"threshold": "leave", "targets": "soft"}, "takes targets of transport"),
+    ],
+)
+def test_settings_that_are_at_odds_are_refused(wrong, words):
+    with pytest.raises(UserError, match=words):
+        Recipe(**wrong)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "couple:0.5", "bernoulli"])
+def test_a_bundles_drawn_steps_leave_gradients_with_coupling_alone(bundles, gradient):
+    found = []
+    for grad_steps in (0, 1):
+        setup = make_setup(bundles[torch.float64], batch=2, steps=3, gradient=gradient, grad_steps=grad_steps)
+        model, state = moved(setup)
+        found.append(iteration_gradient(setup, model, list(state.adapter.parameters()), 0)[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

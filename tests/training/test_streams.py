@@ -136,6 +136,8 @@ def test_two_scales_take_turns_within_each_pair_of_iterations(bundle):
     scales = np.array([draw_task(setup, i).guidance for i in range(200)]).reshape(-1, 2)
     assert (np.sort(scales, 1) == [1, 7.5]).all() and 30 < (scales[:, 0] == 1).sum() < 70
     assert len({draw_task(setup, i).S for i in range(20)}) == 2
+    falling = make_setup(bundle, guidance="7.5,1", steps="3:4")
+    assert {draw_task(falling, i).guidance for i in range(20)} == {1, 7.5}
 
 
 def test_the_error_of_drawn_targets_averages_out_over_iterations(bundle, monkeypatch):
