@@ -6,7 +6,8 @@
 Each run is a call of train.py and then an evaluation of its adapter, for which the original's pictures are looked at
 once for all runs of an attribute. What is there is not made again and a run that was stopped goes on, so the queue can
 be stopped and started at any time; a run that fails is left out and named at the end. Then the tables are printed,
-with what is there. On another bundle than the small one, only the runs are made whose attributes it knows. On two
+with what is there. After a change of the bundle's recipe move runs and evaluations away: a run is known by its command
+alone. On another bundle than the small one, only the runs are made whose attributes it knows. On two
 cores a run takes up to half an hour of finetuning and ten minutes or so of evaluation, those of the table of scales
 half an hour more.
 """
