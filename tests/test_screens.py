@@ -10,15 +10,18 @@ import numpy as np
 import prefix_limits
 import pytest
 import screen
+import time_to_bias
 import torch
 import variants
 from scipy.special import expit
 from scipy.stats import norm
 
+from fairref.files.weights import read
 from fairref.generation import lora
 from fairref.generation.adapters import FILE, save_adapter
 from fairref.generation.rollout import embed
 from fairref.training import loop, run, step, terms
+from fairref.training.run import train
 
 PATCHED = (
     *((loop, name) for name in ("iteration_gradient", "new_state", "update", "iterate")),
@@ -249,3 +252,29 @@ def test_an_inner_part_of_an_iteration_takes_its_time_from_the_outer_one():
     clock.watch(inner, "adapted path")()  # from 20 to 24, all of it the path's
     spent = {part: seconds for part, seconds in clock.seconds.items() if seconds}
     assert spent == {"judges": 8.0, "decoder": 2.0, "adapted path": 4.0} and not clock.open
+
+
+def test_unseen_bias_by_minutes(tmp_path, loaded_tiny, monkeypatch):
+    """A checkpoint's moving average is what is judged; a curve has the points that all seeds have."""
+    train(
+        loaded_tiny, out=tmp_path / "run", iterations=2, checkpoint_every=1, keep=9, evaluate="none", lr=0.1
+    )
+    monkeypatch.setattr(time_to_bias, "load_adapter", lambda bundle, file: seen.append(read(file)) or bundle)
+    seen, checkpoints = [], time_to_bias.saved(tmp_path / "run")
+    for checkpoint in checkpoints:
+        found = time_to_bias.look(loaded_tiny, tmp_path / "run", checkpoint, 2)
+        assert len(found) == 1 and 0 <= found[0] <= 1
+    last = read(tmp_path / "run" / FILE)
+    assert len(checkpoints) == 2 and all(torch.equal(seen[1][name], last[name]) for name in last)
+    assert any(not torch.equal(seen[0][name], last[name]) for name in last)
+    bias = {
+        "3": {"25": [0.4, 0.5], "50": [0.2, 0.3]},
+        "4": {"25": [0.6, 0.5], "50": [0.3, 0.2], "75": [0, 0]},
+    }
+    report = {"ways": {"now": {"options": "--clip 1", "bias": bias, "seconds": 6.0}}}
+    rows = time_to_bias.figure(report).rows
+    assert [(row["minutes"], row["mean"], row["low"], row["high"]) for row in rows] == [
+        (2.5, 0.5, 0.4, 0.6),
+        (5.0, 0.25, 0.2, 0.3),
+    ]
+    assert ".20 / .30, .00 / .00 | `--clip 1` |" in time_to_bias.lines_of(report)
