@@ -263,7 +263,8 @@ def test_unseen_bias_by_minutes(tmp_path, loaded_tiny, monkeypatch):
     seen, checkpoints = [], time_to_bias.saved(tmp_path / "run")
     for checkpoint in checkpoints:
         found = time_to_bias.look(loaded_tiny, tmp_path / "run", checkpoint, 2)
-        assert len(found) == 1 and 0 <= found[0] <= 1
+        assert len(found["bias"]) == 1 and 0 <= found["bias"][0] <= 1
+        assert found["clip_i"] == pytest.approx(1, abs=1e-6)  # the stand-in of the adapter changes nothing
     last = read(tmp_path / "run" / FILE)
     assert len(checkpoints) == 2 and all(torch.equal(seen[1][name], last[name]) for name in last)
     assert any(not torch.equal(seen[0][name], last[name]) for name in last)
@@ -271,10 +272,11 @@ def test_unseen_bias_by_minutes(tmp_path, loaded_tiny, monkeypatch):
         "3": {"25": [0.4, 0.5], "50": [0.2, 0.3]},
         "4": {"25": [0.6, 0.5], "50": [0.3, 0.2], "75": [0, 0]},
     }
-    report = {"ways": {"now": {"options": "--clip 1", "bias": bias, "seconds": 6.0}}}
+    looks = {s: {n: {"bias": v, "clip_i": 0.9} for n, v in of.items()} for s, of in bias.items()}
+    report = {"ways": {"now": {"options": "--clip 1", "looks": looks, "seconds": 6.0}}}
     rows = time_to_bias.figure(report).rows
     assert [(row["minutes"], row["mean"], row["low"], row["high"]) for row in rows] == [
         (2.5, 0.5, 0.4, 0.6),
         (5.0, 0.25, 0.2, 0.3),
     ]
-    assert ".20 / .30, .00 / .00 | `--clip 1` |" in time_to_bias.lines_of(report)
+    assert "| .20 / .30, .00 / .00 | .90, .90 | `--clip 1` |" in time_to_bias.lines_of(report)

@@ -76,20 +76,21 @@ def seconds(path: Path, iterations: int) -> dict[str, list[float]]:
     return found
 
 
-def course(folder: Path) -> list[float]:
-    """The validation bias after each EVERY iterations of a whole run."""
+def course(folder: Path, key: str) -> list[float]:
+    """What the validations after each EVERY iterations of a whole run found: "bias", or "clip_i"."""
     lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
-    return [line["validation"]["bias"] for line in lines if line.get("validation")]
+    return [line["validation"][key] for line in lines if line.get("validation")]
 
 
 def report_of(folder: Path, found: dict[str, list[float]]) -> dict:
-    """Mode -> {"seconds": of an iteration, "bias": seed -> its course}, of the whole runs."""
+    """Mode -> {"seconds": of an iteration, "bias" and "clip_i": seed -> its course}, of the whole runs."""
     report = {}
     for name in names():
         mode, seed = name.rsplit("-", 1)
         if (place(folder, name) / FILE).exists():
-            row = report.setdefault(mode, {"seconds": float(np.mean(found[mode])), "bias": {}})
-            row["bias"][seed] = course(place(folder, name))
+            row = report.setdefault(mode, {"seconds": float(np.mean(found[mode])), "bias": {}, "clip_i": {}})
+            for key in ("bias", "clip_i"):
+                row[key][seed] = course(place(folder, name), key)
     return report
 
 
@@ -112,14 +113,19 @@ def figure(report: dict) -> Figure:
 
 
 def lines_of(report: dict) -> str:
-    """The table: seconds of an iteration, and the bias at the first, middle and last validation."""
+    """The table: seconds of an iteration, and each seed's bias and CLIP-I at the middle and the last validation."""
     rows = []
     for mode, of in report.items():
-        values = np.array(list(of["bias"].values()))
-        mean = [" ".join(f"{v:.2f}"[1:] for v in values[:, k]) for k in (0, values.shape[1] // 2 - 1, -1)]
-        rows.append([f"`{mode}`", of["seconds"], *mean, len(values)])
-    at = [f"bias after {n}" for n in (EVERY, ITERATIONS // 2, ITERATIONS)]
-    return table(["`--gradient`", "s an iteration", *at, "seeds"], rows)
+        values = [np.array(list(of[key].values())) for key in ("bias", "clip_i")]  # each (seeds, validations)
+        places = [(v, k) for k in (values[0].shape[1] // 2 - 1, -1) for v in values]
+        rows.append([f"`{mode}`", of["seconds"], *(" ".join(short(x) for x in v[:, k]) for v, k in places)])
+    at = [f"{what} after {n}" for n in (ITERATIONS // 2, ITERATIONS) for what in ("bias", "CLIP-I")]
+    return table(["`--gradient`", "s an iteration", *at], rows)
+
+
+def short(x: float) -> str:
+    """Two digits, without the zero before the point."""
+    return f"{x:.2f}".removeprefix("0")
 
 
 def main() -> None:

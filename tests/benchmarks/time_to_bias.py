@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
+from gradient_runs import short
 from measure import ROOT, adapted, machine, table
 from results import call
 
@@ -53,8 +54,8 @@ def finetune(options: str, seed: int, every: int, folder: Path) -> bool:
     return call("train.py", *words, "--seed", seed, "--out", folder) == 0
 
 
-def look(bundle: Bundle, run: Path, checkpoint: Path, images: int) -> list[float]:
-    """The unseen bias of a checkpoint's moving average, by each judge."""
+def look(bundle: Bundle, run: Path, checkpoint: Path, images: int) -> dict:
+    """The unseen bias of a checkpoint's moving average, by each judge, and CLIP-I."""
     target, recipe = of_settings(read_settings(run))
     adapter = run / "looked_at.safetensors"
     average = {name.removeprefix(EMA): of for name, of in read(checkpoint).items() if name.startswith(EMA)}
@@ -62,9 +63,10 @@ def look(bundle: Bundle, run: Path, checkpoint: Path, images: int) -> list[float
     (concept,) = read_prompts(OCCUPATIONS, None, bundle.path, list(target.classes))
     drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
     how = EvaluationSettings(bundle, target, drawing, kept=run.parent / KEPT)
-    models = {"after": load_adapter(bundle, adapter)}
-    ((_, evaluated),) = compare(how, models, PromptPart(concept, "test", images, 0))
-    return [judge["mean"] for judge in evaluated.report["judges"].values()]
+    models = {"before": bundle, "after": load_adapter(bundle, adapter)}
+    *_, (_, evaluated) = compare(how, models, PromptPart(concept, "test", images, 0))
+    judges = evaluated.report["judges"].values()
+    return {"bias": [judge["mean"] for judge in judges], "clip_i": evaluated.report["clip_i"]}
 
 
 def timed(runs: dict[str, Path], iterations: int) -> dict[str, float]:
@@ -84,9 +86,9 @@ def figure(report: dict, judge: int = 0) -> Figure:
     """Bias by minutes: mean, least and most of the seeds, a curve for each way."""
     rows = []
     for label, of in report["ways"].items():
-        seeds = list(of["bias"].values())
+        seeds = list(of["looks"].values())
         for n in sorted(set.intersection(*(set(map(int, seed)) for seed in seeds))):
-            values = np.array([seed[str(n)][judge] for seed in seeds])
+            values = np.array([seed[str(n)]["bias"][judge] for seed in seeds])
             spread = {"mean": values.mean(), "low": values.min(), "high": values.max()}
             at = {"curve": label, "minutes": round(n * of["seconds"] / 60, 3), "iteration": n}
             rows.append(at | {key: round(float(value), 4) for key, value in spread.items()})
@@ -96,16 +98,20 @@ def figure(report: dict, judge: int = 0) -> Figure:
 
 
 def lines_of(report: dict) -> str:
-    """The table: seconds of an iteration, and the bias at the end."""
+    """The table: seconds of an iteration, and bias and CLIP-I at the end."""
     rows = []
     for label, of in report["ways"].items():
-        last = [seed[max(seed, key=int)] for seed in of["bias"].values()]
-        n = max(int(n) for seed in of["bias"].values() for n in seed)
-        ends = [" / ".join(f"{v:.2f}".removeprefix("0") for v in seed) for seed in last]
-        rows.append([label, of["seconds"], n, n * of["seconds"] / 60, ", ".join(ends), f"`{of['options']}`"])
-    return table(
-        ["way", "s an iteration", "iterations", "min of a core", "bias at the end, by seed", "adds"], rows
-    )
+        last = [seed[max(seed, key=int)] for seed in of["looks"].values()]
+        n = max(int(n) for seed in of["looks"].values() for n in seed)
+        ends = (
+            [" / ".join(map(short, seed["bias"])) for seed in last],
+            [short(seed["clip_i"]) for seed in last],
+        )
+        rows.append(
+            [label, of["seconds"], n * of["seconds"] / 60, *map(", ".join, ends), f"`{of['options']}`"]
+        )
+    header = ["way", "s an iteration", "min of a core", "bias at the end, by seed", "CLIP-I", "adds"]
+    return table(header, rows)
 
 
 def main():
@@ -124,7 +130,7 @@ def main():
     folder, bundle = options.folder.resolve(), None
     report = read_json(options.report) if options.report.exists() else {"ways": {}}
     for label, added in ways.items():
-        of = report["ways"].setdefault(label, {"options": added, "bias": {}})
+        of = report["ways"].setdefault(label, {"options": added, "looks": {}})
         if of["options"] != added:
             parser.error(f"{options.report}: {label} was {of['options']!r}; give another label")
     for seed in options.seeds:
@@ -135,7 +141,7 @@ def main():
                 continue
             if not finetune(added, seed, options.every, run):
                 sys.exit(f"{run}: is not whole")
-            looked = report["ways"][label]["bias"].setdefault(str(seed), {})
+            looked = report["ways"][label]["looks"].setdefault(str(seed), {})
             for checkpoint in saved(run):
                 n = str(int(checkpoint.stem.rpartition("-")[2]))
                 if n not in looked:
