@@ -542,10 +542,12 @@ def test_bias_by_minutes_is_of_whole_runs(tmp_path, monkeypatch):
         run = gradient_runs.place(tmp_path, name)
         run.mkdir()
         lines = [
-            {"iteration": i} | ({"validation": {"bias": b, "clip_i": 1 - b / 10}} if i % 2 else {})
+            {"iteration": i, "norm": 0.03 - 0.02 * i}
+            | ({"validation": {"bias": b, "clip_i": 1 - b / 10}} if i % 2 else {})
             for b in biases
             for i in (0, 1)
         ]
+        (run / "settings.json").write_text('{"recipe": {"clip": 0.02}}')
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         if name != "exact-2":
             (run / "adapter.safetensors").touch()
@@ -558,4 +560,4 @@ def test_bias_by_minutes_is_of_whole_runs(tmp_path, monkeypatch):
         ("last:1", 0.4, 0.7, 0.7, 0.7),
     ]
     lines = gradient_runs.lines_of(report)
-    assert "| `exact` | 30 | .80 .60 | .92 .94 | .40 .50 | .96 .95 |" in lines
+    assert "| `exact` | 30 | 50% | .80 .60 | .92 .94 | .40 .50 | .96 .95 |" in lines

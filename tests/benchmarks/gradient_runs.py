@@ -28,7 +28,7 @@ from fairref.files.paths import read_json, write_json
 from fairref.generation.adapters import FILE
 from fairref.reporting import charts
 from fairref.reporting.figures import Figure, by_curve
-from fairref.training.checkpoints import METRICS, SETTINGS
+from fairref.training.checkpoints import METRICS, SETTINGS, read_settings
 from fairref.training.step import iteration_gradient
 
 SEEDS = {"paper": 3, "exact": 3, "last:1": 3, "couple:0.5": 3}  # in how many; one is enough for the others
@@ -82,15 +82,28 @@ def course(folder: Path, key: str) -> list[float]:
     return [line["validation"][key] for line in lines if line.get("validation")]
 
 
+def clipped(folder: Path) -> float:
+    """The share of a run's iterations whose gradient was shortened."""
+    lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    clip = read_settings(folder)["recipe"]["clip"]
+    return float(np.mean([line["norm"] > clip for line in lines]))
+
+
 def report_of(folder: Path, found: dict[str, list[float]]) -> dict:
-    """Mode -> {"seconds": of an iteration, "bias" and "clip_i": seed -> its course}, of the whole runs."""
+    """Mode -> {"seconds": of an iteration, "bias" and "clip_i": seed -> its course, "clipped": seed -> share}, of the
+    whole runs."""
     report = {}
     for name in names():
         mode, seed = name.rsplit("-", 1)
         if (place(folder, name) / FILE).exists():
-            row = report.setdefault(mode, {"seconds": float(np.mean(found[mode])), "bias": {}, "clip_i": {}})
+            empty = {"bias": {}, "clip_i": {}, "clipped": {}}
+            row, run = (
+                report.setdefault(mode, {"seconds": float(np.mean(found[mode])), **empty}),
+                place(folder, name),
+            )
             for key in ("bias", "clip_i"):
-                row[key][seed] = course(place(folder, name), key)
+                row[key][seed] = course(run, key)
+            row["clipped"][seed] = clipped(run)
     return report
 
 
@@ -118,9 +131,12 @@ def lines_of(report: dict) -> str:
     for mode, of in report.items():
         values = [np.array(list(of[key].values())) for key in ("bias", "clip_i")]  # each (seeds, validations)
         places = [(v, k) for k in (values[0].shape[1] // 2 - 1, -1) for v in values]
-        rows.append([f"`{mode}`", of["seconds"], *(" ".join(short(x) for x in v[:, k]) for v, k in places)])
+        share = f"{np.mean(list(of['clipped'].values())):.0%}"
+        rows.append(
+            [f"`{mode}`", of["seconds"], share, *(" ".join(short(x) for x in v[:, k]) for v, k in places)]
+        )
     at = [f"{what} after {n}" for n in (ITERATIONS // 2, ITERATIONS) for what in ("bias", "CLIP-I")]
-    return table(["`--gradient`", "s an iteration", *at], rows)
+    return table(["`--gradient`", "s an iteration", "shortened", *at], rows)
 
 
 def short(x: float) -> str:
