@@ -18,6 +18,7 @@ import interval_coverage
 import measure
 import numpy as np
 import pytest
+import recompute
 import result_tables
 import results
 import sampling
@@ -302,10 +303,11 @@ def test_the_leans_that_are_left():
 
 def test_the_speeds_in_the_document_are_those_that_were_measured():
     page = document("docs/speed.md")
-    files = ("training", "sampling", "choices", "collectives", "transport")
+    files = ("training", "recompute", "sampling", "choices", "collectives", "transport")
     found = {n: json.loads((measure.ROOT / "docs" / "speed" / f"{n}.json").read_text()) for n in files}
     texts = [
         training.shown(found["training"]["comparisons"], found["training"]["steps"]),
+        recompute.shown(found["recompute"]["ways"]),
         sampling.shown(found["sampling"]["rows"]),
         sampling.shown_choices(found["choices"]["choices"]),
         collectives.shown(found["collectives"]["ranks"]),
