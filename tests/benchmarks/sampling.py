@@ -45,11 +45,13 @@ def network(config: UNetConfig, dtype: torch.dtype) -> UNet:
     return unet.eval().requires_grad_(False)
 
 
-def flops_of_step(config: UNetConfig, latents: int) -> int:
-    """FLOPs of the two U-Net inputs of a step."""
+def flops_of_step(config: UNetConfig, latents: int, branches: int) -> int:
+    """FLOPs of the two U-Net inputs of a step, which share what comes before the first text where `branches` is 2."""
     with FakeTensorMode(), counter() as counted:
-        unet = UNet(config).requires_grad_(False)
-        unet(torch.empty(2, 4, latents, latents), 500, torch.empty(2, TOKENS, config.cross_attention_dim))
+        z = torch.empty(2 // branches, 4, latents, latents)
+        UNet(config).requires_grad_(False)(
+            z, 500, torch.empty(2, TOKENS, config.cross_attention_dim), branches
+        )
     return counted.get_total_flops()
 
 
@@ -122,7 +124,8 @@ def measure(config: UNetConfig, options) -> list[dict]:
     seconds, last = timed(runs, S)
     with torch.no_grad():
         z_0 = {name: next(runs[name, "ours"]) for name in options.dtypes}  # by one more step of the solver
-    flops = flops_of_step(config, options.latents)
+    flops = {"ours": flops_of_step(config, options.latents, 2)}
+    flops["diffusers"] = flops_of_step(config, options.latents, 1)
     of_one = {name: {way: t for (n, way), t in seconds.items() if n == name} for name in options.dtypes}
     return [row_of(n, of_one[n], z_0[n], last[n, "diffusers"], flops, options) for n in options.dtypes]
 
@@ -139,7 +142,7 @@ def measure_choices(config: UNetConfig, options) -> list[dict]:
     ]
 
 
-def row_of(name: str, seconds: dict, ours: torch.Tensor, theirs: torch.Tensor, flops: int, options) -> dict:
+def row_of(name: str, seconds: dict, ours: torch.Tensor, theirs: torch.Tensor, flops: dict, options) -> dict:
     """What was found for one dtype."""
     found = {way: statistics.median(times[1:]) for way, times in seconds.items() if way != "product"}
     peak = 2 * options.product**3 / min(seconds["product"][1:])
@@ -148,9 +151,9 @@ def row_of(name: str, seconds: dict, ours: torch.Tensor, theirs: torch.Tensor, f
         "seconds": found,
         "all": seconds,
         "ratio": found["ours"] / found["diffusers"],
-        "gigaflop": flops / 1e9,
+        "gigaflop": {way: count / 1e9 for way, count in flops.items()},
         "peak_gflops": peak / 1e9,
-        "share_of_peak": {way: flops / (median * peak) for way, median in found.items()},
+        "share_of_peak": {way: flops[way] / (median * peak) for way, median in found.items()},
         "difference": float((ours - theirs).norm() / theirs.norm()),
     }
 
