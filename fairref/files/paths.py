@@ -8,11 +8,16 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from difflib import SequenceMatcher
 from pathlib import Path
 
 from fairref.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # keys of diffusers' and transformers' files that are no mistyped others
 ALIKE = {
@@ -141,23 +146,40 @@ def write_file(path: Path, data: bytes) -> None:
         raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
-def _beside(path):
-    """A file for the time being; of this process alone, for another may be writing the same."""
-    return path.with_name(f"{path.name}.{os.getpid()}.part")
-
-
 def _replace(path, data):
-    temporary = _beside(path)
-    try:
-        with temporary.open("wb") as file:
+    temporary = path.with_name(path.name + ".part")
+    with _alone(temporary) as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextmanager
+def _alone(path):
+    """The empty file, new or left by a process that was killed, which no other process has meanwhile."""
+    while True:
+        with path.open("ab") as file:
+            if fcntl is not None:
+                with suppress(OSError):  # some network folders know no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, path):  # else who had it has renamed it
+                file.truncate(0)
+                yield file
+                return
+
+
+def _is_at(file, path):
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def _stream_of(path):
@@ -211,9 +233,9 @@ def _try_to_write(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return
-    temporary = _beside(target)
-    temporary.open("ab").close()
-    temporary.unlink()
+    temporary = target.with_name(target.name + ".part")
+    with _alone(temporary):
+        temporary.unlink()
 
 
 def _mode(path):
