@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -133,15 +133,15 @@ def candidates(name: str) -> list[str]:
     return [f"{name}:{number:g}" for number in NUMBERS[name]] if name in NUMBERS else [name]
 
 
-def run(bench: Bench, adapters: dict[str, Path]) -> None:
-    """Measures what is missing."""
+def run(bench: Bench, adapters: dict[str, Path], only: Sequence[str] = tuple(BASELINES)) -> None:
+    """Measures what is missing of the baselines `only`."""
     validation, reports = bench.found["validation"], bench.found["reports"]
-    wanted = ["original", *(text for name in BASELINES if name in NUMBERS for text in candidates(name))]
+    wanted = ["original", *(text for name in only if name in NUMBERS for text in candidates(name))]
     for name in wanted:
         if name not in validation:
             validation[name] = bench.measure(name, "validation")
             bench.save()
-    for name in BASELINES:
+    for name in only:
         tried = candidates(name)
         if len(tried) > 1:
             tried = [best({text: validation[text] for text in tried}, validation["original"])]
@@ -213,6 +213,7 @@ def main():
     parser.add_argument(
         "--tables", action="store_true", help="print the tables of what is made; makes nothing"
     )
+    parser.add_argument("--only", nargs="+", choices=list(BASELINES), default=list(BASELINES))
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="LABEL=RUN", help="a finished run to measure, too"
     )
@@ -242,7 +243,7 @@ def main():
         bundle = load_bundle(options.weights, choose_device(options.device))
         save = partial(write_json, options.report, found)
         bench = Bench(bundle, options.folder.resolve(), options.images, found, save)
-        run(bench, {label: Path(folder) for label, folder in adapters.items()})
+        run(bench, {label: Path(folder) for label, folder in adapters.items()}, options.only)
     print(shown(found))
 
 

@@ -4,10 +4,10 @@
 
 Each run is a call of train.py with one thread, whose validation bias is the curve. Its minutes are those that the
 method needs and not those that it took: iterations times the seconds of an iteration, which is measured on the same
-iterations for all modes, taking turns, in CPU seconds of one thread. What is there is not made again and a run that
-was stopped goes on, so this can be stopped and started at any time. A run takes about 25 minutes of a core, all of
-them seven hours. Then docs/results/gradient_runs.json, docs/figures/minutes.svg and its table are written, with what
-is there.
+iterations for all modes, taking turns, in CPU seconds of one thread. A run that docs/results/gradient_runs.json tells
+of is not made again and one that was stopped goes on, so this can be stopped and started at any time, and by several
+processes with runs of their own. A run takes about 12 minutes of a core. With --timed, docs/figures/minutes.svg and the
+table are written, with what is there.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from measure import ROOT, adapted, bundle_of, machine, setup_of, table, write
 from results import call
 
-from fairref.files.paths import read_json, write_json
+from fairref.files.paths import read_json
 from fairref.generation.adapters import FILE
 from fairref.reporting import charts
 from fairref.reporting.figures import Figure, by_curve
@@ -33,9 +33,10 @@ from fairref.training.step import iteration_gradient
 
 SEEDS = {"paper": 3, "exact": 3, "last:1": 3, "couple:0.5": 3}  # in how many; one is enough for the others
 SEEDS |= dict.fromkeys(("none", "solver", "random:6", "bernoulli", "drtune:2"), 1)
-ITERATIONS, EVERY = 150, 15
+ITERATIONS, EVERY = 100, 20
 OPTIONS = f"--attr gender --iterations {ITERATIONS} --validate-every {EVERY} --grid-every 0 --evaluate none"
 OPTIONS += f" --checkpoint-every {EVERY} --keep 10"  # gradient_truth.py looks at the adapters on the way
+OPTIONS += " --keep-graphs"  # the same bits sooner; what is timed keeps none
 
 
 def names() -> list[str]:
@@ -58,22 +59,19 @@ def finetune(name: str, folder: Path) -> bool:
     return call("train.py", *OPTIONS.split(), "--gradient", mode, "--seed", seed, "--out", folder) == 0
 
 
-def seconds(path: Path, iterations: int) -> dict[str, list[float]]:
-    """Mode -> CPU seconds of one thread of iterations 0, 1, ..., kept in a file as they come."""
-    found = read_json(path) if path.exists() else {mode: [] for mode in SEEDS}
+def time_iterations(iterations: int) -> dict[str, float]:
+    """Mode -> mean CPU seconds of one thread of iterations 0, 1, ..."""
+    took = {mode: [] for mode in SEEDS}
     setups = {mode: setup_of(bundle_of("emoji"), gradient=mode) for mode in SEEDS}
     models = {mode: adapted(setup) for mode, setup in setups.items()}
-    while (i := len(found["drtune:2"])) < iterations:
+    for i in range(-1, iterations):  # the first is a warm-up
         for mode, setup in setups.items():
             model, state = models[mode]
-            for took in range(2 if i == 0 else 1):  # the first is a warm-up
-                began = time.process_time()
-                iteration_gradient(setup, model, list(state.adapter.parameters()), i)
-                took = time.process_time() - began
-            found[mode].append(round(took, 3))
-        write_json(path, found)
+            began = time.process_time()
+            iteration_gradient(setup, model, list(state.adapter.parameters()), max(i, 0))
+            took[mode].append(time.process_time() - began)
         print(f"seconds of an iteration: {i + 1} of {iterations}", flush=True)
-    return found
+    return {mode: round(float(np.mean(values[1:])), 3) for mode, values in took.items()}
 
 
 def course(folder: Path, key: str) -> list[float]:
@@ -89,29 +87,28 @@ def clipped(folder: Path) -> float:
     return float(np.mean([line["norm"] > clip for line in lines]))
 
 
-def report_of(folder: Path, found: dict[str, list[float]]) -> dict:
-    """Mode -> {"seconds": of an iteration, "bias" and "clip_i": seed -> its course, "clipped": seed -> share}, of the
-    whole runs."""
-    report = {}
+def of_run(folder: Path) -> dict:
+    """What the report says of a whole run: "bias" and "clip_i", its courses, and "clipped"."""
+    return {"bias": course(folder, "bias"), "clip_i": course(folder, "clip_i"), "clipped": clipped(folder)}
+
+
+def of_modes(found: dict) -> dict:
+    """Mode -> {"seconds": of an iteration, "bias", "clip_i", "clipped": a list of what its runs have}."""
+    modes = {}
     for name in names():
-        mode, seed = name.rsplit("-", 1)
-        if (place(folder, name) / FILE).exists():
-            empty = {"bias": {}, "clip_i": {}, "clipped": {}}
-            row, run = (
-                report.setdefault(mode, {"seconds": float(np.mean(found[mode])), **empty}),
-                place(folder, name),
-            )
-            for key in ("bias", "clip_i"):
-                row[key][seed] = course(run, key)
-            row["clipped"][seed] = clipped(run)
-    return report
+        if of := found["runs"].get(name):
+            mode = name.rsplit("-", 1)[0]
+            row = modes.setdefault(mode, {"seconds": found["seconds"][mode], **{key: [] for key in of}})
+            for key, value in of.items():
+                row[key].append(value)
+    return modes
 
 
-def figure(report: dict) -> Figure:
+def figure(modes: dict) -> Figure:
     """Bias by minutes: mean, least and most of the seeds, a curve for each mode."""
     rows = []
-    for mode, of in report.items():
-        values = np.array(list(of["bias"].values()))  # (seeds, validations)
+    for mode, of in modes.items():
+        values = np.array(of["bias"])  # (seeds, validations)
         curve = f"{mode} ({len(values)} seeds)" if len(values) > 1 else mode
         for n, column in enumerate(values.T, 1):
             minutes = round(n * EVERY * of["seconds"] / 60, 3)
@@ -125,13 +122,13 @@ def figure(report: dict) -> Figure:
     return Figure("minutes", svg, rows)
 
 
-def lines_of(report: dict) -> str:
+def lines_of(modes: dict) -> str:
     """The table: seconds of an iteration, and each seed's bias and CLIP-I at the middle and the last validation."""
     rows = []
-    for mode, of in report.items():
-        values = [np.array(list(of[key].values())) for key in ("bias", "clip_i")]  # each (seeds, validations)
+    for mode, of in modes.items():
+        values = [np.array(of[key]) for key in ("bias", "clip_i")]  # each (seeds, validations)
         places = [(v, k) for k in (values[0].shape[1] // 2 - 1, -1) for v in values]
-        share = f"{np.mean(list(of['clipped'].values())):.0%}"
+        share = f"{np.mean(of['clipped']):.0%}"
         rows.append(
             [f"`{mode}`", of["seconds"], share, *(" ".join(short(x) for x in v[:, k]) for v, k in places)]
         )
@@ -144,29 +141,44 @@ def short(x: float) -> str:
     return f"{x:.2f}".removeprefix("0")
 
 
+def known(report: Path) -> dict:
+    """What a report has so far."""
+    return read_json(report) if report.exists() else {"machine": machine(), "seconds": {}, "runs": {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="the runs, and which are whole; makes nothing")
-    parser.add_argument("--only", nargs="+", metavar="MODE-SEED", choices=names(), default=names())
+    parser.add_argument("--only", nargs="*", metavar="MODE-SEED", choices=names(), default=names())
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "gradients")
+    parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "gradient_runs.json")
     parser.add_argument(
-        "--timed", type=int, default=12, help="iterations of each mode that are timed; 0: no report"
+        "--timed", type=int, default=0, help="iterations of each mode to time, on a quiet machine"
     )
     options = parser.parse_args()
-    folder = options.folder.resolve()
+    folder, failed = options.folder.resolve(), []
     if options.list:
         for name in names():
-            print(f"{name:14} {'whole' if (place(folder, name) / FILE).exists() else 'to do'}")
+            print(f"{name:14} {'whole' if name in known(options.report)['runs'] else 'to do'}")
         return
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    failed = [name for name in options.only if not finetune(name, place(folder, name))]
+    for name in options.only:
+        if name in known(options.report)["runs"]:
+            continue
+        if not finetune(name, place(folder, name)):
+            failed.append(name)
+            continue
+        found = known(options.report)  # another process may write its runs, too
+        found["runs"][name] = of_run(place(folder, name))
+        write(options.report, found)
     if options.timed:
-        report = report_of(folder, seconds(folder / "seconds.json", options.timed))
-        write(ROOT / "docs" / "results" / "gradient_runs.json", {"machine": machine(), "modes": report})
-        figure(report).write(ROOT / "docs" / "figures")
-        print(lines_of(report))
+        seconds = time_iterations(options.timed)
+        write(options.report, known(options.report) | {"seconds": seconds})
+    if (found := known(options.report))["seconds"]:
+        figure(of_modes(found)).write(ROOT / "docs" / "figures")
+        print(lines_of(of_modes(found)))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
