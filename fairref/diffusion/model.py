@@ -107,8 +107,9 @@ class GuidedModel:
                 f"text embeddings are of {rows} images; expected 1 or {len(z)}, as many as latents."
             )
         context = torch.cat([text.expand(rows, -1, -1) for text in texts]).to(dtype)
-        t = torch.as_tensor(t, device=z.device).expand(len(z))  # torch.compile makes a graph for each number
-        branches = self.unet(z.to(dtype), t, context, len(texts)).to(z.dtype)
+        # for torch.compile, which makes a graph for each number, t is a tensor
+        t = torch.as_tensor(t, device=z.device).expand(len(z)).repeat(len(texts))
+        branches = self.unet(torch.cat([z] * len(texts)).to(dtype), t, context).to(z.dtype)
         return branches if self.s == 1 else guide(*branches.chunk(2), self.s)
 
 

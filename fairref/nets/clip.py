@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairref.errors import require, require_numbers
-from fairref.nets import attention
+from fairref.nets import Linear, attention
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], the same for every CLIP
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -91,10 +91,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         h = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal)  # (B, T, D)
@@ -107,8 +107,8 @@ class MLP(nn.Module):
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -228,7 +228,7 @@ class ClipImage(nn.Module):
         super().__init__()
         self.vision_config = config
         self.vision_model = VisionTower(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def encode_image(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> (B, P) of unit norm, differentiable."""
@@ -244,7 +244,7 @@ class Clip(ClipImage):
         super().__init__(replace(config.vision, projection_dim=config.projection_dim))
         self.config = config
         self.text_model = TextTower(config.text)
-        self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = Linear(config.text.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
     def encode_text(self, ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairref.errors import require, require_numbers
-from fairref.nets import attention
+from fairref.nets import Linear, attention
 
 TRANSFORMER_GROUP_EPS = 1e-6  # GroupNorm before a transformer; the resnets' is config.norm_eps
 LAYER_NORM_EPS = 1e-5
@@ -115,18 +115,13 @@ def time_features(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def copies(x: Tensor, n: int) -> Tensor:
-    """x (B, ...) n times, one behind the other (n B, ...)."""
-    return torch.cat([x] * n) if n > 1 else x
-
-
 class TimeEmbedding(nn.Module):
     """Time features (B, C_0) -> (B, 4 C_0), what every resnet is told about t."""
 
     def __init__(self, c: int):
         super().__init__()
-        self.linear_1 = nn.Linear(c, 4 * c)
-        self.linear_2 = nn.Linear(4 * c, 4 * c)
+        self.linear_1 = Linear(c, 4 * c)
+        self.linear_2 = Linear(4 * c, 4 * c)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(features)))
@@ -162,7 +157,7 @@ class Resnet(nn.Module):
         groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = Conv3x3(c_in, c_out)
-        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], c_out)
+        self.time_emb_proj = Linear(4 * config.block_out_channels[0], c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.conv2 = Conv3x3(c_out, c_out)
         if c_in != c_out:
@@ -184,10 +179,10 @@ class Attention(nn.Module):
     def __init__(self, c: int, c_context: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(c, c, bias=False)
-        self.to_k = nn.Linear(c_context, c, bias=False)
-        self.to_v = nn.Linear(c_context, c, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        self.to_q = Linear(c, c, bias=False)
+        self.to_k = Linear(c_context, c, bias=False)
+        self.to_v = Linear(c_context, c, bias=False)
+        self.to_out = nn.ModuleList([Linear(c, c)])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         grouped = x.reshape(len(context), -1, x.shape[2])  # (B, n, C) -> (R, B/R n, C)
@@ -200,7 +195,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, c: int, c_out: int):
         super().__init__()
-        self.proj = nn.Linear(c, 2 * c_out)
+        self.proj = Linear(c, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.proj(x).chunk(2, dim=-1)
@@ -212,7 +207,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # [1]: a dropout
+        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), Linear(4 * c, c)])  # [1]: a dropout
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -230,38 +225,38 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, c: Tensor, branches: int = 1) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         y = self.norm1(x)
-        x = copies(x + self.attn1(y, y), branches)
+        x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), c)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer(nn.Module):
-    """Feature map x (B, C, h, w) and text c (R, T, D) -> (branches B, C, h, w), the copies of x with a text each."""
+    """Feature map x (B, C, h, w) and text c (R, T, D) -> (B, C, h, w)."""
 
     def __init__(self, width: int, heads: int, config: UNetConfig):
         super().__init__()
         self.linear = linear = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=TRANSFORMER_GROUP_EPS)
-        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_in = Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config.cross_attention_dim, heads)])
-        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_out = Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, c: Tensor, branches: int = 1) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, hw, C)
         if self.linear:
             h = self.proj_in(h)
-        h = self.transformer_blocks[0](h, c, branches)
+        h = self.transformer_blocks[0](h, c)
         if self.linear:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).reshape(-1, *x.shape[1:])  # (branches B, hw, C) -> (branches B, C, h, w)
+        h = h.transpose(1, 2).reshape(x.shape)  # (B, hw, C) -> (B, C, h, w)
         if not self.linear:
             h = self.proj_out(h)
-        return copies(x, branches) + h
+        return x + h
 
 
 class Downsample(nn.Module):
@@ -326,11 +321,10 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c_0, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(c_0, config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, t: int | float | Tensor, c: Tensor, branches: int = 1) -> Tensor:
-        """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (R, T, D) -> eps (branches B, 4, h, w).
+    def forward(self, z: Tensor, t: int | float | Tensor, c: Tensor) -> Tensor:
+        """z (B, 4, h, w), t time step index 0..999, a number or (B,), c (R, T, D) -> eps (B, 4, h, w).
 
-        Of each branch's latents, which are all z, one behind the other; what comes before the first text is computed
-        once for all branches. R divides branches B: each text serves as many consecutive latents, and is read once."""
+        R divides B: each text serves B/R consecutive latents, and is read once for them."""
         t = torch.as_tensor(t, device=z.device).expand(len(z))  # (B,)
         features = time_features(t, self.config.block_out_channels[0])  # (B, C_0)
         time = self.time_embedding(features.to(z.dtype))  # (B, 4 C_0)
@@ -341,21 +335,19 @@ class UNet(nn.Module):
             for j, resnet in enumerate(block.resnets):
                 h = resnet(h, time)
                 if block.attentions:
-                    h = block.attentions[j](h, c, branches)
-                    time, branches = copies(time, branches), 1
+                    h = block.attentions[j](h, c)
                 skips.append(h)
             for downsample in block.downsamplers:
                 h = downsample(h)
                 skips.append(h)
 
         h = self.mid_block.resnets[0](h, time)
-        h = self.mid_block.attentions[0](h, c, branches)
-        h = self.mid_block.resnets[1](h, time := copies(time, branches))
+        h = self.mid_block.attentions[0](h, c)
+        h = self.mid_block.resnets[1](h, time)
 
         for block in self.up_blocks:
             for j, resnet in enumerate(block.resnets):
-                skip = skips.pop()
-                h = resnet(torch.cat([h, copies(skip, len(h) // len(skip))], dim=1), time)
+                h = resnet(torch.cat([h, skips.pop()], dim=1), time)
                 if block.attentions:
                     h = block.attentions[j](h, c)
             for upsample in block.upsamplers:

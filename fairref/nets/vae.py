@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairref.errors import require, require_numbers
-from fairref.nets import attention
+from fairref.nets import Linear, attention
 
 EPS = 1e-6  # of every GroupNorm of the autoencoder; the U-Net's resnets use 1e-5
 
@@ -59,10 +59,10 @@ class Attention(nn.Module):
     def __init__(self, c: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=EPS)
-        self.to_q = nn.Linear(c, c)
-        self.to_k = nn.Linear(c, c)
-        self.to_v = nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        self.to_q = Linear(c, c)
+        self.to_k = Linear(c, c)
+        self.to_v = Linear(c, c)
+        self.to_out = nn.ModuleList([Linear(c, c)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)

@@ -1,15 +1,18 @@
 """The loop around an iteration, with the optimizer, the moving average, checkpoints, and the best adapter."""
 
+import copy
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
@@ -17,7 +20,7 @@ from fairref.evaluation.kept import KEPT
 from fairref.generation.adapters import FILE, save_adapter
 from fairref.generation.lora import adapt
 from fairref.judges.dino import Block
-from fairref.nets import clip, recomputed, unet, vae
+from fairref.nets import clip, unet, vae
 from fairref.settings import Recipe
 from fairref.training import checkpoints
 from fairref.training.checkpoints import State
@@ -220,3 +223,15 @@ def compiled(setup: Setup, model: Bundle) -> tuple[Setup, Bundle]:
         return bundle
 
     return replace(setup, bundle=lighter(setup.bundle)), lighter(model)
+
+
+def recomputed(network: nn.Module, blocks: tuple[type[nn.Module], ...]) -> nn.Module:
+    """The same network and weights, whose `blocks` keep only their inputs for a gradient, and then compute the rest
+    again."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    again = copy.deepcopy(network, shared)
+    keep_inputs = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for module in again.modules():
+        if isinstance(module, blocks):
+            module.forward = partial(keep_inputs, module.forward)
+    return again

@@ -62,10 +62,9 @@ class Network(nn.Module):
         self.read = nn.Parameter(draws(6, D, seed=11) / 2)
         self.out = nn.Parameter(draws(4, 6, seed=12) / 2)
 
-    def forward(self, z: Tensor, t: int | Tensor, c: Tensor, branches: int = 1) -> Tensor:
-        """z (B, 4, h, w), t, c (R, T, D) -> eps (branches B, 4, h, w)."""
-        t = torch.as_tensor(t).to(z).expand(len(z)).repeat(branches).view(-1, 1, 1, 1) / 1000
-        z = z.repeat(branches, 1, 1, 1)
+    def forward(self, z: Tensor, t: int | Tensor, c: Tensor) -> Tensor:
+        """z (B, 4, h, w), t, c (B or 1, T, D) -> eps (B, 4, h, w)."""
+        t = torch.as_tensor(t).to(z).reshape(-1, 1, 1, 1) / 1000
         told = torch.einsum("od,btd->bo", self.read, (c * c.roll(1, dims=1)).tanh())[:, :, None, None]
         told = told.repeat_interleave(len(z) // len(c), 0)
         hidden = torch.tanh(F.conv2d(z, self.mix, padding=1) * (1 + told) + t + told)

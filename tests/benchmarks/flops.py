@@ -94,9 +94,8 @@ class Kept:
         return x
 
     def enter(self, module, arguments):
-        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-        self.alive += tensors
-        self.inputs.update({storage(x): x.untyped_storage().nbytes() for x in tensors})
+        self.alive += arguments
+        self.inputs.update({storage(x): x.untyped_storage().nbytes() for x in arguments})
         self.block = {}
 
     def leave(self, module, arguments, y):

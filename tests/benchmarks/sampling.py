@@ -45,13 +45,11 @@ def network(config: UNetConfig, dtype: torch.dtype) -> UNet:
     return unet.eval().requires_grad_(False)
 
 
-def flops_of_step(config: UNetConfig, latents: int, branches: int) -> int:
-    """FLOPs of the two U-Net inputs of a step, which share what comes before the first text where `branches` is 2."""
+def flops_of_step(config: UNetConfig, latents: int) -> int:
+    """FLOPs of the two U-Net inputs of a step."""
     with FakeTensorMode(), counter() as counted:
-        z = torch.empty(2 // branches, 4, latents, latents)
-        UNet(config).requires_grad_(False)(
-            z, 500, torch.empty(2, TOKENS, config.cross_attention_dim), branches
-        )
+        unet = UNet(config).requires_grad_(False)
+        unet(torch.empty(2, 4, latents, latents), 500, torch.empty(2, TOKENS, config.cross_attention_dim))
     return counted.get_total_flops()
 
 
@@ -124,8 +122,7 @@ def measure(config: UNetConfig, options) -> list[dict]:
     seconds, last = timed(runs, S)
     with torch.no_grad():
         z_0 = {name: next(runs[name, "ours"]) for name in options.dtypes}  # by one more step of the solver
-    flops = {"ours": flops_of_step(config, options.latents, 2)}
-    flops["diffusers"] = flops_of_step(config, options.latents, 1)
+    flops = flops_of_step(config, options.latents)
     of_one = {name: {way: t for (n, way), t in seconds.items() if n == name} for name in options.dtypes}
     return [row_of(n, of_one[n], z_0[n], last[n, "diffusers"], flops, options) for n in options.dtypes]
 
@@ -142,7 +139,7 @@ def measure_choices(config: UNetConfig, options) -> list[dict]:
     ]
 
 
-def row_of(name: str, seconds: dict, ours: torch.Tensor, theirs: torch.Tensor, flops: dict, options) -> dict:
+def row_of(name: str, seconds: dict, ours: torch.Tensor, theirs: torch.Tensor, flops: int, options) -> dict:
     """What was found for one dtype."""
     found = {way: statistics.median(times[1:]) for way, times in seconds.items() if way != "product"}
     peak = 2 * options.product**3 / min(seconds["product"][1:])
@@ -151,9 +148,9 @@ def row_of(name: str, seconds: dict, ours: torch.Tensor, theirs: torch.Tensor, f
         "seconds": found,
         "all": seconds,
         "ratio": found["ours"] / found["diffusers"],
-        "gigaflop": {way: count / 1e9 for way, count in flops.items()},
+        "gigaflop": flops / 1e9,
         "peak_gflops": peak / 1e9,
-        "share_of_peak": {way: flops[way] / (median * peak) for way, median in found.items()},
+        "share_of_peak": {way: flops / (median * peak) for way, median in found.items()},
         "difference": float((ours - theirs).norm() / theirs.norm()),
     }
 

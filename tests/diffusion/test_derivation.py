@@ -21,7 +21,6 @@ from fairref.diffusion.model import GuidedModel, KeepingModel
 from fairref.diffusion.sampler import sample
 from fairref.diffusion.schedule import Schedule
 from fairref.diffusion.solver import ancestral_table, solver_table, step
-from fairref.nets.unet import copies
 from fairref.verification.derivation import (
     coupling,
     gradient_matrix,
@@ -47,9 +46,8 @@ class ToyUNet(nn.Module):
         self.out = nn.Parameter((torch.randn(4, 6, generator=generator) / 2).to(dtype))
         self.calls = []
 
-    def forward(self, z, t, c, branches=1):
+    def forward(self, z, t, c):
         assert not torch.is_tensor(t) or t.ndim == 0 or t.shape == z.shape[:1]
-        z, t = (copies(x, branches) if torch.is_tensor(x) and x.ndim else x for x in (z, t))
         t = torch.as_tensor(t).to(z).reshape(-1, 1, 1, 1) / 1000
         told = torch.einsum("od,btd->bo", self.read, (c * c.roll(1, dims=1)).tanh())[:, :, None, None]
         told = told.repeat_interleave(len(z) // len(c), 0)
@@ -421,7 +419,7 @@ def test_a_row_of_the_gradient_matrix_is_one_images_gradient(guidance):
 class Scalar(nn.Module):
     """eps(z, t, c) of latents that are one number: tanh(c_0 z + c_1 t + c_2)."""
 
-    def forward(self, z, t, c, branches=1):
+    def forward(self, z, t, c):
         c = c[:, 0, :, None, None, None].unbind(1)  # each (B, 1, 1, 1)
         return torch.tanh(c[0] * z + c[1] * torch.as_tensor(t).to(z).reshape(-1, 1, 1, 1) / 50 + c[2])
 

@@ -118,31 +118,6 @@ def test_values_and_gradients_are_diffusers(d, dtype):
         assert relative(a, b) <= TOLERANCE[dtype], name
 
 
-MID_ALONE = {**THREE_LEVELS, "down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
-
-
-@pytest.mark.parametrize("d", [FOUR_LEVELS, THREE_LEVELS, MID_ALONE], ids=["four", "three", "mid alone"])
-@pytest.mark.parametrize("texts", [3, 6], ids=["a text a branch", "a text a row"])
-def test_branches_are_diffusers_of_copied_latents(d, texts):
-    ours, peer = pair(d, torch.float64)
-    z, t, _ = inputs(d, torch.float64)
-    c = torch.randn(texts, 5, d["cross_attention_dim"], dtype=torch.float64)
-    g = torch.randn(6, d["out_channels"], *z.shape[2:], dtype=torch.float64)
-    names = [name for name, _ in ours.named_parameters()]
-    results = []
-    for net in (ours, peer):
-        leaves = z.clone().requires_grad_(), c.clone().requires_grad_()
-        if net is ours:
-            eps = net(leaves[0], t, leaves[1], branches=3)
-        else:
-            rows = leaves[1].repeat_interleave(6 // texts, 0)
-            eps = net(leaves[0].repeat(3, 1, 1, 1), t.repeat(3), rows).sample
-        parameters = dict(net.named_parameters())
-        results.append([eps, *torch.autograd.grad(eps, [*leaves, *(parameters[name] for name in names)], g)])
-    for name, a, b in zip(["eps", "z", "c", *names], *results, strict=True):
-        assert relative(a, b) <= 1e-12, name
-
-
 @BOTH
 def test_odd_latent_sizes_are_diffusers(d):
     ours, peer = pair(d, torch.float64)
