@@ -36,7 +36,6 @@ SEEDS |= dict.fromkeys(("none", "solver", "random:6", "bernoulli", "drtune:2"), 
 ITERATIONS, EVERY = 100, 20
 OPTIONS = f"--attr gender --iterations {ITERATIONS} --validate-every {EVERY} --grid-every 0 --evaluate none"
 OPTIONS += f" --checkpoint-every {EVERY} --keep 10"  # gradient_truth.py looks at the adapters on the way
-OPTIONS += " --keep-graphs"  # the same bits sooner; what is timed keeps none
 
 
 def names() -> list[str]:
