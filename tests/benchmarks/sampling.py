@@ -6,17 +6,19 @@ One picture with guidance, so two U-Net inputs, 64 x 64 latents, random weights.
 start from the same noise and go on in turns, one step each, beside one large matrix product of each dtype, whose
 fastest time is the machine's peak. A first step of each is not counted. On two quiet cores five minutes with bfloat16,
 three without it, many more where the processor has none; 10 GB of memory. With --choices, float32 only and no
-diffusers: what our choices of memory format and attention kernel save, each against the same network with the other
-choice.
+diffusers: what our choices of memory format, attention kernel and linear layers save, each against the same network
+with the other choice.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -27,10 +29,12 @@ from released import peer_unet, scheduler_of, steps
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fairref import nets
 from fairref.diffusion.model import GuidedModel
 from fairref.diffusion.sampler import sample
 from fairref.diffusion.schedule import Schedule
 from fairref.diffusion.solver import solver_table
+from fairref.nets import Linear
 from fairref.nets.unet import SD15, UNet, UNetConfig
 from fairref.processes import DTYPES
 
@@ -54,10 +58,12 @@ def flops_of_step(config: UNetConfig, latents: int) -> int:
 
 
 def products(size: int, dtype: torch.dtype):
-    """A generator that multiplies two matrices of this size each time."""
-    a, b = torch.randn(2, size, size).to(dtype)
+    """A generator that multiplies two matrices of this size each time, by torch's product and as our linear layer."""
+    layer = Linear(size, size, bias=False, dtype=dtype)
+    x = torch.randn(size, size).to(dtype)
     while True:
-        yield a @ b
+        yield x @ layer.weight
+        yield layer(x)
 
 
 def start(unet: UNet, latents: int) -> tuple:
@@ -80,14 +86,16 @@ def their_run(unet: UNet, S: int, latents: int) -> Iterator[torch.Tensor]:
 
 
 def choices(unet: UNet, S: int, latents: int) -> dict:
-    """Runs of our U-Net as it is, in torch's usual memory format, and with attention as two matrix products."""
+    """Runs of our U-Net as it is, in torch's usual memory format, with attention as two matrix products, and with
+    torch's own linear layers."""
     usual = UNet(unet.config).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     usual.load_state_dict(unet.state_dict())
-    plain = our_run(unet, S, latents)
+    plain, torchs = (our_run(unet, S, latents) for _ in range(2))
     return {
         "ours": our_run(unet, S, latents),
         "usual memory format": our_run(usual, S, latents),
         "plain attention": under(lambda: sdpa_kernel(SDPBackend.MATH), plain),
+        "torch's linear layers": under(lambda: patch.object(nets, "LEAST_ROWS", math.inf), torchs),
     }
 
 
