@@ -200,7 +200,7 @@ def main():
     parser.add_argument("--images", type=int, help="for a trial: N of all cases")
     parser.add_argument("--steps", type=int, help="for a trial: S of all cases")
     parser.add_argument("--channels", type=int, nargs=4, help="for a trial: of the U-Net of sd15")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; what it has of other cases stays")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -217,7 +217,23 @@ def main():
     few_many, last = options.memory_steps, options.scopes[-1]
     steps = [over_steps(replace(work, scope=last), *few_many) for work in works] if few_many else []
     print(shown(comparisons, steps))
-    write(options.out, {"machine": where, "bars": BARS, "comparisons": comparisons, "steps": steps})
+    found = {"comparisons": comparisons, "steps": steps}
+    if options.out and options.out.exists():
+        found = joined(json.loads(options.out.read_text(encoding="utf-8")), found)
+    write(options.out, {"machine": where, "bars": BARS, **found})
+
+
+def joined(before: dict, new: dict) -> dict:
+    """Both measurements' lists, without what was measured before of what is measured now."""
+
+    def case(row):
+        return row.get("work", row)["case"]
+
+    both = {}
+    for key, rows in new.items():
+        cases = {case(row) for row in rows}
+        both[key] = sorted([*(r for r in before[key] if case(r) not in cases), *rows], key=case)
+    return both
 
 
 if __name__ == "__main__":
