@@ -39,7 +39,7 @@ from fairref.training.step import iteration_gradient
 
 NUMBERS = {
     "projection": (100, 500, 2_000, 10_000, 50_000),
-    "uce": (0.1, 0.5, 2),
+    "uce": (0.5, 2, 8),
     "fair_pca": (0.36, 1, 2, 4),
 }
 IMAGES = 60  # of each prompt
