@@ -240,11 +240,25 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
     simulated = json.loads((ROOT / "docs" / "results" / "coverage.json").read_text())
     assert simulated["runs"] == 5000
     assert interval_coverage.summary(simulated["rows"]) in document("docs/method.md")
-    kept = ROOT / "docs" / "results" / "baselines.json"
-    for text in baselines.shown(json.loads(kept.read_text())).split("\n\n") if kept.exists() else ():
-        assert text in document("docs/results.md"), (
-            "put what baselines.py --tables prints into docs/results.md"
-        )
+
+
+@pytest.mark.parametrize("name", ["baselines", "gradient_runs", "gradient_truth"])
+def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
+    kept = ROOT / "docs" / "results" / f"{name}.json"
+    if not kept.exists():
+        pytest.skip(f"{name}.py has not been run to its end")
+    found = json.loads(kept.read_text())
+    if name == "baselines":
+        texts = baselines.shown(found).split("\n\n")
+    elif name == "gradient_runs":
+        figure = gradient_runs.figure(gradient_runs.of_modes(found))
+        drawn = list(csv.DictReader((ROOT / "docs" / "figures" / "minutes.csv").read_text().splitlines()))
+        assert [{key: str(value) for key, value in row.items()} for row in figure.rows] == drawn
+        texts = [gradient_runs.lines_of(gradient_runs.of_modes(found))]
+    else:
+        texts = [gradient_truth.shown(*point).strip().split("\n\n")[1] for point in found["points"].items()]
+    for text in texts:
+        assert text in document("docs/results.md"), f"put what {name}.py prints into docs/results.md"
 
 
 def test_no_table_of_a_document_is_wider_than_eight_columns():
