@@ -15,6 +15,7 @@ import flops
 import gradient_runs
 import gradient_truth
 import interval_coverage
+import iteration
 import measure
 import numpy as np
 import pytest
@@ -317,10 +318,11 @@ def test_the_leans_that_are_left():
 
 def test_the_speeds_in_the_document_are_those_that_were_measured():
     page = document("docs/speed.md")
-    files = ("training", "recompute", "sampling", "choices", "collectives", "transport")
+    files = ("training", "iteration", "recompute", "sampling", "choices", "collectives", "transport")
     found = {n: json.loads((measure.ROOT / "docs" / "speed" / f"{n}.json").read_text()) for n in files}
     texts = [
         training.shown(found["training"]["comparisons"], found["training"]["steps"]),
+        iteration.shown(found["iteration"]["ways"]),
         recompute.shown(found["recompute"]["ways"]),
         sampling.shown(found["sampling"]["rows"]),
         sampling.shown_choices(found["choices"]["choices"]),
