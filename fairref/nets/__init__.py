@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 LEAST_ROWS = 256  # of a linear layer's input; for fewer, reordering the weights takes longer than it saves
 IMAGES = 16  # from so many on, torch has oneDNN convolve them, with one thread too
+ONEDNN = torch.backends.mkldnn.is_available()  # not on all systems
 
 
 class Linear(nn.Linear):
@@ -17,7 +18,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        if x.device.type != "cpu" or x.dtype != torch.float32 or rows < LEAST_ROWS or rows % IMAGES:
+        fits = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+        if not fits or rows < LEAST_ROWS or rows % IMAGES:
             return super().forward(x)
         pixels = x.reshape(IMAGES, 1, -1, self.in_features).permute(0, 3, 1, 2)  # channels last
         y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fairref import nets
 from fairref.nets import IMAGES, LEAST_ROWS, Linear
 
 EPS = torch.finfo(torch.float32).eps
@@ -51,7 +52,7 @@ def test_it_is_the_product(shape, bias):
         assert ((y - exact).abs().reshape(size.shape) <= terms * EPS * size).all()
 
 
-def test_many_rows_of_float32_on_a_cpu_are_convolved():
+def test_many_rows_of_float32_on_a_cpu_are_convolved(monkeypatch):
     net = layer()
     assert is_convolved(net, torch.randn(LEAST_ROWS, 40))
     assert is_convolved(net, torch.randn(40, 3 * LEAST_ROWS).T.reshape(3, -1, 40))  # whatever its strides
@@ -59,6 +60,8 @@ def test_many_rows_of_float32_on_a_cpu_are_convolved():
     assert not is_convolved(net, torch.randn(LEAST_ROWS + 1, 40))
     assert not is_convolved(layer(dtype=torch.float64), torch.randn(LEAST_ROWS, 40).double())
     assert not is_convolved(layer().to("meta"), torch.randn(LEAST_ROWS, 40, device="meta"))
+    monkeypatch.setattr(nets, "ONEDNN", False)
+    assert not is_convolved(net, torch.randn(LEAST_ROWS, 40))
 
 
 def test_the_weights_are_those_of_torchs_layer():
