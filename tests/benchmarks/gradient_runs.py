@@ -123,15 +123,16 @@ def figure(modes: dict) -> Figure:
 
 def lines_of(modes: dict) -> str:
     """The table: seconds of an iteration, and each seed's bias and CLIP-I at the middle and the last validation."""
-    rows = []
+    count = len(next(iter(modes.values()))["bias"][0])
+    rows, ends = [], (count // 2, count)
     for mode, of in modes.items():
         values = [np.array(of[key]) for key in ("bias", "clip_i")]  # each (seeds, validations)
-        places = [(v, k) for k in (values[0].shape[1] // 2 - 1, -1) for v in values]
+        places = [(v, n) for n in ends for v in values]
         share = f"{np.mean(of['clipped']):.0%}"
         rows.append(
-            [f"`{mode}`", of["seconds"], share, *(" ".join(short(x) for x in v[:, k]) for v, k in places)]
+            [f"`{mode}`", of["seconds"], share, *(" ".join(short(x) for x in v[:, n - 1]) for v, n in places)]
         )
-    at = [f"{what} after {n}" for n in (ITERATIONS // 2, ITERATIONS) for what in ("bias", "CLIP-I")]
+    at = [f"{what} after {n * EVERY}" for n in ends for what in ("bias", "CLIP-I")]
     return table(["`--gradient`", "s an iteration", "shortened", *at], rows)
 
 
