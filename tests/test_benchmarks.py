@@ -574,3 +574,13 @@ def test_bias_by_minutes_is_of_whole_runs(tmp_path, monkeypatch):
     ]
     lines = gradient_runs.lines_of(modes)
     assert "| `exact` | 30 | 50% | .80 .60 | .92 .94 | .40 .50 | .96 .95 |" in lines
+
+
+def test_what_was_measured_of_other_cases_stays():
+    def rows(**seconds):
+        return [{"work": {"case": case}, "seconds": n} for case, n in seconds.items()]
+
+    steps = [{"case": "emoji", "S": 10}]
+    before = {"comparisons": rows(emoji=1, sd15=2), "steps": steps}
+    found = training.joined(before, {"comparisons": rows(sd15=3), "steps": []})
+    assert found == {"comparisons": rows(emoji=1, sd15=3), "steps": steps}

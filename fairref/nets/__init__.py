@@ -13,7 +13,7 @@ class Linear(nn.Linear):
     """x (..., C) -> (..., C_out).
 
     On a CPU, many rows of float32 are taken as pixels of images and go through a 1 x 1 convolution, which is oneDNN's:
-    torch's own way, MKL's product, takes twice as long on AMD's processors. So the last digits depend on the batch.
+    torch's own way, MKL's product, takes longer on an AMD EPYC (docs/speed.md). So the last digits depend on the batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
