@@ -550,7 +550,8 @@ def test_what_pulled_is_the_same_on_two_processes(folder, tmp_path):
     for one, two in zip(*recorded, strict=True):
         np.testing.assert_allclose(two.pull, one.pull, rtol=1e-3, atol=1e-5 * one.pull.max())
         # a batch's size decides how sums are rounded, on some processors
-        assert np.abs(one.pictures.astype(int) - two.pictures).max() <= 1
+        off = np.abs(one.pictures.astype(int) - two.pictures)
+        assert off.max() <= 1 and (off > 0).mean() < 0.001
         assert {k: v.tolist() for k, v in one.target.items()} == {
             k: v.tolist() for k, v in two.target.items()
         }
