@@ -101,6 +101,9 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "short, explicit 6": "--explicit-every 6",
             "short, 3 to 4 steps": "--steps 3:4 --iterations 160",
             "short, N 36": "--batch 36 --iterations 90",
+            "short, guidance 1 and 7.5": "--guidance 1,7.5",
+            "short, guidance 1 and 12": "--guidance 1,12",
+            "short, guidance 1 to 12": "--guidance 1:12",
         }.items()
     },
     "prefix": {
