@@ -106,6 +106,19 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "short, guidance 1 to 12": "--guidance 1:12",
         }.items()
     },
+    "long": {  # of about the time that the README's first command has
+        name: f"--steps 4:5 --iterations 260 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 {options}".strip()
+        for name, options in {
+            "long": "",
+            "long, lr .002": "--lr 0.002",
+            "long, N 16": "--batch 16 --iterations 390",
+            "long, guidance 1 and 7.5": "--guidance 1,7.5",
+            "long, lambda_2 .5": "--lambda-2 0.5",
+            "long, explicit 6": "--explicit-every 6",
+            "long, lambda .5": "--lambda-img 0.5",
+            "long, clip .02, lambda .5": "--clip 0.02 --lambda-img 0.5",
+        }.items()
+    },
     "prefix": {
         **{f"prefix, lr {rate:g}": f"--component prefix --lr {rate:g}" for rate in (0.01, 0.03, 0.1, 0.3)},
         "prefix, lr .1, warm-up 30": "--component prefix --lr 0.1 --warmup 30",
