@@ -44,7 +44,7 @@ def renderer() -> object:
     try:
         import resvg_py
     except ImportError:
-        raise UserError('--png needs resvg_py; install it with pip install "fairref[figures]".') from None
+        raise UserError('--png needs resvg_py; install it with pip install -e ".[figures]".') from None
     return resvg_py
 
 

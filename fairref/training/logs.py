@@ -116,7 +116,7 @@ def need_tensorboard() -> Callable[..., Board]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            '--tensorboard needs TensorBoard; install it with pip install "fairref[log]", or leave the option out.'
+            '--tensorboard needs TensorBoard; install it with pip install -e ".[log]", or leave the option out.'
         ) from None
     return SummaryWriter
 

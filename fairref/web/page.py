@@ -31,7 +31,7 @@ def need_gradio() -> ModuleType:
     try:
         import gradio
     except ImportError:
-        raise UserError('fairref serve needs gradio; install it with pip install "fairref[web]".') from None
+        raise UserError('fairref serve needs gradio; install it with pip install -e ".[web]".') from None
     return gradio
 
 

@@ -246,7 +246,7 @@ def test_mistakes_are_said_before_the_work(tmp_path, tiny_folder, run_folder, ca
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     for argv, said in (
         (["10"], "is 10, expected some of 6a, 6b, 7, 8, 9"),
-        (["6b", "--png"], 'pip install "fairref[figures]"'),
+        (["6b", "--png"], 'pip install -e ".[figures]"'),
         (["6b", "--out", tmp_path / "file" / "x"], "can't be made"),
         (["7"], "--weights is for 6a, 6b, 8, 9 and has no effect on 7"),
         (["6a", "6b", "--attr", "nonsense"], "--attr is for 8, 9 and has no effect on 6a and 6b"),
