@@ -540,6 +540,46 @@ def test_torchrun_makes_the_same_run_and_hands_signals_on(folder, wholes, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_slow_checkpoint_is_whole_before_torchrun_ends_all(folder, wholes, tmp_path):
+    """torchrun sends SIGTERM to all as soon as one has ended, and a second one within a run ends it at once."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run, script = (
+        tmp_path / "run",
+        train_that(tmp_path, 2, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)"),
+    )
+    slow = (
+        "save = trainer.checkpoints.save\ntrainer.checkpoints.save = lambda *a: time.sleep(4) or save(*a)\n"
+    )
+    script.write_text(script.read_text().replace("sys.exit(", f"{slow}sys.exit("))
+    options = ["--iterations", "12", "--validate-every", "4", "--validate-images", "3", "--scores", "6"]
+    _, (said,) = ends(start(1, *torchrun, script, *command(folder, run, *options), **PIPES))
+    assert said.count("stopped after iteration 3; go on with --resume") == 2
+    assert (run / "checkpoint-000003.safetensors").exists()
+    resumed(run, 2)
+    assert adapters(run) == wholes[2]
+
+
+@pytest.mark.slow
+def test_processes_that_find_different_checkpoints_do_not_go_on(folder, tmp_path):
+    """As on two machines without a common disk, of which one has an older copy of the run."""
+    codes, said = ends(launch(1, folder, tmp_path / "run", *LONG))
+    assert codes == [0], said
+    script = tmp_path / "resume.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from fairref.commands import cli, train
+from fairref.training import checkpoints
+saved = checkpoints.saved
+if os.environ["RANK"] == "1":
+    checkpoints.saved = lambda folder: saved(folder)[:-1]
+sys.exit(cli.run(train.main))
+""")
+    codes, said = ends(start(2, script, "--resume", tmp_path / "run", **PIPES))
+    assert codes == [2, 2] and all("checkpoints of iterations from 9 to 12" in one for one in said), said
+
+
+@pytest.mark.slow
 def test_what_pulled_is_the_same_on_two_processes(folder, tmp_path):
     recorded = []
     for count in (1, 2):

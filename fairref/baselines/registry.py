@@ -27,6 +27,7 @@ class Baseline:
     fit: Callable[[Case, float, Fitted], Iterable[Fitted]] = lambda *_: [{}]
     number: float | None = None  # where NAME:NUMBER does not say it; None: it has none
     meaning: str = ""  # of the number
+    above_zero: bool = False  # of the number: 0 has no solution
     check: Callable[[Case, Sequence[str]], object] = lambda *_: None  # refuses what it can't fit or draw
 
 
@@ -35,7 +36,7 @@ BASELINES = {
     "projection": Baseline(
         projection.images_of, lambda case, number, _: [projection.fit(case, number)], 500, "lambda"
     ),
-    "uce": Baseline(uce.images_of, uce.fit, 0.5, "lambda", uce.check),
+    "uce": Baseline(uce.images_of, uce.fit, 0.5, "lambda", above_zero=True, check=uce.check),
     "fair_pca": Baseline(
         fair_pca.images_of, lambda case, number, _: [fair_pca.fit(case, number)], 0.36, "scale of the noise"
     ),
@@ -79,6 +80,7 @@ def _parse(text):
         value = float(number)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise UserError(f"--baseline is {text!r}; expected {name}:NUMBER, its {baseline.meaning}, from 0 up.")
+    if not 0 <= value < float("inf") or (baseline.above_zero and not value):
+        least = "above 0" if baseline.above_zero else "from 0 up"
+        raise UserError(f"--baseline is {text!r}; expected {name}:NUMBER, its {baseline.meaning}, {least}.")
     return Chosen(name if value == baseline.number else f"{name}:{value:g}", baseline, value)

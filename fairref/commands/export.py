@@ -39,6 +39,12 @@ def parser() -> cli.Parser:
         action="store_true",
         help="write a whole model in float16: half the size, nearly the same images",
     )
+    parser.add_argument(
+        "--hub-id",
+        default="",
+        help="with --to space: the base's OWNER/NAME on the hub, in diffusers' layout, where it is not Stable Diffusion"
+        " 1.5 itself",
+    )
     cli.add_any_base(parser)
     return parser
 
@@ -52,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         adapter = next(iter(own_adapters(bundle)), None)
     if adapter is None:
         raise UserError("fairref export: no adapter is named; give a run's folder or an adapter file.")
-    folder = export_adapter(bundle, adapter, options.to, options.out, options.half, options.any_base)
+    folder = export_adapter(
+        bundle, adapter, options.to, options.out, options.half, options.any_base, options.hub_id
+    )
     if options.to == SPACE:
         print(
             f"{folder}: README.md says what is in it. pip install huggingface_hub and hf auth login, then push it:"

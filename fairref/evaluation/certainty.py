@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from scipy.stats import binomtest, chisquare, false_discovery_control
+from scipy.stats import binomtest, false_discovery_control
 
-from fairref.evaluation.fair import fair_test, smallest_gap
+from fairref.evaluation.fair import fair_p, fair_test, smallest_gap
 from fairref.evaluation.gaps import LEVEL, mean_gap, rms_gap
 from fairref.fairness.metrics import bias
 
@@ -57,14 +57,12 @@ def _p_of_two(count, n, share):
 
 def p_value(counts: np.ndarray, target: np.ndarray) -> float | None:
     """p of one prompt's counts (K,) under the target: exact for two classes, else Pearson's; None without an image."""
-    n, possible = int(counts.sum()), target > 0
+    n = int(counts.sum())
     if n == 0:
         return None
     if len(counts) == 2:
         return _p_of_two(int(counts[0]), n, float(min(target[0], 1)))
-    if counts[~possible].any():
-        return 0.0
-    return float(chisquare(counts[possible], n * target[possible]).pvalue) if possible.sum() > 1 else 1.0
+    return fair_p(counts[None], target)
 
 
 def _by_prompt(counts, prompts, classes, target):

@@ -3,6 +3,8 @@
 P prompts, n images of each, K classes.
 """
 
+from functools import cache, lru_cache
+
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import chi2, ncx2, norm
@@ -11,13 +13,15 @@ from fairref.evaluation.gaps import LEVEL, Z_ONE_SIDED, Z, largest_square, squar
 
 NEAR_FAIR = 0.3  # up to this rms gap T bounds it
 POWER = 0.8  # with which the test sees the smallest gap that it is said to see
+FEW = 5  # images expected of a class: with fewer, what χ² would say is drawn
+DRAWS = 100_000
 
 
 def fair_statistic(counts: np.ndarray, target: np.ndarray) -> tuple[float, int]:
-    """Of counts (P, K) what is χ² for a model that meets the target, and its degrees of freedom.
+    """Of counts (P, K) what is near χ² for a model that meets the target, and its degrees of freedom.
 
-    The sum of Pearson's statistics, Σ n (p̂ - t)² / t over classes and prompts: near χ² for few images, too, where
-    the sum of squared angles is not. Infinite for an image that the target rules out.
+    The sum of Pearson's statistics, Σ n (p̂ - t)² / t over classes and prompts. Infinite for an image that the target
+    rules out.
     """
     counts = counts[counts.sum(1) > 0]
     possible = target > 0
@@ -27,6 +31,45 @@ def fair_statistic(counts: np.ndarray, target: np.ndarray) -> tuple[float, int]:
     counts, target = counts[:, possible], target[possible]
     expected = counts.sum(1, keepdims=True) * target
     return float((np.square(counts - expected) / expected).sum()), df
+
+
+@cache
+def _of_one(n: int, target: tuple[float, ...]) -> np.ndarray:
+    """Pearson's statistic (DRAWS,) of n images of a model that meets the target, in no order."""
+    counts, expected = np.random.default_rng(n).multinomial(n, target, DRAWS), n * np.array(target)
+    return (np.square(counts - expected) / expected).sum(1)
+
+
+@lru_cache(64)
+def _drawn(images: tuple[int, ...], target: tuple[float, ...]) -> np.ndarray | None:
+    """`fair_statistic` (DRAWS,), sorted, of a model that meets the target (K,), whose shares are all above 0.
+
+    `images` of each prompt. None where χ² is near enough: where every class has FEW images or more to expect.
+    """
+    if min(images) * min(target) >= FEW:
+        return None
+    rng, of_each = np.random.default_rng(0), [_of_one(n, target) for n in images]
+    return np.sort(of_each[0] + sum(map(rng.permutation, of_each[1:])))
+
+
+def fair_p(counts: np.ndarray, target: np.ndarray) -> float:
+    """How often a model that meets the target is as far from it as counts (P, K), of which some are not 0."""
+    statistic, df = fair_statistic(counts, target)
+    if not df or not np.isfinite(statistic):
+        return float(statistic == 0)
+    images, shares = counts.sum(1), target[target > 0]
+    drawn = _drawn(tuple(images[images > 0].tolist()), tuple((shares / shares.sum()).tolist()))
+    if drawn is None:
+        return float(chi2.sf(statistic, df))
+    below = np.searchsorted(drawn, statistic * (1 - 1e-9))  # ties count, in spite of rounding
+    return float((1 + DRAWS - below) / (1 + DRAWS))
+
+
+@cache
+def _critical(P, n, target):
+    """The statistic above which a model is not called fair."""
+    drawn = _drawn((max(round(n), 1),) * P, target)
+    return chi2.ppf(LEVEL, P * (len(target) - 1)) if drawn is None else float(np.quantile(drawn, LEVEL))
 
 
 def upper_bound(counts: np.ndarray, target: np.ndarray) -> float:
@@ -59,7 +102,7 @@ def fair_test(counts: np.ndarray, target: np.ndarray) -> dict[str, object]:
     if not counts.any():
         return {"statistic": None, "df": 0, "p": None, "upper": None, "said": "no image is known"}
     statistic, df = fair_statistic(counts, target)
-    p = float(chi2.sf(statistic, df)) if df else float(statistic == 0)
+    p = fair_p(counts, target)
     counts = told(counts)
     upper = upper_bound(counts, target) if len(counts) else None
     verdict = "rejected" if p < 1 - LEVEL else "not rejected, which is not fair"
@@ -81,7 +124,7 @@ def smallest_gap(P: int, n: float, target: np.ndarray) -> float | None:
     if K == 2:
         return _smallest_of_two(P, n, float(target[0]))
     df = P * (K - 1)
-    nc = _noncentrality(chi2.ppf(LEVEL, df), df, 1 - POWER) / (n * P)  # of each image
+    nc = _noncentrality(_critical(P, n, tuple(target.tolist())), df, 1 - POWER) / (n * P)  # of each image
     basis = np.linalg.svd(np.ones((1, K)))[2][1:]  # of what sums to 0
     least = np.linalg.eigvalsh(basis @ np.diag(1 / target) @ basis.T)[0]  # of Σ δ²/t / Σ δ²
     square = 2 / (K - 1) * nc / least
@@ -101,7 +144,7 @@ def _smallest_of_two(P, n, t):
 
 def _power_of_two(share, t, P, n):
     """How often the test rejects a first class's `share` in all prompts: n (p̂ - t)² is n times a noncentral χ²."""
-    critical, noise, d = chi2.ppf(LEVEL, P) * t * (1 - t), share * (1 - share), share - t
+    critical, noise, d = _critical(P, n, (t, 1 - t)) * t * (1 - t), share * (1 - share), share - t
     if noise < 1e-12:
         return float(P * n * d**2 > critical)
     return float(ncx2.sf(critical / noise, P, P * n * d**2 / noise))

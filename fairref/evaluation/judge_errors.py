@@ -72,7 +72,7 @@ def true_shares(judged: np.ndarray, M: np.ndarray) -> np.ndarray:
     """Maximum likelihood on the simplex: judged shares (..., K) -> the classes' (..., K).
 
     M⁻¹ p̂ where that is inside, else EM: p <- p ∘ Mᵀ(p̂ / M p). Of two classes the nearer edge: Rogan and Gladen's.
-    What M rules out is left out.
+    What M rules out is left out; NaN where it rules out all.
     """
     told = is_told(M)
     shares = np.linalg.solve(M, judged[..., None])[..., 0] if told else np.full(judged.shape, -1.0)
@@ -83,8 +83,9 @@ def true_shares(judged: np.ndarray, M: np.ndarray) -> np.ndarray:
     for _ in range(STEPS if outside.any() else 0):
         before, expected = p, p @ M.T
         p = p * (np.divide(q, expected, out=np.zeros_like(q), where=expected > 0) @ M)
-        p /= p.sum(-1, keepdims=True)
-        if np.abs(p - before).max() < TOLERANCE:
+        total = p.sum(-1, keepdims=True)
+        p = np.divide(p, total, out=np.full_like(p, np.nan), where=total > 0)
+        if np.nanmax(np.abs(p - before), initial=0) < TOLERANCE:
             break
     shares[outside] = p
     return shares
@@ -212,6 +213,8 @@ def corrected(
     low = high = np.full(len(M), None)
     if is_swapped(M):
         value, method = low, SWAPPED
+    elif np.isnan(value).any():
+        value, method = low, MISFIT
     elif n_k.min() < MIN_LABELLED:
         method = FEW
     elif not is_explained(of_class, labelled, value) or (gap and not is_possible(gap)):

@@ -21,7 +21,7 @@ from fairref.evaluation.confusion import (
     of_explicit,
     on_explicit,
 )
-from fairref.evaluation.judge_errors import corrected, prediction_powered
+from fairref.evaluation.judge_errors import FEW_POWERED, MIN_LABELLED, corrected, prediction_powered
 from fairref.evaluation.judging import EvaluationSettings, ImageSource, drawn_by, judge_prompts
 from fairref.evaluation.labels import BY_HAND, Labels, on_labels
 from fairref.evaluation.paired import diversities, leans_by_judge, paired_by_judge
@@ -118,8 +118,8 @@ def report_on(
 
 
 def with_confusions(report: Report, *known: Confusions) -> None:
-    """Puts confusions into a report, judge -> attribute -> some; the first of them is the one that counts: of images of
-    each class, if there is such a one."""
+    """Puts confusions into a report, judge -> attribute -> some; the first of them is the one that counts: of enough
+    images of each class for an interval, or of some of each class, if there is such a one."""
     for confusions in known:
         for judge, of_judge in confusions.items():
             for name, found in of_judge.items():
@@ -127,7 +127,13 @@ def with_confusions(report: Report, *known: Confusions) -> None:
                     continue
                 several = report["confusion"].setdefault(judge, {}).setdefault(name, [])
                 several.append(found.to_dict())
-                several.sort(key=lambda one: not all(map(any, one["counts"])))
+                several.sort(key=_lacks)
+
+
+def _lacks(confusion):
+    """0 with enough labelled images of each class, 1 with some, 2 without."""
+    fewest = min(map(sum, confusion["counts"]))
+    return 0 if fewest >= MIN_LABELLED else 1 if fewest else 2
 
 
 def correct(report: Report, target: JointTarget) -> None:
@@ -150,6 +156,8 @@ def correct(report: Report, target: JointTarget) -> None:
                 labelled = np.array(by_hand["counts"])
                 powered = prediction_powered(counts.sum(0) - labelled.sum(0), labelled, classes)
                 no_M = {**dict.fromkeys(("mean_gap", "rms_gap", "upper")), "method": "none without M"}
+                if powered["method"] == FEW_POWERED and found and found["rms_gap"]:
+                    continue  # M says more: it has intervals
                 found = found or no_M
                 of_gaps = f"M on {known['source']}" if found["rms_gap"] else found["method"]
                 found |= {**powered, "source": f"{BY_HAND}; for the gaps: {of_gaps}"}

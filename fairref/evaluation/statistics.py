@@ -173,13 +173,14 @@ def _biases(counts, names, classes, sizes, table):
         if unequal:
             far = bias(rows[some], target) if some.any() else np.array([np.nan])
         counted = rows.sum(1)[some] if some.any() else sizes
+        shares = (rows.sum(0) / rows.sum()).tolist() if some.any() else [None] * len(classes)
         floors = {"floor": _floor(len(classes), counted)}
         floors |= {"target_floor": _floor(len(classes), counted, target)} if unequal else {}
         judges[judge] = {
             **_mean_and_std((values.mean(), values.std())),
             "without_bias": int((~some).sum()),
             **({"from_target": _mean_and_std((far.mean(), far.std()))} if unequal else {}),
-            "share": dict(zip(classes, (rows.sum(0) / max(rows.sum(), 1)).tolist(), strict=True)),
+            "share": dict(zip(classes, shares, strict=True)),
             "counts": {prompt: row.tolist() for prompt, row in zip(names, rows, strict=True)},
             "sure": certainty(rows, sizes - rows.sum(1), names, classes, target),
             **floors,

@@ -31,6 +31,7 @@ from fairref.generation.adapters import AdapterFile, load_adapters, read_adapter
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 EMBEDDING_FILE = "learned_embeds.safetensors"  # the same, of textual inversion
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 PYTORCH = {"format": "pt"}  # the header without which transformers refuses a file
 KOHYA_HEADER = {
     "ss_network_module": "networks.lora",
@@ -121,14 +122,25 @@ FORMATS = {
 
 
 def export_adapter(
-    bundle: Bundle, path: str | Path, to: str, out: str | Path, half: bool = False, any_base: bool = False
+    bundle: Bundle,
+    path: str | Path,
+    to: str,
+    out: str | Path,
+    half: bool = False,
+    any_base: bool = False,
+    hub_id: str = "",
 ) -> Path:
     """Exports the adapter of a file or a run's folder -> the folder `out`, with a card and a check. Raises UserError.
 
-    `to`: of FORMATS. `half`: merged and single-file in float16. `any_base`: as in `load_adapter`.
+    `to`: of FORMATS. `half`: merged and single-file in float16. `any_base`: as in `load_adapter`. `hub_id`: of the
+    base that a Space fetches ("": Stable Diffusion 1.5's).
     """
     adapter, out = read_adapter(path), Path(os.path.realpath(expanded(out)))
     check_format(adapter, to, half)
+    if hub_id and to != SPACE:
+        raise UserError(f"--hub-id is for --to space; leave it out with --to {to}.")
+    if hub_id and not HUB_ID.fullmatch(hub_id):
+        raise UserError(f"--hub-id is {hub_id!r}; expected OWNER/NAME of a model on the hub.")
     if adapter.leaves_empty and to != SPACE:
         raise UserError(
             f"{adapter.file}: was trained with --empty-prompt frozen, but in other tools an adapter of the text encoder"
@@ -144,7 +156,7 @@ def export_adapter(
         part.mkdir(parents=True)
         # refuses names, shapes and numbers that don't fit the base's layers
         after = load_adapters(bundle, [(adapter, 1.0)], any_base)
-        export = Export(bundle, adapter, to, part, _name(adapter), half)
+        export = Export(bundle, adapter, to, part, _name(adapter), half, any_base, hub_id)
         FORMATS[to].write(export)
         if to != SPACE:  # which has a card of its own
             write_card(export, after)

@@ -20,6 +20,8 @@ class Export:
     folder: Path  # where the files go
     name: str  # of the file that users choose by its name
     half: bool  # whether whole networks are written in float16
+    any_base: bool = False  # whether the adapter may be of another base
+    hub_id: str = ""  # of a Space's base
 
     @property
     def is_whole(self) -> bool:

@@ -42,11 +42,13 @@ def to_space(export: Export) -> None:
     """Writes the Space; the adapter is in ADAPTER. Raises UserError where its host would not find the base."""
     is_sd15 = export.bundle.unet.config == SD15
     own = not is_sd15 and export.bundle.fingerprints == load_bundle(DEFAULT).fingerprints
+    if own and export.hub_id:
+        raise UserError(f"{export.bundle.path}: goes into the Space itself; leave out --hub-id.")
     if not own and not is_sd15:
         raise UserError(
             f"{export.bundle.path}: is neither Stable Diffusion 1.5 nor {DEFAULT}; a Space can't get it from the hub."
         )
-    base, folder, adapter = "" if own else SD15_ID, export.folder, export.adapter
+    base, folder, adapter = "" if own else export.hub_id or SD15_ID, export.folder, export.adapter
     facts = {
         "export": export,
         "base": base,
@@ -55,6 +57,7 @@ def to_space(export: Export) -> None:
         "classes": list(adapter.info.get("classes", {})),
         "gradio": GRADIO,
         "licence": "creativeml-openrail-m" if base else "mit",
+        "any_base": export.any_base,
         "files": BASE_FILES,
         "not_needed": NOT_NEEDED,
     }

@@ -14,6 +14,7 @@ from fairref.errors import UserError
 from fairref.files.paths import read_json
 
 SUM_TOLERANCE = 1e-6  # how far the numbers of a target may sum from 1
+ROUNDING = 1e-12  # of such a sum in float64: scipy's tests and numpy's draws want no more
 APPARENT = ("gender", "race", "age")  # of people, not of pictures
 
 
@@ -28,7 +29,7 @@ class Attribute:
 
     name: str  # as the classifier calls it, e.g. "gender"
     classes: tuple[str, ...]  # K >= 2 class names, in the order of the classifier's logits
-    target: tuple[float, ...]  # K shares >= 0 with sum 1
+    target: tuple[float, ...]  # K shares >= 0 with sum 1, to rounding
 
     def __post_init__(self):
         name, classes, target = self.name, self.classes, self.target
@@ -48,6 +49,8 @@ class Attribute:
                 f'The target of "{name}" is {_shown(target)}, which sums to {sum(target):.9g};'
                 " the sum must be 1 (fractions such as 1/3 are understood)."
             )
+        if abs(sum(target) - 1) > ROUNDING:  # .3333333 is a third
+            object.__setattr__(self, "target", tuple(share / sum(target) for share in target))
 
 
 def parse_target(text: str, attributes: dict[str, tuple[str, ...]]) -> Attribute:
@@ -91,7 +94,8 @@ class JointTarget:
         shape = tuple(map(len, self.classes.values()))
         if not shape or self.table.shape != shape:
             raise UserError(f"The joint target has the shape {self.table.shape}; expected {shape}.")
-        Attribute("joint target", tuple(map(str, range(prod(shape)))), tuple(self.table.reshape(-1)))
+        flat = Attribute("joint target", tuple(map(str, range(prod(shape)))), tuple(self.table.reshape(-1)))
+        object.__setattr__(self, "table", np.reshape(flat.target, shape))
 
     def marginal(self, name: str) -> Attribute:
         """The target of one attribute, whatever the others are."""
@@ -116,7 +120,7 @@ class JointTarget:
 
     def drawn(self, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Joint classes of n images, drawn from the table: of each attribute (n, K_a), 1 for the class, else 0."""
-        joint = rng.multinomial(1, self.table.reshape(-1) / self.table.sum(), n)
+        joint = rng.multinomial(1, self.table.reshape(-1), n)
         joint, axes = joint.reshape(n, *self.table.shape), range(1, 1 + self.table.ndim)
         return {
             name: joint.sum(tuple(b for b in axes if b != a))

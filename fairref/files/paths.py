@@ -120,8 +120,8 @@ def _no_number(text):
 
 
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
-    """Write a JSON file as `write_file` does."""
-    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a JSON file as `write_file` does. Raises ValueError for a number that is not finite: JSON has none."""
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -250,4 +250,6 @@ def only_numbers(value: object) -> object:
     """The same JSON content with null in the place of what is not finite, which JSON does not know."""
     if isinstance(value, dict):
         return {key: only_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_numbers(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

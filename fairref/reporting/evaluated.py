@@ -212,6 +212,7 @@ def _replaces(run, other, part):
         and after["attribute"] == own_after["attribute"]
         and n[0] <= n[1]
         and same_noise(after, own_after)
+        and len({after.get("fingerprint"), own_after.get("fingerprint")} - {None}) < 2
         and not of_another_adapter(run, part)
     )
 

@@ -109,6 +109,11 @@ def finetune(setup: Setup, folder: Path, info: dict[str, object]) -> dict[str, P
     model, state = new_state(setup)
     if (said := checkpoints.restore(folder, state)) and processes.first:
         print(said, file=sys.stderr)
+    least, most = processes.least([state.iteration, -state.iteration])
+    if least != -most:
+        raise UserError(
+            f"{folder}: the processes found checkpoints of iterations from {least} to {-most}; all must see one folder."
+        )
     setup, model = compiled(setup, model)
     validator, recorder = Validator(setup, folder, info), Recorder(setup, model, folder)
     with Log(setup, folder, state) as log, StopRequest() as stop:
@@ -119,6 +124,7 @@ def finetune(setup: Setup, folder: Path, info: dict[str, object]) -> dict[str, P
                 checkpoints.save(folder, state, recipe.keep)
             if stopping:
                 recorder.write_sheet()
+                processes.wait()  # torchrun kills all as soon as one has ended
                 raise KeyboardInterrupt(
                     f"stopped after iteration {state.iteration}; go on with --resume {folder}"
                 )

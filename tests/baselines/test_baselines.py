@@ -369,7 +369,11 @@ def test_ones_own_baseline_is_a_function_of_a_file(case, tmp_path):
     [
         (["dice"], "--baseline is 'dice'; expected one of coin, projection, uce, fair_pca, or path"),
         (["coin:1"], "coin has no number"),
-        (["uce:-1"], "expected uce:NUMBER, its lambda, from 0 up"),
+        (["uce:-1"], "expected uce:NUMBER, its lambda, above 0"),
+        (
+            ["uce:0"],
+            "expected uce:NUMBER, its lambda, above 0",
+        ),  # its least squares have no one solution there
         (["uce:many"], "expected uce:NUMBER"),
         (["projection:nan"], "expected projection:NUMBER"),
         (["projection", "projection:500"], "names projection twice"),

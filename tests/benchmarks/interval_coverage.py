@@ -26,6 +26,7 @@ from fairref.files.paths import read_json, write_json
 
 SHARES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+FAR_FROM_EQUAL = ((0.7, 0.2, 0.08, 0.02), (0.9, 0.08, 0.01, 0.01))
 IMAGES = {2: 60, 4: 80, 8: 160}  # of each prompt, by K
 POPULATIONS = {"fair": 1e6, "mild": 4.0, "strong": 0.4}  # of prompts: Dirichlet's parameter
 PART = 1000  # runs at once
@@ -224,8 +225,7 @@ def tests(K: int, P: int, R: int, rng: np.random.Generator) -> Hits:
 
     def rejected(gap):
         lean = leaning(K, P, gap / np.sqrt(2 / K), "first")
-        statistics = [fair.fair_statistic(c, target) for c in rng.multinomial(n, lean, (R, P))]
-        return np.array([chi2.sf(T, df) < 1 - LEVEL for T, df in statistics])
+        return np.array([fair.fair_p(c, target) < 1 - LEVEL for c in rng.multinomial(n, lean, (R, P))])
 
     unfair = np.arange(P) < P // 2
     shares = np.where(unfair[:, None], leaning(K, P, 0.5, "first"), target)
@@ -243,12 +243,29 @@ def tests(K: int, P: int, R: int, rng: np.random.Generator) -> Hits:
     }
 
 
+def few(target: tuple[float, ...], P: int, n: int, R: int, rng: np.random.Generator) -> Hits:
+    """Rates of false alarms where a class has few images to expect: a model that meets the target (K,)."""
+    counts = rng.multinomial(n, target, (R, P))
+    p = [[certainty.p_value(row, np.array(target)) for row in c] for c in counts]
+    statistics = (np.square(counts - n * np.array(target)) / (n * np.array(target))).sum(-1)
+    calling = "evaluations of a fair model that call a prompt unfair"
+    return {
+        'rejections of "fair" where it is (5 %)': np.array(
+            [fair.fair_p(c, np.array(target)) < 1 - LEVEL for c in counts]
+        ),
+        f"{calling} (at most 5 %)": (false_discovery_control(p, axis=1) <= 1 - LEVEL).any(1),
+        f"{NOT_USED}{calling}, by χ²": (
+            false_discovery_control(chi2.sf(statistics, len(target) - 1), axis=1) <= 1 - LEVEL
+        ).any(1),
+    }
+
+
 def aimed(share: float, P: int, n: int, gap: float | None, R: int, rng: np.random.Generator) -> Hits:
     """Of a target (share, 1 - share), from which prompts lean to both sides in turn; None: the rate of rejections."""
     target = np.array([share, 1 - share])
     if gap is None:
         return {
-            name: np.array([chi2.sf(*fair.fair_statistic(c, target)) < 1 - LEVEL for c in counts])
+            name: np.array([fair.fair_p(c, target) < 1 - LEVEL for c in counts])
             for at, name in (
                 (0.0, 'rejections of "fair" where it is (5 %)'),
                 (fair.smallest_gap(P, n, target), "rejections at the smallest gap seen (80 %)"),
@@ -315,6 +332,9 @@ def cells() -> Iterator[tuple[str, list[Cell]]]:
             f"K = 2, a target of {share:g}, {P} prompts, {n} images a prompt",
             [partial(aimed, share, P, n, gap) for gap in (None, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5)],
         )
+    for target in FAR_FROM_EQUAL:
+        said = ", ".join(f"{share:g}" for share in target)
+        yield f"a target of {said}, 50 prompts", [partial(few, target, 50, n) for n in (30, 60, 160)]
 
 
 def situation(of_grid: list[Cell], runs: int, seed: int, key: int) -> dict[str, list[float]]:

@@ -134,8 +134,37 @@ def test_p_of_a_prompt_and_which_prompts_are_unfair():
     assert sure["prompts"]["40"] == {"share": {"a": [None] * 3, "b": [None] * 3}, "p": None, "unfair": False}
 
 
+@pytest.mark.parametrize(
+    ("target", "n"), [((0.7, 0.2, 0.08, 0.02), 12), ((0.9, 0.07, 0.03), 12), ((0.97, 0.03), 9)]
+)
+def test_where_few_images_are_expected_p_is_that_of_all_counts_that_there_can_be(target, n):
+    """The multinomial's own probabilities, of one prompt and of two together; χ² is far off."""
+    target, K = np.array(target), len(target)
+    every, chances = outcomes(n, target)
+    statistics = np.array([fair.fair_statistic(c[None], target)[0] for c in every])
+    two = (statistics[:, None] + statistics).ravel(), np.outer(chances, chances).ravel()
+    of_chi2 = []
+    for level in (0.3, 0.1, 0.03, 0.01):
+        at = np.argmin(np.abs([chances[statistics >= s * (1 - 1e-9)].sum() - level for s in statistics]))
+        for several, (found, of_each) in enumerate([(statistics, chances), two], 1):
+            counts = np.repeat(every[at][None], several, 0)
+            exact = of_each[found >= several * statistics[at] * (1 - 1e-9)].sum()
+            noise = 4 * np.sqrt(exact * (1 - exact) / fair.DRAWS) + 2e-4
+            assert fair.fair_p(counts, target) == pytest.approx(exact, abs=noise)
+            if several == 1 and K > 2:
+                assert p_value(every[at], target) == fair.fair_p(counts, target)
+            of_chi2.append(abs(chi2.sf(*fair.fair_statistic(counts, target)) - exact) > 2 * noise)
+    assert any(of_chi2)
+
+
+@pytest.mark.parametrize("target", coverage.FAR_FROM_EQUAL)
+def test_a_model_that_meets_a_target_far_from_equal_is_seldom_called_unfair(target):
+    *rates, by_chi2 = coverage.few(target, 50, 30, 300, np.random.default_rng(0)).values()
+    assert all(0 < hits.mean() < 0.1 for hits in rates) and by_chi2.mean() > 0.15
+
+
 def test_the_statistic_of_fair_is_chi_squared_under_it():
-    """Of few images, too, and of targets far from equal."""
+    """Where a class has five images or more to expect."""
     rng = np.random.default_rng(0)
     for target, n in [*((target, 60) for target in TARGETS), (HALF, 6), (np.array([0.9, 0.1]), 20)]:
         found = [fair.fair_statistic(c, target) for c in rng.multinomial(n, target, (2000, 10))]

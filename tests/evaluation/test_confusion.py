@@ -104,9 +104,16 @@ def test_errors_of_two_classes_do_not_cancel_and_unknown_ones_are_left_out():
     assert difference((truth, before), (1 - truth, after)) is None
 
 
-@pytest.mark.parametrize("first", [[[0, 0], [0, 0]], [[5, 0], [0, 0]]])
-def test_a_confusion_without_images_of_each_class_stands_behind_one_with(first):
-    report, whole = {"confusion": {}}, [[3, 1], [0, 4]]
+@pytest.mark.parametrize(
+    ("first", "whole"),
+    [
+        ([[0, 0], [0, 0]], [[3, 1], [0, 4]]),
+        ([[5, 0], [0, 0]], [[3, 1], [0, 4]]),
+        ([[20, 1], [0, 49]], [[45, 5], [0, 50]]),  # enough of each class for an interval
+    ],
+)
+def test_the_confusion_that_says_most_stands_first(first, whole):
+    report = {"confusion": {}}
     known = [{"judge": {"gender": Confusion(np.array(c), np.zeros(2, int), "")}} for c in (first, whole)]
     with_confusions(report, *known)
     found = [one["counts"] for one in report["confusion"]["judge"]["gender"]]

@@ -1,6 +1,7 @@
 """Shares and gaps without a judge's errors: against other optimisers, other programs and the known truth."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import interval_coverage as coverage
@@ -333,3 +334,17 @@ def test_corrected_intervals_hold_95_percent():
     for name in ("corrected share", "corrected rms gap"):
         held = [hits[name].mean() for hits in cells if name in hits]
         assert 0.93 < np.mean(held) < 0.985 and min(held) > 0.87, (name, held)
+
+
+@pytest.mark.parametrize(
+    ("labelled", "counts"),
+    [([[60, 0], [60, 0]], [[0, 60]]), ([[60, 0, 0, 0]] * 2 + [[0, 60, 0, 0]] * 2, [[0, 0, 30, 30]])],
+)
+def test_classes_that_the_judge_never_said_of_labelled_images_give_no_shares(labelled, counts):
+    """Nor NaN, which JSON does not know."""
+    classes = list("abcd")[: len(labelled)]
+    found = judge_errors.corrected(
+        np.array(counts), np.array(labelled), "", classes, np.full(len(classes), 1 / len(classes))
+    )
+    assert found["share"] == {k: [None] * 3 for k in classes} and found["rms_gap"] is None
+    json.dumps(found, allow_nan=False)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fairref.evaluation import judge_errors
 from fairref.evaluation.certainty import certainty
 from fairref.evaluation.confusion import confusions
 from fairref.evaluation.judge_errors import MISFIT, corrected, prediction_powered
@@ -70,7 +71,7 @@ def test_every_judge_of_every_attribute_is_as_sure_as_its_counts(before, report_
     assert even["sure"]["worst_prompt"]["bias"] == pytest.approx(max(gaps))
 
 
-def test_what_is_corrected_and_by_what(report_of_both):
+def test_what_is_corrected_and_by_what(report_of_both, monkeypatch):
     target = JointTarget(BOTH, TABLE)
     report = {**deepcopy(report_of_both), "attribute": "gender,skin_tone"}
     known = {"counts": [[180, 20], [30, 170]], "untold": [0, 0], "source": "labelled pictures"}
@@ -83,10 +84,14 @@ def test_what_is_corrected_and_by_what(report_of_both):
     assert found["share"]["woman"][0] == pytest.approx((share - 0.15) / 0.75)
     assert "corrected" not in report["attributes"]["skin_tone"]["judges"]["classifier"]
     assert found["rms_gap"] == corrected_rms_gap(of_judge, [0.4, 0.6])
-    # labels of 60 of the 90 images themselves: the others are what the judge counts in all, less those
+    # labels of 60 of the 90 images themselves are too few for an interval, and M has one
     labelled, (women, men) = np.array([[33, 2], [1, 24]]), np.sum(list(of_judge["counts"].values()), 0)
     by_hand = {**known, "source": BY_HAND, "counts": labelled.tolist()}
     report["confusion"]["classifier"]["gender"] = [known, by_hand]
+    correct(report, target)
+    assert of_judge["corrected"] == found
+    # where they are enough, the others are what the judge counts in all, less those
+    monkeypatch.setattr(judge_errors, "MIN_POWERED", 60)
     correct(report, target)
     expected = prediction_powered(np.array([women - 34, men - 26]), labelled, BOTH["gender"])
     powered = of_judge["corrected"]
@@ -202,3 +207,10 @@ def test_diversity_of_joint_classes(before):
         )
         distances += [1 - x[i] @ x[j] for i in range(30) for j in range(i) if joint[i] == joint[j]]
     assert found == {"clip": pytest.approx(float(torch.stack(distances).mean()))}
+
+
+def test_images_of_which_a_judge_tells_none_have_no_shares():
+    """Not shares of 0, which would be a finding."""
+    nobody = JudgedImages(classes={"classifier": {"gender": torch.full((4,), -1)}})
+    found = bias_report([nobody] * 2, ["a", "b"], {"gender": BOTH["gender"]})["judges"]["classifier"]
+    assert found["share"] == {"woman": None, "man": None} and found["mean"] is None

@@ -755,6 +755,7 @@ def test_a_space_names_its_base_and_holds_fairref(tmp_path, runs):
         patch.setattr(sys, "path", sys.path[:])
         exec(compile(code, "app.py", "exec"), {"__file__": str(tmp_path / "app.py")})
     assert called[0][0] == SD15_ID and served[0][-2:] == ["--weights", "/downloaded"]
+    assert "--any-base" not in served[0]
     with zipfile.ZipFile(tmp_path / wheel) as file:
         held = set(file.namelist())
         about = f"fairref-{fairref.__version__}.dist-info"
@@ -762,6 +763,35 @@ def test_a_space_names_its_base_and_holds_fairref(tmp_path, runs):
         assert b"License-File: LICENSE\n" in file.read(f"{about}/METADATA")
     assert {"fairref/web/page.py", "fairref/reporting/templates/report.html.jinja"} <= held
     assert not any(name.startswith("fairref/weights/") for name in held)
+
+
+def test_a_space_of_another_model_of_that_size_names_it(tmp_path, runs):
+    """And goes on where the export did."""
+    base = SimpleNamespace(path=tmp_path / "sd15", unet=SimpleNamespace(config=SD15))
+    to_space(
+        Export(base, read_adapter(runs["text_encoder"]), "space", tmp_path, NAME, False, True, "who/model")
+    )
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=True).data.to_dict()
+    assert card["models"] == card["preload_from_hub"] == ["who/model"]
+    code = (tmp_path / "app.py").read_text()
+    assert 'BASE = "who/model"' in code and 'options = ["--any-base", "--adapter"' in code
+
+
+def test_where_a_base_on_the_hub_is_refused(tmp_path, weights_of_tiny, loaded_emoji, monkeypatch):
+    weights, adapter = weights_of_tiny
+    bundle = load_bundle(weights)
+    for to, hub_id, said in (
+        ("kohya", "who/model", "--hub-id is for --to space"),
+        ("space", "model", "expected OWNER/NAME"),
+        ("space", "who/mo del", "expected OWNER/NAME"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_adapter(bundle, adapter, to, tmp_path / "out", hub_id=hub_id)
+    monkeypatch.setattr(space, "load_bundle", lambda _: loaded_emoji)
+    with pytest.raises(UserError, match="goes into the Space itself; leave out --hub-id"):
+        to_space(
+            Export(loaded_emoji, read_adapter(adapter), "space", tmp_path, NAME, False, hub_id="who/model")
+        )
 
 
 def test_a_space_of_the_small_bundle_names_whose_work_it_holds(tmp_path, runs, loaded_emoji, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import chisquare
 
 from fairref.errors import UserError
+from fairref.evaluation.certainty import p_value
 from fairref.fairness.attributes import (
     Attribute,
     JointTarget,
@@ -27,13 +28,27 @@ KNOWN = {"gender": ("woman", "man"), "race": ("WMELH", "Asian", "Black", "Indian
         ("race", (0.25, 0.25, 0.25, 0.25)),
         ("race=1/8,1/8,1/4,1/2", (0.125, 0.125, 0.25, 0.5)),
         ("shape=1/3,1/3,1/3", (1 / 3, 1 / 3, 1 / 3)),
-        ("shape=0.3333333,0.3333333,0.3333333", (0.3333333, 0.3333333, 0.3333333)),
+        ("shape=0.3333333,0.3333333,0.3333333", pytest.approx((1 / 3, 1 / 3, 1 / 3), abs=1e-15)),
     ],
 )
 def test_a_target_is_read(text, target):
     attribute = parse_target(text, KNOWN)
     assert attribute.target == target
     assert attribute.classes == KNOWN[attribute.name]
+
+
+def test_a_target_in_decimals_is_its_fraction_wherever_it_is_used():
+    """scipy's test and numpy's draws refuse shares whose sum is a millionth off, which the command line takes."""
+    for numbers in ("0.4444444,0.3333333,0.1111111,0.1111111", "0.3333333,0.3333333,0.3333333,0"):
+        target = parse_target(f"race={numbers}", KNOWN).target
+        joint = parse_targets([f"race={numbers}", "gender=0.3333333,0.6666667"], KNOWN)
+        for shares in (np.array(target), joint.table.ravel(), np.array(joint.marginal("race").target)):
+            assert abs(shares.sum() - 1) < 1e-12
+            counts = np.random.default_rng(0).multinomial(60, shares)
+            np.random.default_rng(0).choice(len(shares), 3, p=shares)
+            assert 0 < p_value(counts, shares) <= 1
+    rounded = JointTarget({"gender": KNOWN["gender"]}, np.array([0.3333333, 0.6666666]))
+    assert rounded.table.sum() == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize(

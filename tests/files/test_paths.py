@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -18,7 +19,15 @@ from PIL import Image
 from fairref.errors import UserError
 from fairref.files import paths
 from fairref.files.images import save_png
-from fairref.files.paths import check_new_folder, check_writable, read_json, read_text, write_file, write_json
+from fairref.files.paths import (
+    check_new_folder,
+    check_writable,
+    only_numbers,
+    read_json,
+    read_text,
+    write_file,
+    write_json,
+)
 from fairref.files.weights import read, write
 from fairref.reporting.figures import write_csv
 
@@ -205,3 +214,13 @@ def test_processes_may_write_one_file_at_once(tmp_path):
     assert [writer.wait() for writer in writers] == [0, 0]
     assert (tmp_path / "kept").read_bytes() in (b"a" * 1000, b"b" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_what_is_written_as_json_is_json(tmp_path):
+    """json.dumps writes NaN, which no reader of JSON takes, its own strict one included."""
+    path, content = tmp_path / "report.json", {"a": [1.0, math.nan], "b": ({"c": -math.inf},)}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, content)
+    assert not path.exists()
+    write_json(path, only_numbers(content))
+    assert read_json(path) == {"a": [1.0, None], "b": [{"c": None}]}

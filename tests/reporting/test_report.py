@@ -429,6 +429,25 @@ def test_another_evaluation_takes_the_place_of_the_runs_own_where_it_lacks_nothi
         ]
 
 
+def test_an_evaluation_of_another_runs_adapter_stands_beside_the_runs_own(tmp_path):
+    """Its file has the same name; an older evaluation does not say what it was of."""
+    folder = write_run(tmp_path / "run", new=False, prompts=3)
+    own, this = evaluation_of(prompts=3), fingerprint(read_tensors(folder / "adapter.safetensors"))
+    for known, other, file in (
+        (this, "another", "evaluation"),
+        (this, this, "judged"),
+        (None, this, "judged"),
+    ):
+        own[AFTER]["test"]["fingerprint"] = known
+        if not known:
+            del own[AFTER]["test"]["fingerprint"]
+        judged = second(own)
+        judged["after"]["test"]["fingerprint"] = other
+        write(folder / "evaluation.json", own)
+        write(folder / "judged.json", {label: {"test": of["test"]} for label, of in judged.items()})
+        assert parts(read_run(folder))[0].file == f"{file}.json"
+
+
 def test_an_evaluation_of_another_adapter_is_no_evaluation_of_this_one(runs, tmp_path):
     folder = write_run(tmp_path / "run", prompts=3)
     evaluation = evaluation_of(prompts=3)
