@@ -218,6 +218,8 @@ def _kept(patch, settings):
     """What is judged of three prompts, two images of the second being there, and again; how often each drew."""
     drawn, real = [], judging.fixed_images
     patch.setattr(judging, "fixed_images", lambda *args: drawn.append(args[2]) or real(*args))
+    several = judging.fixed_images_of
+    patch.setattr(judging, "fixed_images_of", lambda *args: drawn.extend(set(args[2])) or several(*args))
     source, prompts, found = drawn_by(settings, settings.bundle, ""), ["a cook", "a judge", "a pilot"], {}
     judge_prompts(settings, source, prompts[1:2], 2)
     for name in ("first", "again"):

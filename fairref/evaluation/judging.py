@@ -7,6 +7,7 @@ depends on (seed, prompt, image), so two models are measured on the same noise, 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from fairref.evaluation.statistics import JudgedImages
 from fairref.fairness.attributes import JointTarget
 from fairref.fairness.faces import Faces
 from fairref.files.weights import finite
-from fairref.generation.drawing import Drawing, fixed_images
+from fairref.generation.drawing import Drawing, fixed_images, fixed_images_of, group_size
 from fairref.generation.views import classify, faces_of, require_attributes, scatter_to_images
 from fairref.processes import Processes
 from fairref.progress import Progress
@@ -72,6 +73,8 @@ class ImageSource:
     # all that its images follow from beside their prompt and number, for JSON; None: their judgements are not kept
     made_of: Mapping[str, object] | None = None
     adapters: tuple[tuple[str, float], ...] = ()  # with which a bundle draws
+    # several prompts, which of the images of each -> (P n, 3, H, W), where that is faster than one by one
+    draw_together: Callable[[Sequence[str], range], Tensor] | None = None
 
 
 def drawn_by(settings: EvaluationSettings, model: Bundle, label: str) -> ImageSource:
@@ -80,8 +83,15 @@ def drawn_by(settings: EvaluationSettings, model: Bundle, label: str) -> ImageSo
     def draw(prompt, images):
         return draw_images(settings, model, prompt, images.stop, images.start)
 
+    def draw_together(prompts, images):
+        drawn = fixed_images_of(model, settings.seed, prompts, images, settings.drawing)
+        for prompt, x in zip(prompts, drawn.split(len(images)), strict=True):
+            _check_numbers(x, prompt, settings)
+        return drawn
+
     made_of = model_of(model, settings.drawing, settings.seed) if settings.kept else None
-    return ImageSource(label, draw, made_of, model.adapters)
+    together = draw_together if settings.drawing.padding == "full" else None
+    return ImageSource(label, draw, made_of, model.adapters, together)
 
 
 def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int, first: int = 0) -> Tensor:
@@ -90,12 +100,16 @@ def draw_images(settings: EvaluationSettings, model: Bundle, prompt: str, n: int
     Raises UserError.
     """
     x = fixed_images(model, settings.seed, prompt, range(first, n), settings.drawing)
+    _check_numbers(x, prompt, settings)
+    return x
+
+
+def _check_numbers(x, prompt, settings):
     if not finite(x):
         raise UserError(
             f"Images of {prompt!r} at guidance {settings.drawing.guidance} are no numbers; measure with `fairref"
             " evaluate` at a lower --guidance, or in float32."
         )
-    return x
 
 
 def turns(bundle: Bundle) -> dict[str, dict[int, list[str]]]:
@@ -168,8 +182,7 @@ def judge_prompts(
     missing = [p for p, count in enumerate(there) if count < n]
     mine = [missing[i] for i in processes.part(len(missing))]
     with Progress(len(mine), f"{source.label}{about and ', '}{about}", processes.first) as progress:
-        for p in mine:
-            drawn = judge_all(settings.bundle, source.draw(prompts[p], range(there[p], n)))
+        for p, drawn in _drawn(settings, source, mine, prompts, [n - count for count in there], n):
             judged[p] = drawn if there[p] == 0 else judged[p].first(there[p]).followed_by(drawn)
             if kept:
                 kept.write(prompts[p], judged[p])
@@ -180,6 +193,25 @@ def judge_prompts(
         ):
             judged[p] = of_prompt
     return [of_prompt.first(n).of(settings.target.classes) for of_prompt in judged]
+
+
+def _drawn(settings, source, mine, prompts, lacking, n):
+    """The images that prompts `mine` lack of n, judged, as (p, images): several prompts at once where each lacks few.
+
+    The last group is filled up. For rounding hangs on how many images are drawn at once, and that must not hang on how
+    many processes share the prompts.
+    """
+    for few, some in groupby(mine, key=lambda p: lacking[p]):
+        of_some, images = list(some), range(n - few, n)
+        size = min(group_size(settings.bundle) // few, lacking.count(few)) if source.draw_together else 1
+        for start in range(0, len(of_some), max(size, 1)):
+            group = of_some[start : start + max(size, 1)]
+            texts = [prompts[p] for p in group]
+            if size > 1:
+                x = source.draw_together(texts + texts[:1] * (size - len(texts)), images)
+            else:
+                x = source.draw(*texts, images)
+            yield from zip(group, judge_all(settings.bundle, x).split(few), strict=False)
 
 
 def _kept(settings, source):

@@ -38,6 +38,13 @@ class JudgedImages:
         """The first n of them."""
         return self.from_tensors({name: rows[:n] for name, rows in self.tensors().items()})
 
+    def split(self, n: int) -> list["JudgedImages"]:
+        """The first n of them, the next n, and so on."""
+        parts = {name: rows.split(n) for name, rows in self.tensors().items()}
+        return [
+            self.from_tensors(dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)
+        ]
+
     def followed_by(self, others: "JudgedImages") -> "JudgedImages":
         """These and others, by the same judges."""
         theirs = others.tensors()

@@ -1,7 +1,7 @@
 """Images of a bundle, from a text and noise in one call: what evaluation, validation and sample.py use."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,3 +75,15 @@ def fixed_images(bundle: Bundle, seed: int, prompt: str, images: range, how: Dra
     """(n, 3, H, W) of these images of a prompt, from their `fixed_noise`."""
     groups = fixed_noise(bundle, seed, prompt, images)
     return torch.cat([draw(bundle, (prompt, ""), z_T, how) for _, z_T in groups])
+
+
+@torch.no_grad()
+def fixed_images_of(bundle: Bundle, seed: int, prompts: Sequence[str], images: range, how: Drawing) -> Tensor:
+    """(P n, 3, H, W): the same of P prompts, drawn at once, which is faster where each has few images.
+
+    The texts' padding is "full": then c_empty is the same for all.
+    """
+    texts = [embed_padded(bundle, prompt, "", how.padding).split(1) for prompt in prompts]
+    c = torch.cat([c for c, _ in texts]).repeat_interleave(len(images), 0)
+    z_T = torch.cat([z for prompt in prompts for _, z in fixed_noise(bundle, seed, prompt, images)])
+    return draw_embedded(bundle, c, texts[0][1], z_T, how)

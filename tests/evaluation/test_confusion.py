@@ -123,10 +123,10 @@ def test_the_confusion_that_says_most_stands_first(first, whole):
 def test_a_report_has_the_judges_confusions_on_explicit_prompts_and_whether_they_stayed(
     loaded_tiny, tiny_folder
 ):
-    """The template judge confirms every other image; pictures of known classes come first."""
+    """The template judge confirms about every other image; pictures of known classes come first."""
 
     def templates(x):
-        told = torch.arange(len(x)) % 2 == 0
+        told = x[:, 1].mean((1, 2)) > x[:, 2].mean((1, 2))
         return {"gender": (x.mean((1, 2, 3)) > 0).long(), "gender_known": told}
 
     templates.attributes, templates.colours = ("gender",), lambda x, verdict: {}

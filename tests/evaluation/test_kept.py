@@ -49,13 +49,18 @@ def adapter(loaded_tiny, tmp_path_factory):
 @pytest.fixture
 def drawn(monkeypatch):
     """(prompt, image numbers) of every drawing."""
-    calls, real = [], judging.fixed_images
+    calls, one, several = [], judging.fixed_images, judging.fixed_images_of
 
     def fixed_images(model, seed, prompt, images, how):
         calls.append((prompt, list(images)))
-        return real(model, seed, prompt, images, how)
+        return one(model, seed, prompt, images, how)
+
+    def fixed_images_of(model, seed, prompts, images, how):
+        calls.extend((prompt, list(images)) for prompt in prompts)
+        return several(model, seed, prompts, images, how)
 
     monkeypatch.setattr(judging, "fixed_images", fixed_images)
+    monkeypatch.setattr(judging, "fixed_images_of", fixed_images_of)
     return calls
 
 
@@ -209,6 +214,25 @@ def test_ones_own_judge_is_known_by_its_files_hash(tiny_folder, tmp_path, drawn)
     assert not (tmp_path / "other").exists()
 
 
+def test_prompts_of_few_images_are_drawn_together_and_judged_as_alone(
+    loaded_tiny, tmp_path, drawn, monkeypatch
+):
+    """Groups are of one size, so that rounding does not hang on who draws which prompts."""
+    settings = settings_of(loaded_tiny, None)
+    source = drawn_by(settings, loaded_tiny, "")
+    alone = judge_prompts(settings, replace(source, draw_together=None), PROMPTS, 3)
+    for most, expected in ((9, PROMPTS), (7, [*PROMPTS, PROMPTS[2]]), (5, PROMPTS)):
+        drawn.clear()
+        monkeypatch.setattr(judging, "group_size", lambda _, most=most: most)
+        together = judge_prompts(settings, source, PROMPTS, 3)
+        assert drawn == [(prompt, [0, 1, 2]) for prompt in expected]
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(one.classes["classifier"]["gender"], other.classes["classifier"]["gender"])
+            torch.testing.assert_close(one.features["clip"], other.features["clip"], rtol=0, atol=1e-5)
+    own = replace(settings, drawing=settings.drawing._replace(padding="own"))
+    assert drawn_by(own, loaded_tiny, "").draw_together is None  # c_empty is another one for each
+
+
 def test_an_interrupted_evaluation_goes_on(loaded_tiny, tmp_path, drawn, monkeypatch):
     settings, real = settings_of(loaded_tiny, tmp_path), judging.judge_all
 
@@ -218,6 +242,7 @@ def test_an_interrupted_evaluation_goes_on(loaded_tiny, tmp_path, drawn, monkeyp
         return real(bundle, x)
 
     monkeypatch.setattr(judging, "judge_all", judge_all)
+    monkeypatch.setattr(judging, "group_size", lambda _: 3)
     with pytest.raises(KeyboardInterrupt):
         judged(settings)
     monkeypatch.setattr(judging, "judge_all", real)
