@@ -119,6 +119,19 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "long, clip .02, lambda .5": "--clip 0.02 --lambda-img 0.5",
         }.items()
     },
+    "quick": {  # of the time that the README's first command has, each of about the same cost
+        name: f"--grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 {options}"
+        for name, options in {
+            "quick, N 24": "--steps 4:5 --iterations 180",
+            "quick, N 16": "--steps 4:5 --iterations 260 --batch 16",
+            "quick, N 16, 3 to 4 steps": "--steps 3:4 --iterations 300 --batch 16",
+            "quick, N 12, 3 to 4 steps": "--steps 3:4 --iterations 380 --batch 12",
+            "quick, N 16, lambda .7": "--steps 4:5 --iterations 260 --batch 16 --lambda-img 0.7",
+            "quick, N 16, lambda .7, lr .002": "--steps 4:5 --iterations 260 --batch 16 --lambda-img 0.7 --lr 0.002",
+            "quick, N 16, explicit 6": "--steps 4:5 --iterations 260 --batch 16 --explicit-every 6",
+            "quick, N 16, ema .985": "--steps 4:5 --iterations 260 --batch 16 --ema 0.985",
+        }.items()
+    },
     "prefix": {
         **{f"prefix, lr {rate:g}": f"--component prefix --lr {rate:g}" for rate in (0.01, 0.03, 0.1, 0.3)},
         "prefix, lr .1, warm-up 30": "--component prefix --lr 0.1 --warmup 30",
