@@ -130,6 +130,7 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "quick, N 16, lambda .7, lr .002": "--steps 4:5 --iterations 260 --batch 16 --lambda-img 0.7 --lr 0.002",
             "quick, N 16, explicit 6": "--steps 4:5 --iterations 260 --batch 16 --explicit-every 6",
             "quick, N 16, ema .985": "--steps 4:5 --iterations 260 --batch 16 --ema 0.985",
+            "quick, N 16, warm-up 30": "--steps 4:5 --iterations 260 --batch 16 --warmup 30",
         }.items()
     },
     "prefix": {
