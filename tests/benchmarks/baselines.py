@@ -6,7 +6,7 @@ First each baseline that has a number is measured at each of NUMBERS on the vali
 is taken: the least bias by the classifier among those that keep people in their pictures, and CLIP-T within 5 %. Then
 the original, the baselines and the runs of --adapter are measured on the unseen occupations. What is there is not made
 again: fits and judgements are kept in --folder, so it can be stopped and started at any time. Minutes are CPU time of
-one core: give OMP_NUM_THREADS=1. About five hours of a core, of which the fits of uce take half. Runs are made before,
+one core: give OMP_NUM_THREADS=1. About six hours of a core, of which the fits of uce take half. Runs are made before,
 as
 
     python train.py --attr gender --targets random --evaluate none --out runs/random
@@ -39,7 +39,7 @@ from fairref.training.step import iteration_gradient
 
 NUMBERS = {
     "projection": (100, 500, 2_000, 10_000, 50_000),
-    "uce": (0.5, 2, 8),
+    "uce": (0.5, 2, 8, 32),
     "fair_pca": (0.36, 1, 2, 4),
 }
 IMAGES = 60  # of each prompt

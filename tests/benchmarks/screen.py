@@ -123,6 +123,7 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         name: f"--grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 {options}"
         for name, options in {
             "quick, N 24": "--steps 4:5 --iterations 180",
+            "quick, N 24, lr .002": "--steps 4:5 --iterations 180 --lr 0.002",
             "quick, N 16": "--steps 4:5 --iterations 260 --batch 16",
             "quick, N 16, 3 to 4 steps": "--steps 3:4 --iterations 300 --batch 16",
             "quick, N 12, 3 to 4 steps": "--steps 3:4 --iterations 380 --batch 12",
@@ -131,6 +132,14 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "quick, N 16, explicit 6": "--steps 4:5 --iterations 260 --batch 16 --explicit-every 6",
             "quick, N 16, ema .985": "--steps 4:5 --iterations 260 --batch 16 --ema 0.985",
             "quick, N 16, warm-up 30": "--steps 4:5 --iterations 260 --batch 16 --warmup 30",
+        }.items()
+    },
+    "half an hour": {  # of training and evaluation on two cores
+        name: f"--steps 4:5 --iterations 1000 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002 {options}".strip()
+        for name, options in {
+            "1000 iterations": "",
+            "1000 iterations, lr .001": "--lr 0.001",
+            "1000 iterations, guidance 1 and 7.5": "--guidance 1,7.5",
         }.items()
     },
     "prefix": {
