@@ -441,7 +441,7 @@ FAULTS = {  # name -> (file, its text, the fault, the test that shall fail)
         JUDGE_ERRORS,
         "np.swapaxes(labelled, -1, -2) + added",
         "labelled + added",
-        f"{ERRING}::test_shares_are_the_likeliest_on_the_simplex",
+        f"{ERRING}::test_M_has_a_column_for_each_true_class",
     ),
     "M's noise is that of its rows": (
         JUDGE_ERRORS,
