@@ -280,3 +280,9 @@ def test_unseen_bias_by_minutes(tmp_path, loaded_tiny, monkeypatch):
         (5.0, 0.25, 0.2, 0.3),
     ]
     assert "| .20 / .30, .00 / .00 | .90, .90 | `--clip 1` |" in time_to_bias.lines_of(report)
+
+
+def test_a_name_is_of_one_screen_or_of_one_group():
+    """--only takes both."""
+    rows = [name for group in screen.GROUPS.values() for name in group]
+    assert len(set(rows)) == len(rows) and set(rows).isdisjoint(screen.GROUPS)

@@ -33,7 +33,7 @@ def fair_statistic(counts: np.ndarray, target: np.ndarray) -> tuple[float, int]:
     return float((np.square(counts - expected) / expected).sum()), df
 
 
-@cache
+@lru_cache(64)
 def _of_one(n: int, target: tuple[float, ...]) -> np.ndarray:
     """Pearson's statistic (DRAWS,) of n images of a model that meets the target, in no order."""
     counts, expected = np.random.default_rng(n).multinomial(n, target, DRAWS), n * np.array(target)

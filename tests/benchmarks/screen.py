@@ -106,8 +106,8 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "short, guidance 1 to 12": "--guidance 1:12",
         }.items()
     },
-    "long": {  # of about the time that the README's first command has
-        name: f"--steps 4:5 --iterations 260 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 {options}".strip()
+    "longer": {  # twice as much as a row of "together" costs
+        name: f"--steps 4:5 --iterations 260 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 {options}"
         for name, options in {
             "long": "",
             "long, lr .002": "--lr 0.002",
@@ -119,7 +119,7 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "long, clip .02, lambda .5": "--clip 0.02 --lambda-img 0.5",
         }.items()
     },
-    "quick": {  # of the time that the README's first command has, each of about the same cost
+    "quick": {  # of about the same cost, that of 180 iterations of 24 images and 4 to 5 steps
         name: f"--grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 {options}"
         for name, options in {
             "quick, N 24": "--steps 4:5 --iterations 180",
@@ -134,8 +134,8 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
             "quick, N 16, warm-up 30": "--steps 4:5 --iterations 260 --batch 16 --warmup 30",
         }.items()
     },
-    "half an hour": {  # of training and evaluation on two cores
-        name: f"--steps 4:5 --iterations 1000 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002 {options}".strip()
+    "half an hour": {  # of two cores, with an evaluation
+        name: f"--steps 4:5 --iterations 1000 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002 {options}"
         for name, options in {
             "1000 iterations": "",
             "1000 iterations, lr .001": "--lr 0.001",
@@ -153,7 +153,7 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         "prefix, lr .03, 16 tokens": "--component prefix --lr 0.03 --tokens 16",
         "prefix, half an hour": "--component prefix --lr 0.1 --iterations 360",
     },
-    "soft": {
+    "soft prompts": {
         f"{kind}, lr {rate:g}": f"--component {kind} --lr {rate:g}"
         for kind, rates in (
             ("suffix", (0.01, 0.03, 0.1)),
