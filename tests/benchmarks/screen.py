@@ -111,6 +111,7 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         for name, options in {
             "long": "",
             "long, lr .002": "--lr 0.002",
+            "long, warm-up 30": "--warmup 30",
             "long, N 16": "--batch 16 --iterations 390",
             "long, guidance 1 and 7.5": "--guidance 1,7.5",
             "long, lambda_2 .5": "--lambda-2 0.5",
@@ -124,6 +125,8 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         for name, options in {
             "quick, N 24": "--steps 4:5 --iterations 180",
             "quick, N 24, lr .002": "--steps 4:5 --iterations 180 --lr 0.002",
+            "quick, N 24, lr .0025": "--steps 4:5 --iterations 180 --lr 0.0025",
+            "quick, N 24, warm-up 30": "--steps 4:5 --iterations 180 --warmup 30",
             "quick, N 16": "--steps 4:5 --iterations 260 --batch 16",
             "quick, N 16, 3 to 4 steps": "--steps 3:4 --iterations 300 --batch 16",
             "quick, N 12, 3 to 4 steps": "--steps 3:4 --iterations 380 --batch 12",
