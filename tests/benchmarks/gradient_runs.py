@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from measure import ROOT, adapted, bundle_of, machine, setup_of, table, write
+from measure import FIRST_OPTIONS, FIRST_RECIPE, ROOT, adapted, bundle_of, machine, setup_of, table, write
 from results import call
 
 from fairref.files.paths import read_json
@@ -34,8 +34,8 @@ from fairref.training.step import iteration_gradient
 SEEDS = {"paper": 3, "exact": 3, "last:1": 3, "couple:0.5": 3}  # in how many; one is enough for the others
 SEEDS |= dict.fromkeys(("none", "solver", "random:6", "bernoulli", "drtune:2"), 1)
 ITERATIONS, EVERY = 100, 20
-OPTIONS = f"--attr gender --iterations {ITERATIONS} --validate-every {EVERY} --grid-every 0 --evaluate none"
-OPTIONS += f" --checkpoint-every {EVERY} --keep 10"  # gradient_truth.py looks at the adapters on the way
+OPTIONS = f"--attr gender {FIRST_OPTIONS} --iterations {ITERATIONS} --validate-every {EVERY} --grid-every 0"
+OPTIONS += f" --evaluate none --checkpoint-every {EVERY} --keep 10"  # gradient_truth.py looks at them
 
 
 def names() -> list[str]:
@@ -61,7 +61,7 @@ def finetune(name: str, folder: Path) -> bool:
 def time_iterations(iterations: int) -> dict[str, float]:
     """Mode -> mean CPU seconds of one thread of iterations 0, 1, ..."""
     took = {mode: [] for mode in SEEDS}
-    setups = {mode: setup_of(bundle_of("emoji"), gradient=mode) for mode in SEEDS}
+    setups = {mode: setup_of(bundle_of("emoji"), **FIRST_RECIPE, gradient=mode) for mode in SEEDS}
     models = {mode: adapted(setup) for mode, setup in setups.items()}
     for i in range(-1, iterations):  # the first is a warm-up
         for mode, setup in setups.items():

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from measure import bundle_of, machine, setup_of, table, write
+from measure import FIRST_RECIPE, bundle_of, machine, setup_of, table, write
 
 from fairref.bundle.loading import Bundle, load_bundle
 from fairref.diffusion.gradient import gradient_mode
@@ -441,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def make(dtype: torch.dtype) -> Setup:
         bundle = bundle_of(args.weights) if dtype == torch.float32 else load_bundle(args.weights, dtype=dtype)
-        return setup_of(bundle, seed=SEED, lambda_3=1.0, **options)
+        return setup_of(bundle, seed=SEED, lambda_3=1.0, **FIRST_RECIPE | options)
 
     points = {label(name): study(name, make, args.out / label(name), args) for name in args.points}
     write(args.report, {"machine": machine(), "seed": SEED, "distance": FAR, "points": points})

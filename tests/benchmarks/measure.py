@@ -21,12 +21,25 @@ from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.nets.unet import SD15, UNet
 from fairref.processes import Processes
 from fairref.prompts.sets import read_prompts
+from fairref.settings import Range
 from fairref.training.loop import new_state
 from fairref.training.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVED = 0.1  # standard deviation of the adapter's up: at its start it has no gradient in down
 MEGABYTE = 2**20
+FIRST_RECIPE = {  # the small bundle's when its gradients were compared; the screens are changes of it
+    "steps": Range(6, 7),
+    "grad_steps": 0,
+    "clip": 0.02,
+    "lambda_img": 0.5,
+    "C": 0.8,
+    "warmup": 5,
+}
+FIRST_OPTIONS = " ".join(
+    f"--{name.replace('_', '-')} {':'.join(map(str, of[:2])) if isinstance(of, Range) else of}"
+    for name, of in FIRST_RECIPE.items()
+)
 
 
 def bundle_of(case: str, channels: list[int] | None = None, latents: int = 16) -> Bundle:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from measure import ROOT, table
+from measure import FIRST_OPTIONS, ROOT, table
 from results import call, minutes
 from variants import leaning_world
 
@@ -35,7 +35,7 @@ from fairref.training.stored import of_settings
 
 IMAGES, CLASSIFIER, ORIGINAL = 60, "classifier", "original"
 CLIPS, LAMBDAS, THRESHOLDS = (0.02, 0.1, 0.3, 1), (0.5, 1, 2), (0.8, 0.7, 0.55)
-GROUPS = {  # group -> name of a row -> what it adds to today's options, behind a way of variants.py
+GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a way of variants.py
     "terms": {
         "all terms": "",
         **{f"{M} drawn": f"--grad-steps {M}" for M in (4, 3, 2, 1)},
@@ -183,7 +183,9 @@ GROUPS = {  # group -> name of a row -> what it adds to today's options, behind 
         }.items()
     },
 }
-OPTIONS = "--attr gender --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
+OPTIONS = (
+    f"--attr gender {FIRST_OPTIONS} --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
+)
 COLUMNS = ("run", "seeds", "bias", "slope", "intercept", "rms gap", "CLIP-T", "CLIP-I", "DINO")
 COLUMNS += ("none", "blended", "explicit", "needless", "asked", "min")
 
