@@ -139,6 +139,19 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, N 16, warm-up 30": "--steps 4:5 --iterations 260 --batch 16 --warmup 30",
         }.items()
     },
+    "each image": {  # its own gradient shortened; of the cost of "quick"
+        f"image {longest:g}{name}": (
+            f"image={longest:g} --steps 4:5 --iterations 180 --grad-steps 1 --lambda-img 1 --C 0.7 --clip 0.1 {options}"
+        ).strip()
+        for name, options in {
+            "": "",
+            ", clip .3": "--clip 0.3",
+            ", lambda .5": "--lambda-img 0.5",
+            ", lambda 2": "--lambda-img 2",
+            ", lr .002": "--lr 0.002",
+        }.items()
+        for longest in (0.005, 0.01, 0.02, 0.05)
+    },
     "half an hour": {  # of two cores, with an evaluation
         name: f"--steps 4:5 --iterations 1000 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002 {options}"
         for name, options in {

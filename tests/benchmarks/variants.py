@@ -4,6 +4,7 @@
 
 align=L    L_align's part of the gradient is shortened to the length L, the other terms' is left as it is. With
            --clip 0 nothing else is shortened.
+image=L    Each image's own gradient at the end of its path, dL/dz_0, is shortened to the length L.
 up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
 replay=P   with the chance P a neutral prompt is one of the eighth of those seen, at least 16, that were last most
            biased, or its neighbour in the list. Neighbours lean opposite ways, and each has the chance of a half.
@@ -76,6 +77,18 @@ def with_graph(term: Callable, view: terms.View) -> terms.Values:
     """A term's values, also where no image has a face for it."""
     values, weight = term(view)
     return values + 0 * view.x.flatten(1).sum(1), weight
+
+
+def image(longest: float) -> None:
+    """dL/dz_0 of an image is at most `longest`."""
+    image_gradient = step.image_gradient
+
+    def shortened(*of):
+        g, sums = image_gradient(*of)
+        lengths = g.flatten(1).norm(dim=1).view(-1, *[1] * (g.dim() - 1))
+        return g * (longest / (lengths + 1e-12)).clamp(max=1), sums
+
+    step.image_gradient = shortened
 
 
 class Plus(torch.optim.AdamW):
@@ -248,6 +261,7 @@ VARIANTS = {
     "length": length,
     "words": words,
     "align": align,
+    "image": image,
     "up": up,
     "replay": replay,
 }
