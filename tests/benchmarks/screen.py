@@ -148,7 +148,9 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             ", clip .3": "--clip 0.3",
             ", lambda .5": "--lambda-img 0.5",
             ", lambda 2": "--lambda-img 2",
-            ", lr .002": "--lr 0.002",
+            ", clip .03, lambda .5": "--clip 0.03 --lambda-img 0.5",
+            ", clip .03, lambda .5, warm-up 30": "--clip 0.03 --lambda-img 0.5 --warmup 30",
+            ", clip .03, lambda .3": "--clip 0.03 --lambda-img 0.3",
         }.items()
         for longest in (0.005, 0.01, 0.02, 0.05)
     },
