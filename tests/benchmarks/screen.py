@@ -127,6 +127,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, N 24, lr .002": "--steps 4:5 --iterations 180 --lr 0.002",
             "quick, N 24, lr .0025": "--steps 4:5 --iterations 180 --lr 0.0025",
             "quick, N 24, warm-up 30": "--steps 4:5 --iterations 180 --warmup 30",
+            "quick, N 24, steady": "--steps 4:5 --iterations 180 --warmup 30 --lr-end 0.6 --ema 0.98",
             "quick, N 24, explicit 6": "--steps 4:5 --iterations 180 --lr 0.002 --explicit-every 6",
             "quick, N 24, 3 to 4 steps": "--steps 3:4 --iterations 210 --lr 0.002",
             "quick, N 16": "--steps 4:5 --iterations 260 --batch 16",
