@@ -156,6 +156,12 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         }.items()
         for longest in (0.005, 0.01, 0.02, 0.05)
     },
+    "chosen prompts": {  # of the cost of "quick"
+        f"quick, replay {chance:g}": (
+            f"replay={chance:g} --steps 4:5 --iterations 180 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --warmup 30"
+        )
+        for chance in (0.5, 0.8)
+    },
     "half an hour": {  # of two cores, with an evaluation
         name: f"--steps 4:5 --iterations 1000 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002 {options}"
         for name, options in {
