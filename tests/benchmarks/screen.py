@@ -156,11 +156,13 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         }.items()
         for longest in (0.005, 0.01, 0.02, 0.05)
     },
-    "chosen prompts": {  # of the cost of "quick"
-        f"quick, replay {chance:g}": (
-            f"replay={chance:g} --steps 4:5 --iterations 180 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --warmup 30"
-        )
-        for chance in (0.5, 0.8)
+    "by turns": {  # of the cost of "quick"
+        name: f"{way} --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --warmup 30 --steps 4:5 {options}"
+        for name, (way, options) in {
+            "quick, replay .5": ("replay=0.5", "--iterations 180"),
+            "quick, originals every 2": ("every=2", "--iterations 235"),
+            "quick, originals every 3": ("every=3", "--iterations 260"),
+        }.items()
     },
     "half an hour": {  # of two cores, with an evaluation
         name: f"--steps 4:5 --iterations 1000 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002 {options}"

@@ -5,6 +5,8 @@
 align=L    L_align's part of the gradient is shortened to the length L, the other terms' is left as it is. With
            --clip 0 nothing else is shortened.
 image=L    Each image's own gradient at the end of its path, dL/dz_0, is shortened to the length L.
+every=K    The original's pictures are drawn in every K-th iteration alone, where L_img weighs K times as much. In others
+           there is no L_img, and a face is compared with itself.
 up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
 replay=P   with the chance P a neutral prompt is one of the eighth of those seen, at least 16, that were last most
            biased, or its neighbour in the list. Neighbours lean opposite ways, and each has the chance of a half.
@@ -89,6 +91,34 @@ def image(longest: float) -> None:
         return g * (longest / (lengths + 1e-12)).clamp(max=1), sums
 
     step.image_gradient = shortened
+
+
+def every(period: float) -> None:
+    """L_img, and the frozen model's path, in one of `period` iterations."""
+    gradient_of, draw_pair, row = loop.iteration_gradient, step.draw_pair, terms.TERMS["image"]
+
+    def weighed(view):
+        values, weight = row.values(view)
+        return values, weight * period
+
+    def none(view):
+        return 0 * view.x.flatten(1).sum(1), 1.0
+
+    def alone(setup, model, task, text, drawn):
+        with torch.no_grad():
+            z_0 = drawn.path[-1].z
+            x = terms.map_batches(
+                lambda part: terms.decode(setup.bundle, part), z_0, setup.recipe.micro_batch
+            )
+            return terms.judged_pair(setup, z_0, x, x)
+
+    def by_turns(setup, model, parameters, i, watch=None):
+        due = i % int(period) == 0
+        step.draw_pair = draw_pair if due else alone
+        terms.TERMS["image"] = replace(row, values=weighed if due else none)
+        return gradient_of(setup, model, parameters, i, watch)
+
+    loop.iteration_gradient = by_turns
 
 
 class Plus(torch.optim.AdamW):
@@ -257,6 +287,7 @@ STARTS = ("photo of a person ,", "woman man person woman man")
 VARIANTS = {
     "asked": asked,
     "empty": empty,
+    "every": every,
     "leaning": leaning,
     "length": length,
     "words": words,
