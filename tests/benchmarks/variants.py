@@ -5,8 +5,8 @@
 align=L    L_align's part of the gradient is shortened to the length L, the other terms' is left as it is. With
            --clip 0 nothing else is shortened.
 image=L    Each image's own gradient at the end of its path, dL/dz_0, is shortened to the length L.
-every=K    The original's pictures are drawn in every K-th iteration alone, where L_img weighs K times as much. In others
-           there is no L_img, and a face is compared with itself.
+every=K    The original's pictures are drawn in every K-th iteration alone, where L_img weighs K times as much. In the
+           others there is no L_img, and a face is compared with itself.
 up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
 replay=P   with the chance P a neutral prompt is one of the eighth of those seen, at least 16, that were last most
            biased, or its neighbour in the list. Neighbours lean opposite ways, and each has the chance of a half.
