@@ -7,6 +7,8 @@ align=L    L_align's part of the gradient is shortened to the length L, the othe
 image=L    Each image's own gradient at the end of its path, dL/dz_0, is shortened to the length L.
 every=K    The original's pictures are drawn in every K-th iteration alone, where L_img weighs K times as much. In the
            others there is no L_img, and a face is compared with itself.
+sum=K      One step of the optimizer takes the mean of K iterations' gradients, each shortened to --clip. (A run that is
+           stopped in between loses what it has of a step.)
 up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
 replay=P   with the chance P a neutral prompt is one of the eighth of those seen, at least 16, that were last most
            biased, or its neighbour in the list. Neighbours lean opposite ways, and each has the chance of a half.
@@ -119,6 +121,25 @@ def every(period: float) -> None:
         return gradient_of(setup, model, parameters, i, watch)
 
     loop.iteration_gradient = by_turns
+
+
+def summed(iterations: float) -> None:
+    """A step of the optimizer for several prompts, so that what opposite leans ask of all prompts alike cancels."""
+    update, kept = loop.update, []
+
+    def of_several(recipe, state, gradient):
+        norm = float(torch.cat([g.flatten() for g in gradient]).norm())
+        kept.append([g * loop.clip_scale(recipe, norm) for g in gradient])
+        if len(kept) < iterations:
+            state.iteration += 1
+            state.updates += 1  # all of a checkpoint's iterations but those whose gradient was not finite
+            return norm, True
+        mean = [sum(parts) / len(kept) for parts in zip(*kept, strict=True)]
+        kept.clear()
+        update(replace(recipe, clip=0.0), state, mean)
+        return norm, True
+
+    loop.update = of_several
 
 
 class Plus(torch.optim.AdamW):
@@ -293,6 +314,7 @@ VARIANTS = {
     "words": words,
     "align": align,
     "image": image,
+    "sum": summed,
     "up": up,
     "replay": replay,
 }
