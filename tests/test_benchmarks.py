@@ -16,6 +16,7 @@ import gradient_runs
 import gradient_truth
 import interval_coverage
 import iteration
+import loudest
 import measure
 import numpy as np
 import pytest
@@ -459,6 +460,14 @@ def test_the_queue_names_every_run_of_a_table():
     assert set().union(*results.TABLES.values()) == set(results.RUNS)
     assert results.wanted(["seeds", "gender"]) == ["gender", "gender-1", "gender-2"]
     assert results.wanted(None) == list(results.RUNS)
+
+
+def test_how_few_images_hold_most_of_a_batchs_gradient():
+    of = loudest.of_batch(np.array([1.0, 64.0, 2.0, 33.0]), np.array([False, True, False, True]))
+    assert of == {"asked": 2, "largest": 0.64, "images": 2, "length": 10.0}
+    assert loudest.of_batch(np.ones(3), np.zeros(3, bool))["images"] == 3
+    rows = [of, of | {"largest": 0.5}, of | {"asked": 0}]
+    assert "| 1 to 3 | 2 | 10 | 0.57 | 2 |" in loudest.lines_of(rows)
 
 
 def test_moments_of_gradients_are_free_of_their_noise():

@@ -358,17 +358,24 @@ def shown(name: str, report: dict) -> str:
     ]
     for row in report["confirm"]:
         lines.append(f"  along {row['direction']}: {row[EXACT]:.6g}, by differences {row['difference']:.6g}")
-    header = ["`--gradient`", "cosine of the mean", "of one batch", "with `exact`", "of two batches", "s"]
-    header += ["slope by differences", "gain a minute"]
-    keys = ("cosine_of_mean", "cosine_of_one", "cosine_with_exact", "agreement", "seconds")
-    rows = [
-        [
-            f"`{mode}`",
-            *(r[key] for key in keys),
-            *(f"{r[key]:.3f} ± {r[f'{key}_error']:.3f}" for key in ("slope", "gain")),
-        ]
-        for mode, r in report["modes"].items()
-    ]
+    columns = {
+        "cosine_of_mean": "cosine of the mean",
+        "cosine_of_one": "of one batch",
+        "cosine_with_exact": "cosine with `exact`",
+        "agreement": "of two batches",
+        "seconds": "s",
+        "slope": "slope by differences",
+        "gain": "gain a minute",
+    }
+    if not t["length"]:  # then nothing is known of its direction
+        del columns["cosine_of_mean"], columns["cosine_of_one"]
+    errors = {"cosine_with_exact": "cosine_error", "slope": "slope_error", "gain": "gain_error"}
+
+    def cell(row: dict, key: str) -> object:
+        return f"{row[key]:.3f} ± {row[errors[key]]:.3f}" if key in errors else row[key]
+
+    rows = [[f"`{mode}`", *(cell(row, key) for key in columns)] for mode, row in report["modes"].items()]
+    header = ["`--gradient`", *columns.values()]
     return "\n".join([*lines, "", table(header, rows), ""])
 
 

@@ -162,7 +162,10 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, replay .5": ("replay=0.5", "--iterations 180"),
             "quick, 3 summed, lr .006": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.006"),
             "quick, 3 summed, lr .01": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.01"),
-            "quick, 3 summed, lr .006, beta_1 .7": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.006 --beta-1 0.7"),
+            "quick, 3 summed, lr .006, beta_1 .7": (
+                "sum=3",
+                "--iterations 180 --ema 0.9 --lr 0.006 --beta-1 0.7",
+            ),
             "quick, originals every 2": ("every=2", "--iterations 235"),
             "quick, originals every 3": ("every=3", "--iterations 260"),
         }.items()
