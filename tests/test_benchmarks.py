@@ -244,7 +244,7 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
     assert interval_coverage.summary(simulated["rows"]) in document("docs/method.md")
 
 
-@pytest.mark.parametrize("name", ["baselines", "gradient_runs", "gradient_truth"])
+@pytest.mark.parametrize("name", ["baselines", "gradient_runs", "gradient_truth", "loudest"])
 def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
     kept = ROOT / "docs" / "results" / f"{name}.json"
     if not kept.exists():
@@ -257,6 +257,8 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         drawn = list(csv.DictReader((ROOT / "docs" / "figures" / "minutes.csv").read_text().splitlines()))
         assert [{key: str(value) for key, value in row.items()} for row in figure.rows] == drawn
         texts = [gradient_runs.lines_of(gradient_runs.of_modes(found))]
+    elif name == "loudest":
+        texts = [loudest.lines_of(found["rows"])]
     else:
         texts = [gradient_truth.shown(*point).strip().split("\n\n")[1] for point in found["points"].items()]
     for text in texts:

@@ -151,6 +151,8 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             ", lambda 2": "--lambda-img 2",
             ", clip .03, lambda .5": "--clip 0.03 --lambda-img 0.5",
             ", clip .03, lambda .5, warm-up 30": "--clip 0.03 --lambda-img 0.5 --warmup 30",
+            ", clip 1": "--clip 1 --warmup 30",
+            ", clip 1, beta_1 .7": "--clip 1 --warmup 30 --beta-1 0.7",
             ", clip .03, lambda .2": "--clip 0.03 --lambda-img 0.2 --warmup 30",
             ", clip .03, lambda .2, lr .005": "--clip 0.03 --lambda-img 0.2 --warmup 30 --lr 0.005",
         }.items()
