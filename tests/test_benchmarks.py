@@ -24,6 +24,7 @@ import recompute
 import result_tables
 import results
 import sampling
+import swings
 import torch
 import training
 import transport
@@ -470,6 +471,19 @@ def test_how_few_images_hold_most_of_a_batchs_gradient():
     assert loudest.of_batch(np.ones(3), np.zeros(3, bool))["images"] == 3
     rows = [of, of | {"largest": 0.5}, of | {"asked": 0}]
     assert "| 1 to 3 | 2 | 10 | 0.57 | 2 |" in loudest.lines_of(rows)
+
+
+def test_a_runs_own_batches_tell_a_lean_from_a_swing_of_all():
+    place = {"nurse": 0, "pilot": 1}
+    rows = [
+        {"prompt": prompt, "counts": counts, "image": 0.5, "bias": 0.1}
+        for prompt, counts in (("nurse", [20, 4]), ("pilot", [4, 20]), ("nurse", [20, 4]), ("pilot", [20, 4]))
+    ]
+    rows.append({"prompt": "a woman pilot", "counts": [24, 0], "image": 0.0})  # explicit
+    odds = np.log(20.5 / 4.5)
+    first, second, _ = swings.windows(rows, place, 2)
+    assert first == pytest.approx({"iteration": 0, "lean": odds, "common": 0.0, "image": 0.5})
+    assert second == pytest.approx({"iteration": 2, "lean": 0.0, "common": odds, "image": 0.5})
 
 
 def test_moments_of_gradients_are_free_of_their_noise():
