@@ -104,11 +104,17 @@ def measure(point: Point, i: int) -> Batch:
         for name, (k, still) in leans.items()
         if still
     }
-    asked = sum(
-        (columns[f"target {name}"] >= 0) & (columns[f"target {name}"] != columns[f"shown {name}"])
-        for name in q
+    return Batch(
+        i, task, int(asked_images(columns, q).sum()), terms, norm, {a: k for a, (k, _) in leans.items()}, u
     )
-    return Batch(i, task, int((asked > 0).sum()), terms, norm, {a: k for a, (k, _) in leans.items()}, u)
+
+
+def asked_images(columns: dict[str, Tensor], attributes: Iterable[str]) -> Tensor:
+    """(n,) bool, of the columns of `seen_by_losses`: which images are asked to show another class."""
+    moves = [
+        (columns[f"target {a}"] >= 0) & (columns[f"target {a}"] != columns[f"shown {a}"]) for a in attributes
+    ]
+    return torch.stack(moves).any(0)
 
 
 def value_gradient(setup: Setup, task: Task, pair: ImagePair, q: dict[str, Tensor], value: Value) -> Tensor:

@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--confirmed", type=int, default=2, help="batches of the differences in float64")
     parser.add_argument("--modes", nargs="+", default=MODES, help=f"{EXACT} and others")
     parser.add_argument("--images", type=int, help="N (default: the bundle's)")
-    parser.add_argument("--steps", help="S (default: the bundle's)")
+    parser.add_argument("--steps", help="S (default: 6:7)")
     args = parser.parse_args(argv)
     args.modes = tuple(dict.fromkeys([EXACT, *args.modes]))
     torch.set_num_threads(1)

@@ -3,7 +3,7 @@
     python tests/benchmarks/loudest.py RUN [--adapter FILE] [--batches 60] [--report FILE]
 
 The batches are those that training would draw next, all kinds. "Asked" are images that are to show another class. An
-image's share is that of its squared length in the sum over the batch. About three seconds a batch.
+image's share is that of its squared length in the sum over the batch. A few seconds a batch.
 """
 
 import argparse
@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from measure import machine, table, write
 
 from fairref.generation.adapters import FILE
-from fairref.tools.balance import Point, point_of
+from fairref.tools.balance import Point, asked_images, point_of
 from fairref.training.run import setup_of_run
 from fairref.training.scores import seen_by_losses
 from fairref.training.step import iteration_gradient
@@ -40,13 +40,9 @@ def seen_in(point: Point, i: int) -> dict:
     seen = []
     iteration_gradient(point.setup, point.model, point.parameters, i, lambda *parts: seen.append(parts))
     _, _, pair, q, g, _ = seen[0]
-    columns = seen_by_losses(point.setup, pair, q)
-    moves = [
-        (columns[f"target {name}"] >= 0) & (columns[f"target {name}"] != columns[f"shown {name}"])
-        for name in q
-    ]
+    asked = asked_images(seen_by_losses(point.setup, pair, q), q)
     squares = g.double().flatten(1).square().sum(1)
-    return of_batch(squares.cpu().numpy(), (sum(moves) > 0).cpu().numpy())
+    return of_batch(squares.cpu().numpy(), asked.cpu().numpy())
 
 
 def measure(run: Path, file: Path, batches: int) -> list[dict]:

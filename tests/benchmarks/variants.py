@@ -33,6 +33,7 @@ from fairref.bundle.loading import Bundle
 from fairref.commands import cli
 from fairref.commands.train import main
 from fairref.generation import lora
+from fairref.tools.balance import asked_images
 from fairref.training import loop, run, step, terms
 from fairref.training.checkpoints import METRICS
 from fairref.training.scores import seen_by_losses
@@ -207,12 +208,7 @@ def asked(_: float) -> None:
         asks = []
 
         def see(task, drawn, pair, q, g, gradient):
-            columns = seen_by_losses(setup, pair, q)
-            moves = [
-                (columns[f"target {name}"] >= 0) & (columns[f"target {name}"] != columns[f"shown {name}"])
-                for name in q
-            ]
-            asks.append(int(sum(moves).clamp(max=1).sum()))
+            asks.append(int(asked_images(seen_by_losses(setup, pair, q), q).sum()))
             if watch:
                 watch(task, drawn, pair, q, g, gradient)
 
