@@ -199,11 +199,11 @@ def _drawn(settings, source, mine, prompts, lacking, n):
     """The images that prompts `mine` lack of n, judged, as (p, images): several prompts at once where each lacks few.
 
     The last group is filled up. For rounding hangs on how many images are drawn at once, and that must not hang on how
-    many processes share the prompts.
+    many processes share the prompts, nor on which of them an interrupted evaluation has left.
     """
     for few, some in groupby(mine, key=lambda p: lacking[p]):
         of_some, images = list(some), range(n - few, n)
-        size = min(group_size(settings.bundle) // few, lacking.count(few)) if source.draw_together else 1
+        size = min(group_size(settings.bundle) // few, len(prompts)) if source.draw_together else 1
         for start in range(0, len(of_some), max(size, 1)):
             group = of_some[start : start + max(size, 1)]
             texts = [prompts[p] for p in group]

@@ -16,7 +16,7 @@ from fairref.errors import UserError
 from fairref.evaluation import judging
 from fairref.evaluation.evaluation import EvaluationOptions, evaluate, prepare
 from fairref.evaluation.judging import SEED, EvaluationSettings, drawn_by, judge_prompts
-from fairref.evaluation.kept import judges_of, model_of
+from fairref.evaluation.kept import KeptJudgements, judges_of, model_of
 from fairref.evaluation.sweeps import Sweep, run_sweep, sweep_file
 from fairref.fairness.attributes import parse_targets
 from fairref.generation.adapters import load_adapters, save_adapter
@@ -233,23 +233,27 @@ def test_prompts_of_few_images_are_drawn_together_and_judged_as_alone(
     assert drawn_by(own, loaded_tiny, "").draw_together is None  # c_empty is another one for each
 
 
-def test_an_interrupted_evaluation_goes_on(loaded_tiny, tmp_path, drawn, monkeypatch):
-    settings, real = settings_of(loaded_tiny, tmp_path), judging.judge_all
+@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("left", [1, 2])
+def test_an_interrupted_evaluation_goes_on(loaded_tiny, tmp_path, drawn, monkeypatch, together, left):
+    """And ends with the same numbers, to the last bit: groups are of the size that they would have had."""
+    settings, real = settings_of(loaded_tiny, tmp_path), KeptJudgements.write
 
-    def judge_all(bundle, x):
-        if len(drawn) == 3:
+    def write(kept, prompt, rows):
+        if prompt == PROMPTS[3 - left]:
             raise KeyboardInterrupt
-        return real(bundle, x)
+        real(kept, prompt, rows)
 
-    monkeypatch.setattr(judging, "judge_all", judge_all)
-    monkeypatch.setattr(judging, "group_size", lambda _: 3)
+    monkeypatch.setattr(judging, "group_size", lambda _: 3 * together)
+    monkeypatch.setattr(KeptJudgements, "write", write)
     with pytest.raises(KeyboardInterrupt):
         judged(settings)
-    monkeypatch.setattr(judging, "judge_all", real)
+    monkeypatch.setattr(KeptJudgements, "write", real)
     drawn.clear()
     rows = judged(settings)
-    assert drawn == [(PROMPTS[2], [0, 1, 2])]
-    assert_same(rows, judged(replace(settings, kept=None)))
+    assert {prompt for prompt, _ in drawn} == set(PROMPTS[-left:])
+    assert len(drawn) == -(-left // together) * together
+    assert_same(rows, judged(replace(settings, kept=None)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fault", ["bit", "cut", "empty", "other"])
@@ -262,8 +266,8 @@ def test_a_damaged_file_is_named_and_drawn_again(loaded_tiny, tmp_path, drawn, c
     damaged.write_bytes({"bit": data, "cut": data[:-9], "empty": b"", "other": another.read_bytes()}[fault])
     drawn.clear()
     note.cache_clear()
-    assert_same(judged(settings), rows)
-    assert len(drawn) == 1 and len(caplog.messages) == 1
+    assert_same(judged(settings), rows, rtol=0, atol=0)
+    assert len(set(map(str, drawn))) == 1 and len(caplog.messages) == 1
     assert damaged.name in caplog.text and caplog.messages[0].endswith(": its images are drawn again.")
     drawn.clear()
     judged(settings)
