@@ -138,7 +138,9 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, N 16, explicit 6": "--steps 4:5 --iterations 260 --batch 16 --explicit-every 6",
             "quick, N 16, ema .985": "--steps 4:5 --iterations 260 --batch 16 --ema 0.985",
             "quick, N 16, warm-up 30": "--steps 4:5 --iterations 260 --batch 16 --warmup 30",
-            "quick, N 12, C .6": "--steps 4:5 --iterations 335 --batch 12 --lr 0.002 --C 0.6 --lambda-img 1.2 --ema 0.985",
+            "quick, N 12, C .6": (
+                "--steps 4:5 --iterations 335 --batch 12 --lr 0.002 --C 0.6 --lambda-img 1.2 --ema 0.985"
+            ),
             "quick, both": "--steps 4:5 --iterations 160 --component both --lr 0.0007",
             "quick, U-Net": "--steps 4:5 --iterations 160 --component unet --lr 0.0015",
         }.items()
