@@ -220,6 +220,16 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "C .4": "--C 0.4",
         }.items()
     },
+    "classes, quick": {
+        f"quick, {attr}, {name}": (
+            f"asked=1 --attr {attr} --steps 4:5 --iterations 120 --grad-steps 1 --clip 0.1 --C 0.7 {own} {options}"
+        ).strip()
+        for attr, own in (
+            ("skin_tone", "--lr 0.002 --lambda-img 1"),
+            ("gender,skin_tone", "--lr 0.001 --lambda-img 2.5"),
+        )
+        for name, options in {"reach": "", "leave": "--threshold leave", "soft": "--targets soft"}.items()
+    },
 }
 OPTIONS = (
     f"--attr gender {FIRST_OPTIONS} --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
