@@ -299,7 +299,7 @@ class Recipe:
             if low > high and not turns:
                 raise UserError(f"recipe: {name} is {low}:{high}, which falls; write {high}:{low}.")
         if self.keep_graphs and self.grad_steps:
-            raise UserError("recipe: keep_graphs has no effect with grad_steps; leave one of them out.")
+            raise UserError("recipe: keep_graphs has no effect with grad_steps; set grad_steps to 0.")
         if self.threshold == "leave" and (self.targets != "transport" or self.C <= 0.5):
             found = f"targets is {self.targets} and C {self.C:g}"
             raise UserError(f"recipe: {found}; threshold leave takes targets of transport, and C above .5.")

@@ -60,8 +60,8 @@ def test_its_prompts_are_the_worlds(bundle):
 def test_its_recipe_is_what_the_build_says_and_has_all_three_losses(bundle):
     assert bundle.recipe == RECIPE
     recipe = resolve(("gender",), bundle.recipe, {}, "emoji")
-    assert recipe.lambda_img > 0 and recipe.lambda_face > 0 and recipe.batch == 24 and recipe.C == 0.8
-    assert recipe.grad_steps == 0 and recipe.gradient == "paper" and recipe.component == "text_encoder"
+    assert recipe.lambda_img > 0 and recipe.lambda_face > 0 and recipe.batch == 24 and recipe.C == 0.7
+    assert recipe.grad_steps == 1 and recipe.gradient == "paper" and recipe.component == "text_encoder"
 
 
 def test_its_external_faces_are_real_faces_as_its_embedder_sees_them(bundle):
