@@ -57,6 +57,8 @@ IMAGES = 60  # of each prompt
 EVERY = 5
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
+ON_BOTH = (*GENDER, "--component", "both", "--lr", "0.0007")
+SEEDS = ("3", "4", "5")  # none of those that the recipe was chosen with
 WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25", "--C", "0.6")
 
 
@@ -82,31 +84,48 @@ RUNS = {
     "gender": Run("text encoder", GENDER, (UNSEEN, TRAINED, *SCALED)),
     "prefix": Run("prefix", (*GENDER, "--component", "prefix", "--lr", "0.1")),
     "unet": Run("U-Net", (*GENDER, "--component", "unet")),
-    "both": Run("text encoder and U-Net", (*GENDER, "--component", "both", "--lr", "0.001")),
-    "gender-1": Run("seed 1", (*GENDER, "--seed", "1"), (UNSEEN, TRAINED)),
-    "gender-2": Run("seed 2", (*GENDER, "--seed", "2"), (UNSEEN, TRAINED)),
-    "skin_tone": Run("skin tone", ("--attr", "skin_tone")),
-    "gender-skin_tone": Run("gender × skin tone", BOTH),
-    "gender-skin_tone-age": Run("gender × skin tone × age", WITH_AGE),
+    "both": Run("text encoder and U-Net", ON_BOTH),
+    **{
+        f"gender-{seed}": Run(f"text encoder, seed {seed}", (*GENDER, "--seed", seed), (UNSEEN, TRAINED))
+        for seed in SEEDS
+    },
+    **{
+        f"both-{seed}": Run(f"both, seed {seed}", (*ON_BOTH, "--seed", seed), (UNSEEN, TRAINED))
+        for seed in SEEDS
+    },
+    **{
+        f"{name}{'-leave' * bool(leave)}": Run(f"{label}{', leave' * bool(leave)}", (*options, *leave))
+        for name, label, options in (
+            ("skin_tone", "skin tone", ("--attr", "skin_tone")),
+            ("gender-skin_tone", "gender × skin tone", BOTH),
+            ("gender-skin_tone-age", "gender × skin tone × age", WITH_AGE),
+        )
+        for leave in ((), ("--threshold", "leave"))
+    },
     "concepts": Run("four concepts at once", (*BOTH, "--prompts", ",".join(CONCEPTS)), OF_CONCEPTS),
     "align": Run("L_align alone", (*GENDER, "--lambda-img", "0", "--lambda-face", "0")),
     "align-img": Run("L_align + L_img", (*GENDER, "--lambda-face", "0")),
     "solver": Run("solver", (*GENDER, "--gradient", "solver")),
     "none": Run("none", (*GENDER, "--gradient", "none")),
     "scales": Run("1 to 12", (*GENDER, "--guidance", "1:12"), (UNSEEN, *SCALED)),
+    "turns": Run("1 and 12 by turns", (*GENDER, "--guidance", "1,12"), (UNSEEN, *SCALED)),
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
     "summary": {"gender": "gender", "skin_tone": None, "gender-skin_tone": None},
     "components": {"prefix": None, "gender": None, "unet": None, "both": None},
     "leans": {"prefix": None, "gender": None, "unet": None, "both": None},
-    "seeds": {"gender": "seed 0", "gender-1": None, "gender-2": None},
-    "attributes": {"skin_tone": None, "gender-skin_tone": None, "gender-skin_tone-age": None},
-    "old": {"gender-skin_tone-age": None},
+    "seeds": {f"{name}-{seed}": None for name in ("gender", "both") for seed in SEEDS},
+    "attributes": {
+        f"{name}{leave}": None
+        for name in ("skin_tone", "gender-skin_tone", "gender-skin_tone-age")
+        for leave in ("", "-leave")
+    },
+    "old": {"gender-skin_tone-age": None, "gender-skin_tone-age-leave": None},
     "concepts": {"concepts": None},
     "losses": {"align": None, "align-img": None, "gender": "L_align + L_img + L_face"},
     "gradients": {"gender": "paper", "solver": None, "none": None},
-    "scales": {"gender": "the bundle's", "scales": None},
-    "drift": {"gender": "the bundle's", "scales": None},
+    "scales": {"gender": "the bundle's", "scales": None, "turns": None},
+    "drift": {"gender": "the bundle's", "scales": None, "turns": None},
 }
 
 
