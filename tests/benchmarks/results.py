@@ -57,7 +57,7 @@ IMAGES = 60  # of each prompt
 EVERY = 5
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
-ON_BOTH = (*GENDER, "--component", "both", "--lr", "0.0007")
+ON_BOTH = (*GENDER, "--component", "both", "--lr", "0.001")
 SEEDS = ("3", "4", "5")  # none of those that the recipe was chosen with
 WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25", "--C", "0.6")
 
