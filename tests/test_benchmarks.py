@@ -25,6 +25,7 @@ import recompute
 import result_tables
 import results
 import sampling
+import screen
 import swings
 import torch
 import training
@@ -246,7 +247,9 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
     assert interval_coverage.summary(simulated["rows"]) in document("docs/method.md")
 
 
-@pytest.mark.parametrize("name", ["baselines", "gradient_runs", "gradient_truth", "leftover", "loudest"])
+@pytest.mark.parametrize(
+    "name", ["baselines", "gradient_runs", "gradient_truth", "leftover", "loudest", "screens"]
+)
 def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
     kept = ROOT / "docs" / "results" / f"{name}.json"
     if not kept.exists():
@@ -261,12 +264,15 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         texts = [gradient_runs.lines_of(gradient_runs.of_modes(found))]
     elif name == "leftover":
         texts = [leftover.lines_of(found)]
+    elif name == "screens":
+        texts = screen.tables(found, 100, screen.SHORT).split("\n\n")
     elif name == "loudest":
         texts = [loudest.lines_of(found["rows"])]
     else:
         texts = [gradient_truth.shown(*point).strip().split("\n\n")[1] for point in found["points"].items()]
+    page = "docs/recipe.md" if name in ("leftover", "screens") else "docs/results.md"
     for text in texts:
-        assert text in document("docs/results.md"), f"put what {name}.py prints into docs/results.md"
+        assert text in document(page), f"put what {name}.py prints into {page}"
 
 
 def test_no_table_of_a_document_is_wider_than_eight_columns():
