@@ -141,6 +141,9 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, N 12, C .6": (
                 "--steps 4:5 --iterations 335 --batch 12 --lr 0.002 --C 0.6 --lambda-img 1.2 --ema 0.985"
             ),
+            "quick, lambda .7": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.7",
+            "quick, lambda .5": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.5",
+            "quick, C .55": "--steps 4:5 --iterations 180 --lr 0.002 --C 0.55",
             "quick, both": "--steps 4:5 --iterations 160 --component both --lr 0.0007",
             "quick, U-Net": "--steps 4:5 --iterations 160 --component unet --lr 0.0015",
         }.items()
