@@ -172,6 +172,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         name: f"{way} --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --warmup 30 --steps 4:5 {options}"
         for name, (way, options) in {
             "quick, replay .5": ("replay=0.5", "--iterations 180"),
+            "quick, 3 summed, lr .004": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.004"),
             "quick, 3 summed, lr .006": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.006"),
             "quick, 3 summed, lr .01": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.01"),
             "quick, 3 summed, lr .006, beta_1 .7": (
