@@ -16,6 +16,7 @@ import gradient_runs
 import gradient_truth
 import interval_coverage
 import iteration
+import leftover
 import loudest
 import measure
 import numpy as np
@@ -24,6 +25,7 @@ import recompute
 import result_tables
 import results
 import sampling
+import screen
 import swings
 import torch
 import training
@@ -245,7 +247,9 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
     assert interval_coverage.summary(simulated["rows"]) in document("docs/method.md")
 
 
-@pytest.mark.parametrize("name", ["baselines", "gradient_runs", "gradient_truth", "loudest"])
+@pytest.mark.parametrize(
+    "name", ["baselines", "gradient_runs", "gradient_truth", "leftover", "loudest", "screens"]
+)
 def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
     kept = ROOT / "docs" / "results" / f"{name}.json"
     if not kept.exists():
@@ -258,12 +262,17 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         drawn = list(csv.DictReader((ROOT / "docs" / "figures" / "minutes.csv").read_text().splitlines()))
         assert [{key: str(value) for key, value in row.items()} for row in figure.rows] == drawn
         texts = [gradient_runs.lines_of(gradient_runs.of_modes(found))]
+    elif name == "leftover":
+        texts = [leftover.lines_of(found)]
+    elif name == "screens":
+        texts = screen.tables(found, 100, screen.SHORT).split("\n\n")
     elif name == "loudest":
         texts = [loudest.lines_of(found["rows"])]
     else:
         texts = [gradient_truth.shown(*point).strip().split("\n\n")[1] for point in found["points"].items()]
+    page = "docs/recipe.md" if name in ("leftover", "screens") else "docs/results.md"
     for text in texts:
-        assert text in document("docs/results.md"), f"put what {name}.py prints into docs/results.md"
+        assert text in document(page), f"put what {name}.py prints into {page}"
 
 
 def test_no_table_of_a_document_is_wider_than_eight_columns():
@@ -484,6 +493,21 @@ def test_a_runs_own_batches_tell_a_lean_from_a_swing_of_all():
     first, second, _ = swings.windows(rows, place, 2)
     assert first == pytest.approx({"iteration": 0, "lean": odds, "common": 0.0, "image": 0.5})
     assert second == pytest.approx({"iteration": 2, "lean": 0.0, "common": odds, "image": 0.5})
+
+
+def test_what_remains_beside_the_line_is_parted_by_who_shares_it():
+    """Simulated parts of known variances; and a line leaves nothing."""
+    draw, P = np.random.default_rng(0), 40_000
+    known = dict(zip(leftover.SHARED, (0.04, 0.02, 0.05, 0.07), strict=True))
+    shapes = ((1, 1, P), (3, 1, P), (1, 2, P), (3, 2, P))
+    left = sum(np.sqrt(v) * draw.normal(size=shape) for v, shape in zip(known.values(), shapes, strict=True))
+    assert leftover.parted(left) == pytest.approx(known, abs=2e-3)
+    before = draw.normal(size=12)
+    np.testing.assert_allclose(leftover.leftover(before, 0.2 * before - 1), 0, atol=1e-12)
+    assert leftover.lines_of({"variance": known}).splitlines()[2:4] == [
+        "| the prompt's own | 0.040 | 22% |",
+        "| the run's | 0.020 | 11% |",
+    ]
 
 
 def test_moments_of_gradients_are_free_of_their_noise():

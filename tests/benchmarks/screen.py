@@ -141,6 +141,11 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, N 12, C .6": (
                 "--steps 4:5 --iterations 335 --batch 12 --lr 0.002 --C 0.6 --lambda-img 1.2 --ema 0.985"
             ),
+            "quick, lambda .7": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.7",
+            "quick, lambda .5": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.5",
+            "quick, clip .3": "--steps 4:5 --iterations 180 --lr 0.002 --clip 0.3",
+            "quick, clip 1": "--steps 4:5 --iterations 180 --lr 0.002 --clip 1",
+            "quick, C .55": "--steps 4:5 --iterations 180 --lr 0.002 --C 0.55",
             "quick, both": "--steps 4:5 --iterations 160 --component both --lr 0.0007",
             "quick, U-Net": "--steps 4:5 --iterations 160 --component unet --lr 0.0015",
         }.items()
@@ -167,6 +172,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         name: f"{way} --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --warmup 30 --steps 4:5 {options}"
         for name, (way, options) in {
             "quick, replay .5": ("replay=0.5", "--iterations 180"),
+            "quick, 3 summed, lr .004": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.004"),
             "quick, 3 summed, lr .006": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.006"),
             "quick, 3 summed, lr .01": ("sum=3", "--iterations 180 --ema 0.9 --lr 0.01"),
             "quick, 3 summed, lr .006, beta_1 .7": (
@@ -236,6 +242,7 @@ OPTIONS = (
 )
 COLUMNS = ("run", "seeds", "bias", "slope", "intercept", "rms gap", "CLIP-T", "CLIP-I", "DINO")
 COLUMNS += ("none", "blended", "explicit", "needless", "asked", "min")
+SHORT = ("run", "seeds", "bias", "slope", "intercept", "CLIP-T", "CLIP-I", "none")  # for a document
 
 
 def place(folder: Path, name: str, seed: int, iterations: int) -> Path:
@@ -324,14 +331,14 @@ def mean(values: list) -> float | str | None:
     return sum(known) / len(known) if known else None
 
 
-def tables(found: dict[str, dict], iterations: int) -> str:
+def tables(found: dict[str, dict], iterations: int, columns: tuple[str, ...] = COLUMNS) -> str:
     """The table of each group that has rows, and that of the originals."""
 
     def row(name, seeds):
-        return [name, len(seeds), *(mean([s.get(key) for s in seeds]) for key in COLUMNS[2:])]
+        return [name, len(seeds), *(mean([s.get(key) for s in seeds]) for key in columns[2:])]
 
     lines = [row(key, [of]) for key, of in found.items() if key.startswith(ORIGINAL)]
-    texts = ["### originals\n\n" + table(list(COLUMNS), lines)] if lines else []
+    texts = ["### originals\n\n" + table(list(columns), lines)] if lines else []
     for group, rows in GROUPS.items():
         lines = []
         for name in rows:
@@ -342,7 +349,7 @@ def tables(found: dict[str, dict], iterations: int) -> str:
                     shown.setdefault(label, []).append(of)
             lines += [row(label, seeds) for label, seeds in shown.items()]
         if lines:
-            texts.append(f"### {group}, {iterations} iterations\n\n" + table(list(COLUMNS), lines))
+            texts.append(f"### {group}\n\n" + table(list(columns), lines))
     return "\n\n".join(texts)
 
 
@@ -355,6 +362,7 @@ def main():
     parser.add_argument("--unseen", action="store_true", help="looks at the 50 unseen occupations")
     parser.add_argument("--scales", nargs="*", type=float, help="of guidance, in place of the bundle's")
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0], help="of the adapters judged")
+    parser.add_argument("--short", action="store_true", help="only prints the tables, of fewer columns")
     parser.add_argument("--with", dest="more", default="", help="options of all runs, as '--grad-steps 1'")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "screens")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "screens.json")
@@ -363,6 +371,9 @@ def main():
     names = [n for one in options.only or GROUPS for n in GROUPS.get(one, [one])]
     if unknown := set(names) - set(rows):
         parser.error(f"--only names {min(unknown)}; expected some of {', '.join([*GROUPS, *rows])}")
+    if options.short:
+        print(tables(known(options.report), options.iterations, SHORT))
+        return
     bundle, failed = None, []
     for seed, name, strength, scale in itertools.product(
         options.seeds, names, options.strengths, options.scales or [None]
