@@ -57,6 +57,7 @@ IMAGES = 60  # of each prompt
 EVERY = 5
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
+TODAY = ("3", "4", "5")  # seeds that the recipe was not chosen with
 WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25", "--C", "0.6")
 
 
@@ -85,6 +86,7 @@ RUNS = {
     "both": Run("text encoder and U-Net", (*GENDER, "--component", "both", "--lr", "0.001")),
     "gender-1": Run("seed 1", (*GENDER, "--seed", "1"), (UNSEEN, TRAINED)),
     "gender-2": Run("seed 2", (*GENDER, "--seed", "2"), (UNSEEN, TRAINED)),
+    **{f"gender-{seed}": Run(f"seed {seed}", (*GENDER, "--seed", seed), (UNSEEN, TRAINED)) for seed in TODAY},
     "skin_tone": Run("skin tone", ("--attr", "skin_tone")),
     "gender-skin_tone": Run("gender × skin tone", BOTH),
     "gender-skin_tone-age": Run("gender × skin tone × age", WITH_AGE),
@@ -100,6 +102,7 @@ TABLES = {  # title -> its runs; a label in place of the run's own
     "components": {"prefix": None, "gender": None, "unet": None, "both": None},
     "leans": {"prefix": None, "gender": None, "unet": None, "both": None},
     "seeds": {"gender": "seed 0", "gender-1": None, "gender-2": None},
+    "today": {f"gender-{seed}": None for seed in TODAY},
     "attributes": {"skin_tone": None, "gender-skin_tone": None, "gender-skin_tone-age": None},
     "old": {"gender-skin_tone-age": None},
     "concepts": {"concepts": None},
