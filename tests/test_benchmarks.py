@@ -309,6 +309,13 @@ def test_the_numbers_in_the_prose_of_the_results():
             lambda report: report["none"],
         ):
             assert text.format(*(f"{100 * number(of[runs[what]]):.0f}" for of in reports)) in page
+    means = [
+        f"{np.mean([after[name]['judges'][judge]['mean'] for name in results.TABLES[title]]):.3f}"[1:]
+        for title in ("today", "seeds")
+        for judge in result_tables.JUDGES
+    ]
+    told = "The mean of the three is {} by the classifier and {} by templates; before it was {} and {}."
+    assert told.format(*means) in page
     for name, of_seed in (("seed 2", "gender-2"), ("seed 1", "gender-1")):
         assert f"{found[of_seed]['minutes']:.0f} minutes ({name}" in page
 

@@ -273,6 +273,20 @@ BIAS, FAIR = "bias, classifier / templates", "a fair model"
 GAP = "rms gap [95 %]"
 FULL = (BIAS, FAIR, GAP, *KEPT, "min", "command")
 AT_SCALES = tuple(f"at {scale:g}" for scale in SCALES)
+SEEDS = (
+    (
+        "model",
+        "bias, unseen",
+        "bias, finetuning",
+        FAIR,
+        GAP,
+        "CLIP-T (its fall)",
+        "explicit; none",
+        "command",
+    ),
+    seed_rows,
+    (UNSEEN, TRAINED),
+)
 KINDS = {  # title of a table -> header, rows, what they need
     "summary": (
         ("run", "bias before", "bias after", FAIR, f"after: {GAP}", "command"),
@@ -283,20 +297,8 @@ KINDS = {  # title of a table -> header, rows, what they need
     "leans": (("what is trained", "slope", "intercept", "r", "command"), lean_rows, (UNSEEN,)),
     "gradients": (("`--gradient`", *FULL), gender_rows, (UNSEEN,)),
     "attributes": (("run", *FULL), attribute_rows, (UNSEEN,)),
-    "seeds": (
-        (
-            "model",
-            "bias, unseen",
-            "bias, finetuning",
-            FAIR,
-            GAP,
-            "CLIP-T (its fall)",
-            "explicit; none",
-            "command",
-        ),
-        seed_rows,
-        (UNSEEN, TRAINED),
-    ),
+    "seeds": SEEDS,
+    "today": SEEDS,
     "concepts": (("concept", "gender", "skin tone", "both", FAIR, *KEPT), concept_rows, OF_CONCEPTS),
     "old": (("share of old", "before", "after", "command"), old_rows, (UNSEEN,)),
     "losses": (("losses", BIAS, FAIR, GAP, *KEPT, " / ".join(COLOURED), "command"), loss_rows, (UNSEEN,)),
