@@ -120,7 +120,7 @@ TABLES = {  # title -> its runs; a label in place of the run's own
         for name in ("skin_tone", "gender-skin_tone", "gender-skin_tone-age")
         for leave in ("", "-leave")
     },
-    "old": {"gender-skin_tone-age": None, "gender-skin_tone-age-leave": None},
+    "old": {"gender-skin_tone-age": None},
     "concepts": {"concepts": None},
     "losses": {"align": None, "align-img": None, "gender": "L_align + L_img + L_face"},
     "gradients": {"gender": "paper", "solver": None, "none": None},
