@@ -52,9 +52,6 @@ class Result:
     after: dict[str, dict]  # ..., of the adapted model
     minutes: float  # of finetuning
     device: str = "cpu"  # of finetuning
-    draws: str = (
-        "anew"  # of targets that are drawn, in each iteration; "fixed": the same in all, as it once was
-    )
 
     @property
     def took(self) -> float | str:
@@ -298,7 +295,6 @@ KINDS = {  # title of a table -> header, rows, what they need
     "gradients": (("`--gradient`", *FULL), gender_rows, (UNSEEN,)),
     "attributes": (("run", *FULL), attribute_rows, (UNSEEN,)),
     "seeds": SEEDS,
-    "today": SEEDS,
     "concepts": (("concept", "gender", "skin tone", "both", FAIR, *KEPT), concept_rows, OF_CONCEPTS),
     "old": (("share of old", "before", "after", "command"), old_rows, (UNSEEN,)),
     "losses": (("losses", BIAS, FAIR, GAP, *KEPT, " / ".join(COLOURED), "command"), loss_rows, (UNSEEN,)),

@@ -254,16 +254,11 @@ def found_in(folder: Path) -> dict[str, dict]:
     }
 
 
-def label_of(name: str, report: dict, label: str | None = None) -> str:
-    """What a row is called: the given label or the run's own, with a mark where the draws were fixed."""
-    return f"{label or RUNS[name].label}{' (fixed draws)' if report.get('draws') == 'fixed' else ''}"
-
-
 def tables(found: dict) -> dict[str, str]:
     """Title -> table, of those for which there are runs: two at least, where there is something to compare."""
     results = {
         title: [
-            Result(label_of(n, found[n], label), **found[n])
+            Result(label or RUNS[n].label, **found[n])
             for n, label in names.items()
             if n in found and found[n]["command"] == RUNS[n].command
         ]
