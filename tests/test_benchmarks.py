@@ -185,10 +185,12 @@ def test_the_tables_of_results():
         f"{gender} | {none} | 0.550 | 0.900 / 0.800 | 12 | {command} |",
     ]
     biases = ".50 ± .25 / .50 ± .25"
-    assert table("seeds", gender=run)[2:] == [
+    seed = f"{run['command']} --seed 3"
+    assert table("seeds", **{"gender-3": {**run, "command": seed}})[2:] == [
         f"| original | {biases} | {biases} | .10 ± .08 | {wide} | 0.600 (0.0%) | 98.0% / 98.0%; 4.0% | – |",
         # .05 of a gap of .5
-        f"| seed 0 | {biases} | {biases} | .10 ± .08 | {none} | 0.550 (10.0%) | 98.0% / 98.0%; 4.0% | {command} |",
+        f"| text encoder, seed 3 | {biases} | {biases} | .10 ± .08 | {none} | 0.550 (10.0%) | 98.0% / 98.0%; 4.0% "
+        f"| `{seed}` |",
     ]
     row = f"{biases} | .10 ± .08 | {none} | 0.550 | 0.900 / 0.800 | 0.700 / 0.950 | {command} |"
     assert f"| L_align + L_img + L_face | {row}" in table("losses", gender=run)
