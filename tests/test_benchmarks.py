@@ -209,7 +209,7 @@ def test_the_tables_of_results():
     assert table("summary", gender=run)[2:] == [
         f"| gender | .50 ± .25 | .50 ± .25 | .10 ± .08 | {none} | {command} |"
     ]
-    assert not table("seeds", gender={**run, "command": "python train.py --attr gender --lr 1"})
+    assert not table("summary", gender={**run, "command": "python train.py --attr gender --lr 1"})
 
 
 def test_a_lean_that_is_halved_has_the_slope_one_half():
