@@ -136,6 +136,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, lambda .7": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.7",
             "quick, lambda .5": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.5",
             "quick, ema .985": "--steps 4:5 --iterations 180 --lr 0.002 --ema 0.985",
+            "quick, constant rate": "--steps 4:5 --iterations 180 --lr 0.002 --lr-end 1",
             "quick, lr_end .05": "--steps 4:5 --iterations 180 --lr 0.002 --lr-end 0.05",
             "quick, clip .3": "--steps 4:5 --iterations 180 --lr 0.002 --clip 0.3",
             "quick, clip 1": "--steps 4:5 --iterations 180 --lr 0.002 --clip 1",
@@ -182,6 +183,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         for name, options in {
             "1000 iterations": "",
             "1000 iterations, lr .001": "--lr 0.001",
+            "1000 iterations, lr_end .02": "--lr-end 0.02",
             "1000 iterations, guidance 1 and 12": "--guidance 1,12",
         }.items()
     },
