@@ -34,9 +34,8 @@ from fairref.training.checkpoints import METRICS, SETTINGS, held, read_settings
 from fairref.training.stored import of_settings
 
 IMAGES, CLASSIFIER, ORIGINAL = 60, "classifier", "original"
-QUICK = (
-    "--steps 4:5 --iterations 180 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002"  # the recipe
-)
+# the recipe of today, as changes of FIRST_RECIPE
+QUICK = "--steps 4:5 --iterations 180 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002"
 CLIPS, LAMBDAS, THRESHOLDS = (0.02, 0.1, 0.3, 1), (0.5, 1, 2), (0.8, 0.7, 0.55)
 GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a way of variants.py
     "terms": {
