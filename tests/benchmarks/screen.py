@@ -34,6 +34,8 @@ from fairref.training.checkpoints import METRICS, SETTINGS, held, read_settings
 from fairref.training.stored import of_settings
 
 IMAGES, CLASSIFIER, ORIGINAL = 60, "classifier", "original"
+# the recipe of today, as changes of FIRST_RECIPE
+QUICK = "--steps 4:5 --iterations 180 --grad-steps 1 --clip 0.1 --lambda-img 1 --C 0.7 --lr 0.002"
 CLIPS, LAMBDAS, THRESHOLDS = (0.02, 0.1, 0.3, 1), (0.5, 1, 2), (0.8, 0.7, 0.55)
 GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a way of variants.py
     "terms": {
@@ -49,17 +51,6 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
     "weight": {  # what C does beside its weight
         "lambdas / 2.4, C .8": "--lambda-img 0.208 --lambda-face 0.042",
         "lambdas times 2.4, C .55": "--lambda-img 1.2 --lambda-face 0.24 --C 0.55",
-    },
-    "guidance": {
-        "1 and 7.5 by turns": "--guidance 1,7.5",
-        "1 and 12 by turns": "--guidance 1,12",
-        "2.5 and 12 by turns": "--guidance 2.5,12",
-        "1 to 12": "--guidance 1:12",
-        "empty prompt frozen": "--empty-prompt frozen",
-        "empty prompt held": "empty=1",
-        "empty prompt held more": "empty=10",
-        "leaning world": "leaning=0",
-        "leaning world, empty prompt frozen": "leaning=0 --empty-prompt frozen",
     },
     "targets": {"soft": "--targets soft", "no threshold": "--C 0"},
     "length": {  # who is shortened: the bundle's clip is .02 of all
@@ -144,6 +135,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "quick, lambda .7": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.7",
             "quick, lambda .5": "--steps 4:5 --iterations 180 --lr 0.002 --lambda-img 0.5",
             "quick, ema .985": "--steps 4:5 --iterations 180 --lr 0.002 --ema 0.985",
+            "quick, constant rate": "--steps 4:5 --iterations 180 --lr 0.002 --lr-end 1",
             "quick, lr_end .05": "--steps 4:5 --iterations 180 --lr 0.002 --lr-end 0.05",
             "quick, clip .3": "--steps 4:5 --iterations 180 --lr 0.002 --clip 0.3",
             "quick, clip 1": "--steps 4:5 --iterations 180 --lr 0.002 --clip 1",
@@ -190,22 +182,40 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         for name, options in {
             "1000 iterations": "",
             "1000 iterations, lr .001": "--lr 0.001",
-            "1000 iterations, guidance 1 and 7.5": "--guidance 1,7.5",
+            "1000 iterations, lr_end .02": "--lr-end 0.02",
+            "1000 iterations, guidance 1 and 12": "--guidance 1,12",
         }.items()
     },
-    "prefix": {
-        **{f"prefix, lr {rate:g}": f"--component prefix --lr {rate:g}" for rate in (0.01, 0.03, 0.1, 0.3)},
-        "prefix, lr .1, warm-up 30": "--component prefix --lr 0.1 --warmup 30",
-        "prefix, lr .1, constant": "--component prefix --lr 0.1 --lr-end 1",
-        "prefix, lr .1, length 4.7": "length=4.7 --component prefix --lr 0.1",
-        "prefix, lr .1, of words": "words=0 --component prefix --lr 0.1",
-        "prefix, lr .1, of genders": "words=1 --component prefix --lr 0.1",
-        "prefix, lr .1, 16 tokens": "--component prefix --lr 0.1 --tokens 16",
-        "prefix, lr .03, 16 tokens": "--component prefix --lr 0.03 --tokens 16",
-        "prefix, half an hour": "--component prefix --lr 0.1 --iterations 360",
+    "guidance": {  # of the cost of "quick"
+        name: f"{way} {QUICK} {options}".strip()
+        for name, (way, options) in {
+            "1 and 12 by turns": ("", "--guidance 1,12"),
+            "2.5 and 12 by turns": ("", "--guidance 2.5,12"),
+            "1 to 12": ("", "--guidance 1:12"),
+            "empty prompt frozen": ("", "--empty-prompt frozen"),
+            "empty prompt held": ("empty=1", ""),
+            "empty prompt held more": ("empty=10", ""),
+            "1 and 12 by turns, empty prompt held": ("empty=1", "--guidance 1,12"),
+            "leaning world": ("leaning=0", ""),
+            "leaning world, empty prompt frozen": ("leaning=0", "--empty-prompt frozen"),
+        }.items()
+    },
+    "prefix": {  # of the cost of "quick"
+        name: f"{way} {QUICK} --component prefix --lr {rate:g} {options}".strip()
+        for name, (rate, way, options) in {
+            **{f"prefix, lr {rate:g}": (rate, "", "") for rate in (0.01, 0.03, 0.1, 0.3)},
+            "prefix, lr .1, warm-up 30": (0.1, "", "--warmup 30"),
+            "prefix, lr .1, constant": (0.1, "", "--lr-end 1"),
+            "prefix, lr .1, length 4.7": (0.1, "length=4.7", ""),
+            "prefix, lr .1, of words": (0.1, "words=0", ""),
+            "prefix, lr .1, of genders": (0.1, "words=1", ""),
+            "prefix, lr .1, 16 tokens": (0.1, "", "--tokens 16"),
+            "prefix, lr .03, 16 tokens": (0.03, "", "--tokens 16"),
+            "prefix, half an hour": (0.1, "", "--iterations 1000"),
+        }.items()
     },
     "soft prompts": {
-        f"{kind}, lr {rate:g}": f"--component {kind} --lr {rate:g}"
+        f"{kind}, lr {rate:g}": f"{QUICK} --component {kind} --lr {rate:g}"
         for kind, rates in (
             ("suffix", (0.01, 0.03, 0.1)),
             ("deep", (0.003, 0.01, 0.03)),
