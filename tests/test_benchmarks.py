@@ -298,9 +298,7 @@ def test_the_numbers_in_the_prose_of_the_results():
     assert (
         np.diff(shares, axis=0) > 0
     ).all() and "In every occupation, in those of men too, it rises" in page
-    faces = 1 - after["align"]["faceless"]
-    assert f"finds a face in {100 * faces:.0f} % of them" in page
-    assert after["align"]["none"] == 1
+    assert f"CLIP-T falls to {after['align']['clip_t']['matched']:.2f}".replace("0.", ".") in page
     runs = ("gender-skin_tone", "gender-skin_tone-age")
     for text, reports, what in (
         ("{} % before and {} % after gender × skin tone", (before, after), 0),
