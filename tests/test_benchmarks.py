@@ -295,9 +295,8 @@ def test_the_numbers_in_the_prose_of_the_results():
         result_tables.first_shares(found["gender"]["after"][look.key], "classifier")
         for look in results.SCALED
     ]
-    assert (
-        np.diff(shares, axis=0) > 0
-    ).all() and "In every occupation, in those of men too, it rises" in page
+    assert (np.diff(shares, axis=0) >= 0).all() and (shares[-1] > shares[0]).all()
+    assert "In every occupation, in those of men too, it rises and nowhere falls" in page
     assert f"CLIP-T falls to {after['align']['clip_t']['matched']:.2f}".replace("0.", ".") in page
     runs = ("gender-skin_tone", "gender-skin_tone-age")
     for text, reports, what in (
