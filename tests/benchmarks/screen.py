@@ -196,6 +196,10 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "empty prompt held": ("empty=1", ""),
             "empty prompt held more": ("empty=10", ""),
             "1 and 12 by turns, empty prompt held": ("empty=1", "--guidance 1,12"),
+            "blind to the empty prompt": ("outside=0", ""),
+            "blind to 16 of its directions": ("outside=16", ""),
+            "1 and 12 by turns, blind": ("outside=0", "--guidance 1,12"),
+            "1 to 12, blind": ("outside=0", "--guidance 1:12"),
             "leaning world": ("leaning=0", ""),
             "leaning world, empty prompt frozen": ("leaning=0", "--empty-prompt frozen"),
         }.items()
