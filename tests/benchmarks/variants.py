@@ -16,8 +16,8 @@ length=L   after each iteration each soft token has the length L; those of the s
 words=K    a soft prompt starts as words, those of row K of STARTS, in place of random tokens.
 asked=1    the metrics say how many images of a batch are asked to show another class.
 empty=W    a penalty: W times the squared change of the empty prompt's embedding, as a share of its own square.
-outside=K  LoRA on the text encoder reads nothing of the empty prompt: after each iteration the K largest directions of its
-           tokens in each layer's input are taken out of down (0: all directions, so its embedding stays as it was).
+outside=K  LoRA on the text encoder reads nothing of the empty prompt: after each iteration the K largest directions of
+           its tokens in each layer's input are taken out of down (0: all of them, so its embedding stays as it was).
 leaning=K  a world whose unconditional model leans: row K of LEANING is in the place of the empty prompt.
 A run that was stopped goes on with the same words before --resume.
 """
