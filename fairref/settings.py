@@ -218,7 +218,7 @@ class Recipe:
     keep_graphs: bool = setting(
         False,
         "keep the U-Net's graph of each sampling step until its gradient is known: less time, and memory that grows"
-        " with the steps; without --grad-steps",
+        " with the steps, whatever --micro-batch is; without --grad-steps",
         only_with={"gradient": ADJUSTED},
     )
     micro_batch: int = setting(

@@ -80,7 +80,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         "12 steps, 60 iterations": "--steps 12 --iterations 60",
     },
     "together": {  # what helped, at once; a row costs about as much as 100 iterations of today's
-        name: f"--steps 4:5 --iterations 130 --clip 0.1 --lambda-img 1 --C 0.7 {options}".strip()
+        name: f"--steps 4:5 --iterations 130 --clip 0.1 --lambda-img 1 --C 0.7 {options}"
         for name, options in {
             "short": "",
             "short, lambda 2": "--lambda-img 2",
@@ -147,7 +147,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
     "each image": {  # its own gradient shortened; of the cost of "quick"
         f"image {longest:g}{name}": (
             f"image={longest:g} --steps 4:5 --iterations 180 --grad-steps 1 --lambda-img 1 --C 0.7 --clip 0.1 {options}"
-        ).strip()
+        )
         for name, options in {
             "": "",
             ", clip .3": "--clip 0.3",
@@ -187,7 +187,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         }.items()
     },
     "guidance": {  # of the cost of "quick"
-        name: f"{way} {QUICK} {options}".strip()
+        name: f"{way} {QUICK} {options}"
         for name, (way, options) in {
             "1 and 12 by turns": ("", "--guidance 1,12"),
             "2.5 and 12 by turns": ("", "--guidance 2.5,12"),
@@ -197,15 +197,17 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "empty prompt held more": ("empty=10", ""),
             "1 and 12 by turns, empty prompt held": ("empty=1", "--guidance 1,12"),
             "blind to the empty prompt": ("outside=0", ""),
+            "blind to the empty prompt, lr .005": ("outside=0", "--lr 0.005"),
             "blind to 16 of its directions": ("outside=16", ""),
-            "1 and 12 by turns, blind": ("outside=0", "--guidance 1,12"),
-            "1 to 12, blind": ("outside=0", "--guidance 1:12"),
+            "blind to 16 of its directions, lr .004": ("outside=16", "--lr 0.004"),
+            "1 to 12, blind to 16": ("outside=16", "--guidance 1:12"),
+            "1 to 12, empty prompt frozen": ("", "--guidance 1:12 --empty-prompt frozen"),
             "leaning world": ("leaning=0", ""),
             "leaning world, empty prompt frozen": ("leaning=0", "--empty-prompt frozen"),
         }.items()
     },
     "prefix": {  # of the cost of "quick"
-        name: f"{way} {QUICK} --component prefix --lr {rate:g} {options}".strip()
+        name: f"{way} {QUICK} --component prefix --lr {rate:g} {options}"
         for name, (rate, way, options) in {
             **{f"prefix, lr {rate:g}": (rate, "", "") for rate in (0.01, 0.03, 0.1, 0.3)},
             "prefix, lr .1, warm-up 30": (0.1, "", "--warmup 30"),
@@ -245,7 +247,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
     "classes, quick": {
         f"quick, {attr}, {name}": (
             f"asked=1 --attr {attr} --steps 4:5 --iterations 120 --grad-steps 1 --clip 0.1 --C 0.7 {own} {options}"
-        ).strip()
+        )
         for attr, own in (
             ("skin_tone", "--lr 0.002 --lambda-img 1"),
             ("gender,skin_tone", "--lr 0.001 --lambda-img 2.5"),
@@ -253,6 +255,9 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         for name, options in {"reach": "", "leave": "--threshold leave", "soft": "--targets soft"}.items()
     },
 }
+GROUPS = {group: {name: words.strip() for name, words in of.items()} for group, of in GROUPS.items()}
+for group in ("clip", "length", "rates", "images", "together"):  # screened after "terms"
+    GROUPS[group] = {name: f"{words} --grad-steps 1" for name, words in GROUPS[group].items()}
 OPTIONS = (
     f"--attr gender {FIRST_OPTIONS} --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
 )
@@ -269,7 +274,10 @@ def place(folder: Path, name: str, seed: int, iterations: int) -> Path:
 def finetune(options: str, seed: int, iterations: int, folder: Path) -> None:
     """Makes a run, or what is missing of it. Raises UserError where it can't be made, or was made with others."""
     beside = folder.with_name(f"{folder.name}.command")
-    if folder.exists() and (made := beside.read_text(encoding="utf-8") if beside.exists() else "") != options:
+    if (
+        folder.exists()
+        and (made := beside.read_text(encoding="utf-8").strip() if beside.exists() else "") != options
+    ):
         raise UserError(f"{folder}: is a run of {made!r}, not of {options!r}; move it away.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(options, encoding="utf-8")
@@ -379,7 +387,6 @@ def main():
     parser.add_argument("--scales", nargs="*", type=float, help="of guidance, in place of the bundle's")
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0], help="of the adapters judged")
     parser.add_argument("--short", action="store_true", help="only prints the tables, of fewer columns")
-    parser.add_argument("--with", dest="more", default="", help="options of all runs, as '--grad-steps 1'")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "screens")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "screens.json")
     options = parser.parse_args()
@@ -396,10 +403,12 @@ def main():
     ):
         at = ", unseen" * options.unseen + ("" if scale is None else f" at {scale:g}")
         key = f"{name if strength == 1 else f'{name} x {strength:g}'}{at}-{options.iterations}-{seed}"
-        words, is_done = f"{rows[name]} {options.more}".strip(), key in known(options.report)
+        words, done = rows[name], known(options.report).get(key)
+        if done and done["command"].strip() != words:
+            parser.error(f"{options.report}: {key} was made with {done['command']!r}, not {words!r}")
         if options.list:
-            print(f"{'done ' if is_done else 'to do'} {key}: {words}")
-        if options.list or is_done:
+            print(f"{'done ' if done else 'to do'} {key}: {words}")
+        if options.list or done:
             continue
         run = place(options.folder.resolve(), name, seed, options.iterations)
         try:
