@@ -199,10 +199,19 @@ def balance(point: Point, batches: int) -> dict[str, object]:
 def report(
     recipe: Recipe, classes: dict[str, tuple[str, ...]], batches: Sequence[Batch]
 ) -> dict[str, object]:
-    """What balance.json says of these batches."""
+    """What balance.json says of these batches and of the attributes that have a direction. Raises UserError."""
     norms, asked = (np.array([getattr(batch, key) for batch in batches]) for key in ("norm", "asked"))
     scales = np.array([[1.0, clip_scale(recipe, norm)] for norm in norms])  # (B, 2) as CLIPS
-    pulled = {name: pulls(batches, name) for name in classes}
+    pulled, lacking = {}, []
+    for name in classes:
+        try:
+            pulled[name] = pulls(batches, name)
+        except UserError as error:
+            lacking.append(error)
+    for error in lacking if pulled else ():
+        note(str(error))
+    if not pulled:
+        raise lacking[0]
     names = [*batches[0].terms, SUM]
     attributes = {}
     for name, of_batches in pulled.items():
