@@ -202,6 +202,9 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "blind to 16 of its directions, lr .004": ("outside=16", "--lr 0.004"),
             "1 to 12, blind to 16": ("outside=16", "--guidance 1:12"),
             "1 to 12, empty prompt frozen": ("", "--guidance 1:12 --empty-prompt frozen"),
+            "12 alone": ("", "--guidance 12"),
+            "12 alone, empty prompt frozen": ("", "--guidance 12 --empty-prompt frozen"),
+            "12 alone, blind to 16": ("outside=16", "--guidance 12 --lr 0.004"),
             "leaning world": ("leaning=0", ""),
             "leaning world, empty prompt frozen": ("leaning=0", "--empty-prompt frozen"),
         }.items()
