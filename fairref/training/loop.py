@@ -18,7 +18,7 @@ from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
 from fairref.evaluation.kept import KEPT
 from fairref.generation.adapters import FILE, save_adapter
-from fairref.generation.lora import adapt
+from fairref.generation.lora import adapt, empty_directions
 from fairref.judges.dino import Block
 from fairref.nets import clip, unet, vae
 from fairref.settings import Recipe
@@ -68,8 +68,25 @@ def new_state(setup: Setup) -> tuple[Bundle, State]:
         eps=recipe.adam_eps,
         weight_decay=recipe.weight_decay,
     )
-    ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    return model, State(adapter, ema, optimizer)
+    state = State(adapter, {}, optimizer)
+    if recipe.empty_prompt == "unread":
+        directions = empty_directions(setup.bundle)
+        shared = setup.processes.total(
+            [of * setup.processes.first for of in directions.values()]
+        )  # alike to the bit
+        state.unread = dict(zip(directions, shared, strict=True))
+        leave_unread(state)
+    state.ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    return model, state
+
+
+@torch.no_grad()
+def leave_unread(state: State) -> None:
+    """Takes out of each matrix its part in the directions of `state.unread`."""
+    parameters = state.parameters()
+    for name, directions in state.unread.items():
+        of = directions.to(parameters[name])
+        parameters[name] -= parameters[name] @ of.T @ of
 
 
 def clip_scale(recipe: Recipe, norm: float) -> float:
@@ -92,6 +109,7 @@ def update(recipe: Recipe, state: State, gradient: Sequence[Tensor]) -> tuple[fl
             parameter.grad = g * scale
         state.optimizer.step()
         state.optimizer.zero_grad()
+        leave_unread(state)
         state.updates += 1
         decay = min(recipe.ema, (1 + state.updates) / (10 + state.updates))
         for name, parameter in state.adapter.named_parameters():

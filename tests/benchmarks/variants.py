@@ -16,8 +16,6 @@ length=L   after each iteration each soft token has the length L; those of the s
 words=K    a soft prompt starts as words, those of row K of STARTS, in place of random tokens.
 asked=1    the metrics say how many images of a batch are asked to show another class.
 empty=W    a penalty: W times the squared change of the empty prompt's embedding, as a share of its own square.
-outside=K  LoRA on the text encoder reads nothing of the empty prompt: after each iteration the K largest directions of
-           its tokens in each layer's input are taken out of down (0: all of them, so its embedding stays as it was).
 leaning=K  a world whose unconditional model leans: row K of LEANING is in the place of the empty prompt.
 A run that was stopped goes on with the same words before --resume.
 """
@@ -270,54 +268,6 @@ def empty(weight: float) -> None:
     loop.iteration_gradient = with_penalty
 
 
-def outside(count: float) -> None:
-    """c_empty kept by what down cannot read, so the adapter needs no note on it."""
-    new_state, update, spans = loop.new_state, loop.update, {}
-
-    def take_out(parameters):
-        for name, basis in spans.items():
-            down = parameters[name].data
-            down -= down @ basis.T @ basis
-
-    def with_spans(setup):
-        model, state = new_state(setup)
-        spans.update(empty_spans(setup.bundle, int(count)))
-        take_out(state.parameters())
-        state.ema = {name: p.detach().clone() for name, p in state.parameters().items()}
-        return model, state
-
-    def kept_out(recipe, state, gradient):
-        taken = state.optimizer.step
-        state.optimizer.step = lambda: (taken(), take_out(state.parameters()))  # before the moving average
-        try:
-            return update(recipe, state, gradient)
-        finally:
-            state.optimizer.step = taken
-
-    loop.new_state, loop.update = with_spans, kept_out
-
-
-@torch.no_grad()
-def empty_spans(bundle: Bundle, count: int) -> dict[str, torch.Tensor]:
-    """Parameter -> (count, in) an orthonormal basis of what the empty prompt's tokens show its layer, or most of it."""
-    encoder, seen = bundle.text_encoder, {}
-    watched = [
-        encoder.get_submodule(name).register_forward_hook(
-            lambda _, given, __, name=name: seen.update({name: given[0]})
-        )
-        for name in lora.trained_layers("text_encoder", encoder)
-    ]
-    encoder(bundle.tokenizer([""]))
-    for hook in watched:
-        hook.remove()
-    return {
-        f"text_encoder.{name}.lora_down.weight": torch.linalg.svd(x[0].double(), full_matrices=False)[2][
-            : count or None
-        ].float()
-        for name, x in seen.items()
-    }
-
-
 class Another(torch.nn.Module):
     """A text encoder that reads another prompt than the empty one."""
 
@@ -364,7 +314,6 @@ VARIANTS = {
     "empty": empty,
     "every": every,
     "leaning": leaning,
-    "outside": outside,
     "length": length,
     "words": words,
     "align": align,

@@ -610,8 +610,9 @@ def test_a_run_whose_images_show_no_face_says_so_once(bundles, tmp_path, capsys)
     assert "shows a face" not in capsys.readouterr().err
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(bundles, tmp_path, monkeypatch):
-    setup = make_setup(bundles[torch.float32], iterations=4, checkpoint_every=2)
+@pytest.mark.parametrize("empty_prompt", ["trained", "unread"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(bundles, tmp_path, monkeypatch, empty_prompt):
+    setup = make_setup(bundles[torch.float32], iterations=4, checkpoint_every=2, empty_prompt=empty_prompt)
     folders = [tmp_path / "whole", tmp_path / "interrupted"]
     for folder in folders:
         folder.mkdir()
