@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,9 +44,6 @@ class State:
     best: dict | None = None  # iteration, bias and CLIP-I of the best validation
     streak: int = 0  # validations in a row that were fair enough
     unusable: int = 0  # iterations in a row whose gradient was not finite
-    unread: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # name -> (k, in) directions that it has no part in
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name in the file -> parameter."""

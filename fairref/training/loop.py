@@ -68,25 +68,24 @@ def new_state(setup: Setup) -> tuple[Bundle, State]:
         eps=recipe.adam_eps,
         weight_decay=recipe.weight_decay,
     )
-    state = State(adapter, {}, optimizer)
     if recipe.empty_prompt == "unread":
-        directions = empty_directions(setup.bundle)
-        shared = setup.processes.total(
-            [of * setup.processes.first for of in directions.values()]
-        )  # alike to the bit
-        state.unread = dict(zip(directions, shared, strict=True))
-        leave_unread(state)
-    state.ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    return model, state
+        names, found = zip(*empty_directions(setup.bundle).items(), strict=True)
+        found = setup.processes.total(
+            [of * setup.processes.first for of in found]
+        )  # the same to the bit in all
+        keep_out(adapter, directions := dict(zip(names, found, strict=True)))
+        optimizer.register_step_post_hook(lambda *_: keep_out(adapter, directions))
+    ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    return model, State(adapter, ema, optimizer)
 
 
 @torch.no_grad()
-def leave_unread(state: State) -> None:
-    """Takes out of each matrix its part in the directions of `state.unread`."""
-    parameters = state.parameters()
-    for name, directions in state.unread.items():
-        of = directions.to(parameters[name])
-        parameters[name] -= parameters[name] @ of.T @ of
+def keep_out(adapter: nn.Module, directions: dict[str, Tensor]) -> None:
+    """Takes out of matrices (r, in), by name, their part in orthonormal directions (k, in)."""
+    for name, of_matrix in directions.items():
+        matrix = adapter.get_parameter(name)
+        of_matrix = of_matrix.to(matrix)
+        matrix -= matrix @ of_matrix.T @ of_matrix
 
 
 def clip_scale(recipe: Recipe, norm: float) -> float:
@@ -109,7 +108,6 @@ def update(recipe: Recipe, state: State, gradient: Sequence[Tensor]) -> tuple[fl
             parameter.grad = g * scale
         state.optimizer.step()
         state.optimizer.zero_grad()
-        leave_unread(state)
         state.updates += 1
         decay = min(recipe.ema, (1 + state.updates) / (10 + state.updates))
         for name, parameter in state.adapter.named_parameters():
