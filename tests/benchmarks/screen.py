@@ -211,7 +211,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
     "prefix": {  # of the cost of "quick"
         name: f"{way} {QUICK} --component prefix --lr {rate:g} {options}"
         for name, (rate, way, options) in {
-            **{f"prefix, lr {rate:g}": (rate, "", "") for rate in (0.01, 0.03, 0.1, 0.3)},
+            **{f"prefix, lr {rate:g}": (rate, "", "") for rate in (0.03, 0.1, 0.3, 1)},
             "prefix, lr .1, warm-up 30": (0.1, "", "--warmup 30"),
             "prefix, lr .1, constant": (0.1, "", "--lr-end 1"),
             "prefix, lr .1, length 4.7": (0.1, "length=4.7", ""),
@@ -219,14 +219,16 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "prefix, lr .1, of genders": (0.1, "words=1", ""),
             "prefix, lr .1, 16 tokens": (0.1, "", "--tokens 16"),
             "prefix, lr .03, 16 tokens": (0.03, "", "--tokens 16"),
-            "prefix, half an hour": (0.1, "", "--iterations 1000"),
+            "prefix, lr .3, 16 tokens": (0.3, "", "--tokens 16"),
+            "prefix, lr .3, length 4.7": (0.3, "length=4.7", ""),
+            "prefix, lr .3, 1000 iterations": (0.3, "", "--iterations 1000"),
         }.items()
     },
     "soft prompts": {
         f"{kind}, lr {rate:g}": f"{QUICK} --component {kind} --lr {rate:g}"
         for kind, rates in (
-            ("suffix", (0.01, 0.03, 0.1)),
-            ("deep", (0.003, 0.01, 0.03)),
+            ("suffix", (0.03, 0.1, 0.3)),
+            ("deep", (0.01, 0.03, 0.1)),
             ("generated", (0.001, 0.003, 0.01)),
         )
         for rate in rates
