@@ -184,6 +184,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "1000 iterations, lr .001": "--lr 0.001",
             "1000 iterations, lr_end .02": "--lr-end 0.02",
             "1000 iterations, guidance 1 and 12": "--guidance 1,12",
+            "1000 iterations, 1 to 12, unread, lr .003": "--guidance 1:12 --empty-prompt unread --lr 0.003",
         }.items()
     },
     "guidance": {  # of the cost of "quick"
