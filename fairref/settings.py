@@ -197,8 +197,10 @@ class Recipe:
     )
     empty_prompt: str = setting(
         "trained",
-        "whose text encoder the empty or negative prompt goes through. frozen: the base's, which other tools can't do",
-        choices=("trained", "frozen"),
+        "what becomes of the empty prompt, from which guidance leads away. frozen: it goes through the base's text"
+        " encoder, which other tools can't do; unread: LoRA reads little or nothing of it, so that it stays where it"
+        " was in any tool",
+        choices=("trained", "frozen", "unread"),
         only_with={"component": ("text_encoder", "both")},
     )
     end: str = setting("zero", "end of the solver: zero or sigma_min", choices=("zero", "sigma_min"))
@@ -218,7 +220,7 @@ class Recipe:
     keep_graphs: bool = setting(
         False,
         "keep the U-Net's graph of each sampling step until its gradient is known: less time, and memory that grows"
-        " with the steps; without --grad-steps",
+        " with the steps, whatever --micro-batch is; without --grad-steps",
         only_with={"gradient": ADJUSTED},
     )
     micro_batch: int = setting(

@@ -84,8 +84,9 @@ def gradients(folder, out):
         bundle = replace(load_bundle(folder, device, dtype), detector=detector)
         for micro_batch in (0, 3):
             setup = make_setup(
-                bundle, "gender,skin_tone", batch=N, C=0.5, component="both", micro_batch=micro_batch, lr=1e-3
-            )
+                bundle, "gender,skin_tone", batch=N, C=0.5, component="both", micro_batch=micro_batch, lr=1e-3,
+                empty_prompt="unread",
+            )  # fmt: skip
             setup = replace(setup, processes=processes)
             model, state = moved(setup)
             for i in range(ITERATIONS):

@@ -1,5 +1,6 @@
 """The scripts behind the recipe: what a way of training changes, and that the numbers of a screen are what they say."""
 
+import re
 from dataclasses import replace
 
 import antithetic
@@ -16,6 +17,8 @@ import variants
 from scipy.special import expit
 from scipy.stats import norm
 
+from fairref.errors import UserError
+from fairref.files.paths import read_json
 from fairref.files.weights import read
 from fairref.generation import lora
 from fairref.generation.adapters import FILE, save_adapter
@@ -25,7 +28,8 @@ from fairref.training.run import train
 
 PATCHED = (
     *((loop, name) for name in ("iteration_gradient", "new_state", "update", "iterate")),
-    *((step, "draw_task"), (terms, "terms_of"), (lora, "first_tokens"), (run, "finetune")),
+    *((step, name) for name in ("draw_task", "image_gradient", "draw_pair")),
+    *((terms, "terms_of"), (lora, "first_tokens"), (run, "finetune")),
 )
 
 
@@ -36,6 +40,7 @@ SHARES = np.linspace(0.2, 0.8, 200)
 def as_it_was(monkeypatch):
     for module, name in PATCHED:
         monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setitem(terms.TERMS, "image", terms.TERMS["image"])
 
 
 @pytest.fixture
@@ -68,6 +73,74 @@ def test_shortening_the_pull_alone_leaves_the_other_terms_as_they_are(setup, mon
     )
     assert float((half - none).norm()) == pytest.approx(said["align_norm"] / 2, rel=1e-3)
     assert float(none.norm()) > 0
+
+
+def test_an_image_pulls_no_longer_than_it_may(setup):
+    kept, plain = step.image_gradient, []
+
+    def seen(*of):
+        plain.append(kept(*of)[0])
+        return kept(*of)
+
+    step.image_gradient = seen
+    whole, _ = gradient_of(setup)
+    lengths = plain[0].flatten(1).norm(dim=1)
+    variants.image(1e9)
+    torch.testing.assert_close(gradient_of(setup)[0], whole)
+    step.image_gradient, limit = kept, float(lengths.median())
+    variants.image(limit)
+    step.image_gradient, shortened = (
+        (lambda *of: (found.append(shortened(*of)[0]), shortened(*of))[1]),
+        step.image_gradient,
+    )
+    found = []
+    gradient_of(setup)
+    torch.testing.assert_close(found[0].flatten(1).norm(dim=1), lengths.clamp(max=limit))
+
+
+def test_the_originals_may_be_drawn_in_some_iterations_alone(setup):
+    """Where they are due L_img weighs so many times as much; elsewhere the rest of the loss is left."""
+    plain = [gradient_of(setup, i)[0] for i in (0, 1)]
+    without = [
+        gradient_of(replace(setup, recipe=replace(setup.recipe, lambda_img=0.0)), i)[0] for i in (0, 1)
+    ]
+    variants.put("every=2")
+    (due, said), (rest, said_rest) = (gradient_of(setup, i) for i in (0, 1))
+    near = {"rtol": 1e-3, "atol": 1e-5 * float(plain[0].abs().max())}
+    torch.testing.assert_close(due - without[0], 2 * (plain[0] - without[0]), **near)
+    torch.testing.assert_close(rest, without[1], **near)
+    assert said["image"] != 0 and said_rest["image"] == 0
+
+
+def test_a_step_for_several_prompts_is_that_of_their_mean(setup):
+    """Each shortened to `clip` first."""
+    recipe = replace(setup.recipe, clip=0.5)
+
+    def moved(update, gradients):
+        _, state = loop.new_state(setup)
+        for g in gradients:
+            update(recipe, state, g)
+        return state
+
+    start = loop.new_state(setup)[1].parameters()
+    gradients = [[torch.full_like(p, scale) for p in start.values()] for scale in (3.0, -1.0, -1.0)]
+    lengths = [float(torch.cat([part.flatten() for part in g]).norm()) for g in gradients]
+    mean = [
+        sum(part * min(1, 0.5 / length) for part, length in zip(parts, lengths, strict=True)) / 3
+        for parts in zip(*gradients, strict=True)
+    ]
+    plain = loop.update
+    variants.summed(3)
+    found = moved(loop.update, gradients)
+    assert (found.iteration, len(found.optimizer.state)) == (3, len(start))
+    expected = moved(lambda recipe, state, g: plain(replace(recipe, clip=0.0), state, g), [mean])
+    for name, p in expected.parameters().items():
+        torch.testing.assert_close(found.parameters()[name], p)
+    _, resumed = loop.new_state(setup)
+    resumed.iteration = 3
+    variants.summed(3)
+    with pytest.raises(UserError, match="can't be resumed"):
+        loop.update(recipe, resumed, gradients[0])
 
 
 def test_the_up_matrices_have_a_rate_of_their_own(setup):
@@ -286,3 +359,11 @@ def test_a_name_is_of_one_screen_or_of_one_group():
     """--only takes both."""
     rows = [name for group in screen.GROUPS.values() for name in group]
     assert len(set(rows)) == len(rows) and set(rows).isdisjoint(screen.GROUPS)
+
+
+def test_the_committed_screens_are_what_their_names_mean():
+    rows = {name: words for group in screen.GROUPS.values() for name, words in group.items()}
+    for key, row in read_json(measure.ROOT / "docs" / "results" / "screens.json").items():
+        if not key.startswith(screen.ORIGINAL):
+            name = re.split(" x | at |, unseen", key.rpartition("-")[0].rpartition("-")[0])[0]
+            assert row["command"].strip() == rows[name], key

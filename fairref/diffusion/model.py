@@ -44,7 +44,7 @@ class GuidedModel:
     """A U-Net with classifier-free guidance of scale s. Leaves: c, c_empty, and what of the U-Net requires grad.
 
     At s = 1 the empty branch has no weight and is left out; c_empty may then be None. Where `fixed_empty`, all of its
-    branch is a constant: it has no graph, and c_empty's gradient is zero.
+    branch is a constant: it has no graph, and c_empty's gradient is zero, unless dz is asked for.
     """
 
     unet: nn.Module

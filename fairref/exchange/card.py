@@ -14,6 +14,7 @@ from fairref.files.paths import read_json
 from fairref.files.weights import fingerprint
 from fairref.generation.adapters import FILE, FORMAT
 from fairref.nets.unet import SD15
+from fairref.settings import read_range
 
 TEMPLATES = Path(__file__).with_name("templates")
 GRID = "before_after.png"
@@ -120,10 +121,18 @@ def _settings(run):
 
 
 def _recipe(settings):
-    """The recipe in a run's settings; {} without one."""
+    """The recipe in a run's settings, its ranges in words; {} without one."""
     recipe = settings.get("recipe")
     wanted = ("steps", "guidance", "eval_steps", "eval_guidance")
-    return recipe if isinstance(recipe, dict) and all(key in recipe for key in wanted) else {}
+    if not isinstance(recipe, dict) or not all(key in recipe for key in wanted):
+        return {}
+    return recipe | {key: _in_words(read_range(recipe[key])) for key in ("steps", "guidance")}
+
+
+def _in_words(drawn):
+    """A Range."""
+    ends = f"{drawn.low} and {drawn.high} by turns" if drawn.turns else f"{drawn.low} to {drawn.high}"
+    return str(drawn.low) if drawn.low == drawn.high else ends
 
 
 def _own_judges(settings):

@@ -21,11 +21,11 @@ def confident_targets(q: Tensor, C: float) -> tuple[Tensor, Tensor]:
 
 
 def leaving_targets(q: Tensor, own: Tensor, C: float) -> Tensor:
-    """q (n, K) of eq 5, but 1 for the likeliest other class of an image that leaves its class `own` (n,) with a chance
-    of C or more (docs/method.md §3). With K = 2 and C > 1/2, eq 6 makes the same of both."""
+    """q (n, K) of eq 5; but of an image that leaves its class `own` (n,) with a chance of C or more, this chance for
+    the likeliest other class, 0 for the rest (docs/method.md §3). If K = 2 and C > 1/2, eq 6 makes the same of both."""
     others = q.masked_fill(F.one_hot(own, q.shape[1]).bool(), 0)
     leaves = others.sum(1, keepdim=True)
-    told = F.one_hot(others.argmax(1), q.shape[1]).to(q)
+    told = F.one_hot(others.argmax(1), q.shape[1]) * leaves
     return told.where((leaves >= C) & (leaves > 0), q)
 
 

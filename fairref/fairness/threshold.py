@@ -32,7 +32,7 @@ def quiet_counts(k: int, N: int, target: Tensor, C: float, leave: bool = False) 
     """The least and the largest number of images of class k with which nobody is asked to change, the other images
     having the other classes by their shares of `target` (K,); None where somebody always is. Of two classes exactly;
     of more, how unlike the images are counts, too."""
-    others = torch.cat([target[:k], target[k + 1 :]])
+    others = torch.cat([target[:k], target[k + 1 :]]).clamp(min=1e-12)  # alike where none has a share
 
     def is_quiet(m: int) -> bool:
         edges = ((N - m) * others.cumsum(0) / others.sum()).round().long()
@@ -49,7 +49,7 @@ def pull_left(N: int, C: float) -> float:
     images that are asked to become class 1, less those to become 0, relative to N (1/2 - d). About 2 (1 - C).
 
     The first a ranks are told class 1 and the last a class 0, so with m ~ Binomial(N, d) of class 1 the mean of
-    max(a - m, 0) - max(a - (N - m), 0) counts.
+    max(a - m, 0) - max(a - (N - m), 0) counts. A C below 1/2 asks no more than 1/2 does.
     """
-    a = int((binom.sf(np.arange(N), N, 0.5) >= C).sum())
+    a = int((binom.sf(np.arange(N), N, 0.5) >= max(C, 0.5)).sum())
     return float(2 * binom.cdf(a - 1, N - 1, 0.5))

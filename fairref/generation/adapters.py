@@ -180,7 +180,7 @@ def load_adapters(
     for adapter, strength in opened:
         check_strength(adapter, strength)
         _check_base(adapter, bundle, any_base)
-    if any(adapter.leaves_empty for adapter, _ in opened):
+    if bundle.empty_encoder is None and any(adapter.leaves_empty for adapter, _ in opened):
         bundle = replace(bundle, empty_encoder=bundle.text_encoder)
     for adapter, strength in sorted(opened, key=lambda pair: not pair[0].matrices):  # LoRA goes around them
         bundle = _with_adapter(bundle, adapter, strength)
@@ -191,15 +191,11 @@ def load_adapters(
 
 def _check_together(bundle, adapters):
     """Refuses two soft prompts, two whole matrices for one layer, and two that differ about the empty prompt."""
-    alone = [adapter.file for adapter, _ in adapters if adapter.leaves_empty]
-    if alone and (len(alone) < len(adapters) or bundle.adapters):
+    left = {adapter.leaves_empty for adapter, _ in adapters}
+    if len(left | ({bundle.empty_encoder is not None} if bundle.adapters else set())) > 1:
         raise UserError(
-            f"{alone[0]}: leaves the empty prompt as it was (--empty-prompt frozen); use it by itself."
-        )
-    if adapters and bundle.empty_encoder is not None:
-        raise UserError(
-            f"{adapters[0][0].file}: the bundle has an adapter that leaves the empty prompt as it was"
-            " (--empty-prompt frozen); use that by itself."
+            f"{adapters[0][0].file}: of the adapters here, some leave the empty prompt as it was (--empty-prompt"
+            " frozen) and some don't; use either kind without the other."
         )
     soft = [adapter.file for adapter, _ in adapters if adapter.soft]
     if len(soft) + (bundle.soft is not None) > 1:
@@ -252,8 +248,8 @@ def _with_adapter(bundle, adapter, strength):
     try:
         for part in COMPONENTS[adapter.component]:
             if part in SOFT_PROMPTS:
-                start = first_tokens(bundle, adapter.soft_tokens)
-                changed["soft"] = held = SOFT_PROMPTS[part](start, bundle)
+                start = first_tokens(bundle, adapter.soft_tokens, torch.Generator())  # to be overwritten
+                changed["soft"] = held = SOFT_PROMPTS[part](start, bundle, torch.Generator())
             else:
                 changed[part] = shared_copy(getattr(bundle, part)).eval()
                 changed[part].fingerprint = fingerprint_of(getattr(bundle, part))  # its base's

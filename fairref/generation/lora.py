@@ -27,6 +27,7 @@ LAYERS = {  # network -> the ends of its trained layers' names: attention, and i
     "text_encoder": (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2"),
     "unet": (".to_q", ".to_k", ".to_v", ".to_out.0"),
 }
+UNREAD = 6  # --empty-prompt unread takes one in so many of a layer's directions at most
 
 
 class LoRALayer(nn.Module):
@@ -139,6 +140,30 @@ def put_lora(
         down.data.copy_(torch.randn(down.shape, generator=generator) / rank)
         put_layer(network, name, layers[name])
     return layers
+
+
+@torch.no_grad()
+def empty_directions(bundle: Bundle) -> dict[str, Tensor]:
+    """Parameter of LoRA on the text encoder -> (k, in) orthonormal: most of what its layer sees of the empty prompt.
+
+    The k largest directions of its T tokens: all T, or a layer's inputs / UNREAD if these are fewer. Where `down` has
+    no part in any of T directions, c_empty stays as it was.
+    """
+    encoder, seen = bundle.text_encoder, {}
+    layers = {name: encoder.get_submodule(name) for name in trained_layers("text_encoder", encoder)}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0][0]}))
+        for name, layer in layers.items()
+    ]
+    encoder(bundle.tokenizer([""]).to(next(encoder.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return {
+        f"text_encoder.{name}.lora_down.weight": torch.linalg.svd(x.cpu().double(), full_matrices=False)[2][
+            : max(x.shape[1] // UNREAD, 1)
+        ]
+        for name, x in seen.items()
+    }
 
 
 def first_tokens(bundle: Bundle, tokens: int, generator: torch.Generator | None = None) -> Tensor:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from fairref.bundle.loading import Bundle
-from fairref.diffusion.model import network_dtype, scaled_vjp
+from fairref.diffusion.model import network_dtype
 from fairref.errors import UserError
 from fairref.files.weights import load_strict
 from fairref.generation.adapters import read_adapter
-from fairref.generation.rollout import decode, embed
+from fairref.generation.rollout import embed
 from fairref.generation.views import select_faces
 from fairref.progress import Progress, note
 from fairref.settings import Recipe
@@ -34,7 +34,7 @@ from fairref.training.loop import clip_scale, compiled, new_state
 from fairref.training.scores import MOST_APART, seen_by_losses
 from fairref.training.setup import Setup, Task
 from fairref.training.step import Rollout, iteration_gradient, sampling_gradient, term_weights
-from fairref.training.terms import ImagePair, Values, View, loss_gradient, terms_of
+from fairref.training.terms import ImagePair, Values, View, image_gradient, terms_of
 
 SUM = "sum"  # of all terms
 CLIPS = ("unclipped", "clipped")
@@ -86,7 +86,10 @@ def measure(point: Point, i: int) -> Batch:
     task, drawn, pair, q, *_ = seen[0]
 
     def gradient(value: Value, drawn: Rollout = drawn) -> Tensor:
-        g = value_gradient(setup, task, pair, q, value)
+        # a term that asks nothing of some images may not depend on them
+        g, _ = image_gradient(
+            setup, task, pair, q, lambda view: (value(view) + 0 * view.x.sum(), view.x.new_zeros(()))
+        )
         return _flat(sampling_gradient(setup, drawn, g, embed(model, task.prompt), parameters)).cpu()
 
     terms = {name: gradient(partial(_weighted, values)) for name, values in terms_of(setup).items()}
@@ -115,21 +118,6 @@ def asked_images(columns: dict[str, Tensor], attributes: Iterable[str]) -> Tenso
         (columns[f"target {a}"] >= 0) & (columns[f"target {a}"] != columns[f"shown {a}"]) for a in attributes
     ]
     return torch.stack(moves).any(0)
-
-
-def value_gradient(setup: Setup, task: Task, pair: ImagePair, q: dict[str, Tensor], value: Value) -> Tensor:
-    """dvalue/dz_0 (n, 4, h, w), as `image_gradient` has it of the whole loss; micro-batches' values add up."""
-    g, dtype = torch.zeros_like(pair.z_0), network_dtype(setup.bundle.vae, pair.x)
-    for rows in torch.arange(len(g)).split(setup.recipe.micro_batch or len(g)):
-        part = pair[rows]
-        x, z_0 = part.x.requires_grad_(True), part.z_0.requires_grad_(True)
-        view = View(
-            setup, task, x, part, {name: of_images[rows].to(x.device) for name, of_images in q.items()}
-        )
-        # a term that asks nothing of these images may not depend on them
-        dx = loss_gradient(value(view) + 0 * x.sum(), x, dtype)
-        (g[rows],) = scaled_vjp(decode(setup.bundle, z_0), [z_0], dx, dtype)
-    return g
 
 
 def _weighted(values: Callable[[View], Values], view: View) -> Tensor:
@@ -211,10 +199,19 @@ def balance(point: Point, batches: int) -> dict[str, object]:
 def report(
     recipe: Recipe, classes: dict[str, tuple[str, ...]], batches: Sequence[Batch]
 ) -> dict[str, object]:
-    """What balance.json says of these batches."""
+    """What balance.json says of these batches and of the attributes that have a direction. Raises UserError."""
     norms, asked = (np.array([getattr(batch, key) for batch in batches]) for key in ("norm", "asked"))
     scales = np.array([[1.0, clip_scale(recipe, norm)] for norm in norms])  # (B, 2) as CLIPS
-    pulled = {name: pulls(batches, name) for name in classes}
+    pulled, lacking = {}, []
+    for name in classes:
+        try:
+            pulled[name] = pulls(batches, name)
+        except UserError as error:
+            lacking.append(error)
+    for error in lacking if pulled else ():
+        note(str(error))
+    if not pulled:
+        raise lacking[0]
     names = [*batches[0].terms, SUM]
     attributes = {}
     for name, of_batches in pulled.items():

@@ -34,13 +34,14 @@ def check(setup: Setup) -> None:
         first_tokens(bundle, recipe.tokens)
     if recipe.tensorboard:
         need_tensorboard()
-    # whether targets can be confident at all: an image's is a class at most as surely as one of N draws is
-    by_C = setup.target and (recipe.targets, recipe.threshold) == ("transport", "reach")
+    # whether targets can be confident at all: an image's is a class, or leaves it, at most as surely as one of N draws
+    by_C, leave = setup.target and recipe.targets == "transport", recipe.threshold == "leave"
     for name, classes in setup.target.classes.items() if by_C else ():
         for of_class, share in zip(classes, setup.target.marginal(name).target, strict=True):
-            if share > 0 and 1 - (1 - share) ** recipe.batch < recipe.C:
+            wanted, told = (1 - share, f"other than {of_class}") if leave else (share, of_class)
+            if wanted > 0 and 1 - (1 - wanted) ** recipe.batch < recipe.C:
                 raise UserError(
-                    f"--batch is {recipe.batch}: of so few images no target is {of_class}, which has {share:.2g} of"
+                    f"--batch is {recipe.batch}: of so few images no target is {told}, which has {wanted:.2g} of"
                     f" {name}, as surely as C = {recipe.C:g}; raise the batch or lower --C."
                 )
 

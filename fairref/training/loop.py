@@ -18,7 +18,7 @@ from fairref.bundle.loading import Bundle
 from fairref.errors import UserError
 from fairref.evaluation.kept import KEPT
 from fairref.generation.adapters import FILE, save_adapter
-from fairref.generation.lora import adapt
+from fairref.generation.lora import adapt, empty_directions
 from fairref.judges.dino import Block
 from fairref.nets import clip, unet, vae
 from fairref.settings import Recipe
@@ -68,8 +68,24 @@ def new_state(setup: Setup) -> tuple[Bundle, State]:
         eps=recipe.adam_eps,
         weight_decay=recipe.weight_decay,
     )
+    if recipe.empty_prompt == "unread":
+        names, found = zip(*empty_directions(setup.bundle).items(), strict=True)
+        found = setup.processes.total(
+            [of * setup.processes.first for of in found]
+        )  # the same to the bit in all
+        keep_out(adapter, directions := dict(zip(names, found, strict=True)))
+        optimizer.register_step_post_hook(lambda *_: keep_out(adapter, directions))
     ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     return model, State(adapter, ema, optimizer)
+
+
+@torch.no_grad()
+def keep_out(adapter: nn.Module, directions: dict[str, Tensor]) -> None:
+    """Takes out of matrices (r, in), by name, their part in orthonormal directions (k, in)."""
+    for name, of_matrix in directions.items():
+        matrix = adapter.get_parameter(name)
+        of_matrix = of_matrix.to(matrix)
+        matrix -= matrix @ of_matrix.T @ of_matrix
 
 
 def clip_scale(recipe: Recipe, norm: float) -> float:

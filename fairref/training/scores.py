@@ -149,7 +149,9 @@ def seen_by_losses(setup: Setup, pair: ImagePair, q: dict[str, Tensor]) -> dict[
         logits = setup.classify(pair.x, pair.faces) if q else {}
     for name, of_attribute in q.items():
         shown = scatter_to_images(logits[name].argmax(1) + 1, has_face) - 1
-        y, confident = confident_targets(of_attribute, setup.recipe.C)
+        y, confident = confident_targets(
+            of_attribute, 0 if setup.recipe.targets == "soft" else setup.recipe.C
+        )
         columns[f"shown {name}"] = shown.cpu()
         columns[f"target {name}"] = torch.where(confident, y, -1).cpu()
         columns[f"confidence {name}"] = of_attribute.max(1).values.cpu()

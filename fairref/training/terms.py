@@ -22,6 +22,7 @@ from fairref.training.own_losses import OwnLoss
 from fairref.training.setup import Setup, Task
 
 Values = tuple[Tensor, Tensor | float]  # (m,) one an image, already divided by N; and its weight
+Loss = Callable[["View"], tuple[Tensor, Tensor]]  # with graph; and what is added up of its images, without
 
 MIN_ORIGINAL_CONFIDENCE = 0.9  # of each class of o, from which its own face may be the reference of L_face
 LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
@@ -214,8 +215,10 @@ def loss_of(view: View) -> tuple[Tensor, Tensor]:
     return loss, torch.stack([part.detach().double().to(view.x.device) for part in sums])
 
 
-def image_gradient(setup: Setup, task: Task, pair: ImagePair, q: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """g = dL/dz_0 (n, 4, h, w) of this process's images, and the sums over them that `sums_of` names.
+def image_gradient(
+    setup: Setup, task: Task, pair: ImagePair, q: dict[str, Tensor], loss: Loss = loss_of
+) -> tuple[Tensor, Tensor]:
+    """g = dL/dz_0 (n, 4, h, w) of this process's images, and the sums over them that `loss` has beside L.
 
     `q` (n, K_a) are these images' rows of eq 5. L and its terms are already divided by N.
     """
@@ -224,11 +227,9 @@ def image_gradient(setup: Setup, task: Task, pair: ImagePair, q: dict[str, Tenso
     for rows in torch.arange(len(g)).split(setup.recipe.micro_batch or max(len(g), 1)):
         part = pair[rows]
         x = part.x.requires_grad_(True)
-        loss, values = loss_of(
-            View(setup, task, x, part, {name: of_images[rows] for name, of_images in q.items()})
-        )
+        of_part, values = loss(View(setup, task, x, part, {name: of[rows] for name, of in q.items()}))
         dtype = network_dtype(setup.bundle.vae, x)
-        dx = loss_gradient(loss, x, dtype)
+        dx = loss_gradient(of_part, x, dtype)
         for some in rows.split(1 if setup.recipe.recompute else len(rows)):  # the decoder takes most memory
             z_0 = pair.z_0[some].requires_grad_(True)
             (g[some],) = scaled_vjp(decode(setup.bundle, z_0), [z_0], dx[some - rows[0]], dtype)

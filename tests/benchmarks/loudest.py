@@ -2,7 +2,8 @@
 
     python tests/benchmarks/loudest.py RUN [--adapter FILE] [--batches 60] [--report FILE]
 
-The batches are those that training would draw next, all kinds. "Asked" are images that are to show another class. An
+The batches have the prompts and noise that training would draw next, all kinds; FILE is the run's moving average,
+unless another is named. "Asked" are images that are to show another class. An
 image's share is that of its squared length in the sum over the batch. A few seconds a batch.
 """
 

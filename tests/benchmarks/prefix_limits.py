@@ -44,7 +44,7 @@ from fairref.evaluation.parts import EXPLICIT_IMAGES, PromptPart, clip_t, compar
 from fairref.evaluation.statistics import JudgedImages, counts_by_judge
 from fairref.fairness.attributes import parse_attributes, product_target
 from fairref.files import weights
-from fairref.files.paths import read_json, write_json
+from fairref.files.paths import only_numbers, read_json, write_json
 from fairref.files.weights import fingerprint
 from fairref.generation.adapters import load_adapter, read_adapter
 from fairref.generation.drawing import Drawing
@@ -141,7 +141,7 @@ def best_words(how: EvaluationSettings, concept: Prompts, count: int, folder: Pa
             source = drawn_by(how, model, " ".join(words))
             scores.append(score(how, judge_prompts(how, source, some, images), some, least))
         left = [left[i] for i in np.argsort(scores)[:kept]]
-        write_json(folder / f"words-{images}.json", {"left": left, "scores": scores})
+        write_json(folder / f"words-{images}.json", only_numbers({"left": left, "scores": scores}))
     return left
 
 

@@ -80,7 +80,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         "12 steps, 60 iterations": "--steps 12 --iterations 60",
     },
     "together": {  # what helped, at once; a row costs about as much as 100 iterations of today's
-        name: f"--steps 4:5 --iterations 130 --clip 0.1 --lambda-img 1 --C 0.7 {options}".strip()
+        name: f"--steps 4:5 --iterations 130 --clip 0.1 --lambda-img 1 --C 0.7 {options}"
         for name, options in {
             "short": "",
             "short, lambda 2": "--lambda-img 2",
@@ -147,7 +147,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
     "each image": {  # its own gradient shortened; of the cost of "quick"
         f"image {longest:g}{name}": (
             f"image={longest:g} --steps 4:5 --iterations 180 --grad-steps 1 --lambda-img 1 --C 0.7 --clip 0.1 {options}"
-        ).strip()
+        )
         for name, options in {
             "": "",
             ", clip .3": "--clip 0.3",
@@ -184,10 +184,11 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "1000 iterations, lr .001": "--lr 0.001",
             "1000 iterations, lr_end .02": "--lr-end 0.02",
             "1000 iterations, guidance 1 and 12": "--guidance 1,12",
+            "1000 iterations, 1 to 12, unread, lr .003": "--guidance 1:12 --empty-prompt unread --lr 0.003",
         }.items()
     },
     "guidance": {  # of the cost of "quick"
-        name: f"{way} {QUICK} {options}".strip()
+        name: f"{way} {QUICK} {options}"
         for name, (way, options) in {
             "1 and 12 by turns": ("", "--guidance 1,12"),
             "2.5 and 12 by turns": ("", "--guidance 2.5,12"),
@@ -196,14 +197,22 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "empty prompt held": ("empty=1", ""),
             "empty prompt held more": ("empty=10", ""),
             "1 and 12 by turns, empty prompt held": ("empty=1", "--guidance 1,12"),
+            "empty prompt unread": ("", "--empty-prompt unread"),
+            "empty prompt unread, lr .004": ("", "--empty-prompt unread --lr 0.004"),
+            "12 alone": ("", "--guidance 12"),
+            "12 alone, empty prompt frozen": ("", "--guidance 12 --empty-prompt frozen"),
+            "12 alone, unread, lr .004": ("", "--guidance 12 --empty-prompt unread --lr 0.004"),
+            "7.5 alone, unread, lr .004": ("", "--guidance 7.5 --empty-prompt unread --lr 0.004"),
+            "1 to 12, unread, lr .004": ("", "--guidance 1:12 --empty-prompt unread --lr 0.004"),
             "leaning world": ("leaning=0", ""),
             "leaning world, empty prompt frozen": ("leaning=0", "--empty-prompt frozen"),
+            "leaning world, empty prompt unread": ("leaning=0", "--empty-prompt unread --lr 0.004"),
         }.items()
     },
     "prefix": {  # of the cost of "quick"
-        name: f"{way} {QUICK} --component prefix --lr {rate:g} {options}".strip()
+        name: f"{way} {QUICK} --component prefix --lr {rate:g} {options}"
         for name, (rate, way, options) in {
-            **{f"prefix, lr {rate:g}": (rate, "", "") for rate in (0.01, 0.03, 0.1, 0.3)},
+            **{f"prefix, lr {rate:g}": (rate, "", "") for rate in (0.03, 0.1, 0.3, 1)},
             "prefix, lr .1, warm-up 30": (0.1, "", "--warmup 30"),
             "prefix, lr .1, constant": (0.1, "", "--lr-end 1"),
             "prefix, lr .1, length 4.7": (0.1, "length=4.7", ""),
@@ -211,14 +220,16 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "prefix, lr .1, of genders": (0.1, "words=1", ""),
             "prefix, lr .1, 16 tokens": (0.1, "", "--tokens 16"),
             "prefix, lr .03, 16 tokens": (0.03, "", "--tokens 16"),
-            "prefix, half an hour": (0.1, "", "--iterations 1000"),
+            "prefix, lr .3, 16 tokens": (0.3, "", "--tokens 16"),
+            "prefix, lr .3, length 4.7": (0.3, "length=4.7", ""),
+            "prefix, lr .3, 1000 iterations": (0.3, "", "--iterations 1000"),
         }.items()
     },
     "soft prompts": {
         f"{kind}, lr {rate:g}": f"{QUICK} --component {kind} --lr {rate:g}"
         for kind, rates in (
-            ("suffix", (0.01, 0.03, 0.1)),
-            ("deep", (0.003, 0.01, 0.03)),
+            ("suffix", (0.03, 0.1, 0.3)),
+            ("deep", (0.01, 0.03, 0.1)),
             ("generated", (0.001, 0.003, 0.01)),
         )
         for rate in rates
@@ -241,7 +252,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
     "classes, quick": {
         f"quick, {attr}, {name}": (
             f"asked=1 --attr {attr} --steps 4:5 --iterations 120 --grad-steps 1 --clip 0.1 --C 0.7 {own} {options}"
-        ).strip()
+        )
         for attr, own in (
             ("skin_tone", "--lr 0.002 --lambda-img 1"),
             ("gender,skin_tone", "--lr 0.001 --lambda-img 2.5"),
@@ -249,6 +260,9 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
         for name, options in {"reach": "", "leave": "--threshold leave", "soft": "--targets soft"}.items()
     },
 }
+GROUPS = {group: {name: words.strip() for name, words in of.items()} for group, of in GROUPS.items()}
+for group in ("clip", "length", "rates", "images", "together"):  # screened after "terms"
+    GROUPS[group] = {name: f"{words} --grad-steps 1" for name, words in GROUPS[group].items()}
 OPTIONS = (
     f"--attr gender {FIRST_OPTIONS} --validate-every 0 --grid-every 0 --checkpoint-every 25 --evaluate none"
 )
@@ -265,7 +279,10 @@ def place(folder: Path, name: str, seed: int, iterations: int) -> Path:
 def finetune(options: str, seed: int, iterations: int, folder: Path) -> None:
     """Makes a run, or what is missing of it. Raises UserError where it can't be made, or was made with others."""
     beside = folder.with_name(f"{folder.name}.command")
-    if folder.exists() and (made := beside.read_text(encoding="utf-8") if beside.exists() else "") != options:
+    if (
+        folder.exists()
+        and (made := beside.read_text(encoding="utf-8").strip() if beside.exists() else "") != options
+    ):
         raise UserError(f"{folder}: is a run of {made!r}, not of {options!r}; move it away.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(options, encoding="utf-8")
@@ -375,7 +392,6 @@ def main():
     parser.add_argument("--scales", nargs="*", type=float, help="of guidance, in place of the bundle's")
     parser.add_argument("--strengths", nargs="*", type=float, default=[1.0], help="of the adapters judged")
     parser.add_argument("--short", action="store_true", help="only prints the tables, of fewer columns")
-    parser.add_argument("--with", dest="more", default="", help="options of all runs, as '--grad-steps 1'")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "screens")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "screens.json")
     options = parser.parse_args()
@@ -392,10 +408,12 @@ def main():
     ):
         at = ", unseen" * options.unseen + ("" if scale is None else f" at {scale:g}")
         key = f"{name if strength == 1 else f'{name} x {strength:g}'}{at}-{options.iterations}-{seed}"
-        words, is_done = f"{rows[name]} {options.more}".strip(), key in known(options.report)
+        words, done = rows[name], known(options.report).get(key)
+        if done and done["command"].strip() != words:
+            parser.error(f"{options.report}: {key} was made with {done['command']!r}, not {words!r}")
         if options.list:
-            print(f"{'done ' if is_done else 'to do'} {key}: {words}")
-        if options.list or is_done:
+            print(f"{'done ' if done else 'to do'} {key}: {words}")
+        if options.list or done:
             continue
         run = place(options.folder.resolve(), name, seed, options.iterations)
         try:

@@ -30,7 +30,7 @@ from fairref.evaluation.kept import KEPT
 from fairref.evaluation.parts import PromptPart, compare
 from fairref.files.paths import read_json, write_json
 from fairref.files.weights import read
-from fairref.generation.adapters import FILE, load_adapter, save_adapter
+from fairref.generation.adapters import FILE, load_adapter, read_adapter, save_adapter
 from fairref.generation.drawing import Drawing
 from fairref.prompts.sets import OCCUPATIONS, read_prompts
 from fairref.reporting import charts
@@ -59,7 +59,7 @@ def look(bundle: Bundle, run: Path, checkpoint: Path, images: int) -> dict:
     target, recipe = of_settings(read_settings(run))
     adapter = run / "looked_at.safetensors"
     average = {name.removeprefix(EMA): of for name, of in read(checkpoint).items() if name.startswith(EMA)}
-    save_adapter(adapter, average, {"base": bundle.fingerprints, "component": recipe.component})
+    save_adapter(adapter, average, read_adapter(run / FILE).info)
     (concept,) = read_prompts(OCCUPATIONS, None, bundle.path, list(target.classes))
     drawing = Drawing(recipe.eval_steps, recipe.eval_guidance, recipe.end)
     how = EvaluationSettings(bundle, target, drawing, kept=run.parent / KEPT)

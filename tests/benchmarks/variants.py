@@ -7,8 +7,8 @@ align=L    L_align's part of the gradient is shortened to the length L, the othe
 image=L    Each image's own gradient at the end of its path, dL/dz_0, is shortened to the length L.
 every=K    The original's pictures are drawn in every K-th iteration alone, where L_img weighs K times as much. In the
            others there is no L_img, and a face is compared with itself.
-sum=K      One step of the optimizer takes the mean of K iterations' gradients, each shortened to --clip. (A run that is
-           stopped in between loses what it has of a step.)
+sum=K      One step of the optimizer takes the mean of K iterations' gradients, each shortened to --clip. Such a run
+           can't be resumed.
 up=R       LoRA+: the learning rate of up is R times that of down (Hayou et al., arXiv 2402.12354).
 replay=P   with the chance P a neutral prompt is one of the eighth of those seen, at least 16, that were last most
            biased, or its neighbour in the list. Neighbours lean opposite ways, and each has the chance of a half.
@@ -32,6 +32,7 @@ import torch
 from fairref.bundle.loading import Bundle
 from fairref.commands import cli
 from fairref.commands.train import main
+from fairref.errors import UserError
 from fairref.generation import lora
 from fairref.tools.balance import asked_images
 from fairref.training import loop, run, step, terms
@@ -51,6 +52,8 @@ def align(longest: float) -> None:
         drawn = step.sample_path(setup, model, task, text, i)
         pair = step.draw_pair(setup, model, task, text, drawn)
         targets = step.transport_targets(setup, task, pair, i)
+        if watch:
+            raise UserError("align: shows its parts to nobody; leave out asked and --scores.")
         if targets is None:
             return [torch.full_like(p, torch.nan) for p in parameters], {"prompt": task.prompt}
         q, said = targets
@@ -126,9 +129,14 @@ def every(period: float) -> None:
 
 def summed(iterations: float) -> None:
     """A step of the optimizer for several prompts, so that what opposite leans ask of all prompts alike cancels."""
-    update, kept = loop.update, []
+    update, kept, seen = loop.update, [], set()
 
     def of_several(recipe, state, gradient):
+        if (
+            state.iteration and not seen
+        ):  # a checkpoint has neither what was summed nor how often Adam stepped
+            raise UserError("sum: such a run can't be resumed; make it anew.")
+        seen.add(state.iteration)
         norm = float(torch.cat([g.flatten() for g in gradient]).norm())
         kept.append([g * loop.clip_scale(recipe, norm) for g in gradient])
         if len(kept) < iterations:

@@ -620,6 +620,19 @@ def test_the_card_says_what_was_measured_and_made(loaded_emoji, evaluated, tmp_p
         assert hash_ in text
 
 
+@pytest.mark.parametrize(
+    ("guidance", "words"),
+    [([1, 12, True], "1 and 12 by turns"), ([1, 7.5, False], "1 to 7.5"), (7.5, "7.5"), ([2, 3], "2 to 3")],
+)
+def test_the_card_says_how_guidance_was_drawn(loaded_emoji, evaluated, tmp_path, guidance, words):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text())
+    settings["recipe"]["guidance"] = guidance
+    (run / "settings.json").write_text(json.dumps(settings))
+    text = (export_adapter(loaded_emoji, run, "kohya", tmp_path / "out") / "README.md").read_text()
+    assert f"6 to 7 steps, guidance {words}" in text and "about 12 steps, guidance 2.5" in text
+
+
 def test_the_card_of_another_of_the_runs_adapters_has_its_own_numbers(loaded_emoji, evaluated, tmp_path):
     """The grid shows the first that was evaluated; what lies elsewhere was not."""
     info = {"base": loaded_emoji.fingerprints, "classes": CLASSES, "target": [0.3, 0.7]}

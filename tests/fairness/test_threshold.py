@@ -22,6 +22,16 @@ def test_of_two_classes_the_counts_near_half_ask_nobody(C, low, high):
         assert moves.tolist() == [[0, max(sure - (24 - m), 0)], [max(sure - m, 0), 0]]
 
 
+@pytest.mark.parametrize("K", [2, 3])
+def test_where_a_class_has_everything_all_others_are_told_it(K):
+    target = torch.eye(K)[0].double()
+    assert quiet_counts(0, 12, target, 0.8) == (12, 12) and (
+        K > 2 or quiet_counts(1, 12, target, 0.8) == (0, 0)
+    )
+    moves = asked_to_change((6, *[6 // (K - 1)] * (K - 1)), target, 0.8)
+    assert moves[1:, 0].sum() == moves.sum() == 6
+
+
 def test_four_classes_ask_for_nothing_over_a_wide_range_unless_the_threshold_is_on_leaving():
     """N = 32, C = .8, one class against three even ones: docs/method.md §3."""
     low, high = quiet_counts(0, 32, QUARTER, 0.8)
@@ -57,7 +67,7 @@ def test_who_is_asked_of_four_classes_is_what_each_count_vector_says():
     assert asked_to_change(counts, QUARTER, C).tolist() == expected.tolist() and expected.sum() > 5
 
 
-@pytest.mark.parametrize(("C", "left"), [(0.8, 0.405), (0.7, 0.678), (0.58, 1.0)])
+@pytest.mark.parametrize(("C", "left"), [(0.8, 0.405), (0.7, 0.678), (0.58, 1.0), (0.3, 1.0)])
 def test_what_is_left_of_the_pull_is_the_slope_over_the_share(C, left):
     """By going through all counts m of a batch of 24."""
     m = np.arange(25)
@@ -80,8 +90,8 @@ def test_the_threshold_on_leaving_tells_the_likeliest_other_class():
     own = torch.tensor([0, 0, 0, 1, 0, 0])
     leaving = leaving_targets(q, own, 0.8)
     expected = q.clone()
-    expected[[0, 5]] = torch.tensor([[0.0, 1, 0], [0, 1, 0]]).double()  # of equals the first
-    assert torch.equal(leaving, expected)
+    expected[[0, 5]] = torch.tensor([[0.0, 0.9, 0], [0, 0.8, 0]]).double()  # of equals the first
+    torch.testing.assert_close(leaving, expected)
     y, confident = confident_targets(leaving, 0.8)
     assert confident.tolist() == [True, False, True, False, False, True] and (y[0], y[2]) == (1, 0)
     assert torch.equal(leaving_targets(q, own, 0.0)[4], q[4])  # no face, no target
@@ -92,10 +102,10 @@ def test_with_two_classes_both_thresholds_are_the_same(C):
     q = torch.linspace(0, 1, 41).double()
     q = torch.stack([q, 1 - q], 1)
     for own in (torch.zeros(41).long(), torch.ones(41).long()):
-        for a, b in zip(
-            confident_targets(q, C), confident_targets(leaving_targets(q, own, C), C), strict=True
-        ):
-            assert torch.equal(a[confident_targets(q, C)[1]], b[confident_targets(q, C)[1]])
+        (y, told), (of_leaving, told_leaving) = (
+            confident_targets(of, C) for of in (q, leaving_targets(q, own, C))
+        )
+        assert torch.equal(told, told_leaving) and torch.equal(y[told], of_leaving[told])
 
 
 def test_soft_targets_are_the_cross_entropy_with_q_of_all_images():

@@ -227,10 +227,15 @@ def test_the_empty_prompt_may_stay_as_it_was(bundle, tmp_path):
     own = embed_padded(frozen, PROMPT, "ugly", "own")
     torch.testing.assert_close(own[0], embed_padded(adapted, PROMPT, "ugly", "own")[0])
     torch.testing.assert_close(own[1], embed_padded(bundle, PROMPT, "ugly", "own")[1])
-    with pytest.raises(UserError, match="leaves the empty prompt as it was"):
-        load_adapters(bundle, [(files["frozen"], 1.0), (files["trained"], 1.0)])
-    for first, second in (("frozen", "trained"), ("trained", "frozen"), ("frozen", "frozen")):
-        with pytest.raises(UserError, match=r"leaves the empty prompt as it was .*by itself"):
+    together = [(files["frozen"], 1.0), (files["frozen"], 0.5)]
+    one_by_one = load_adapter(load_adapter(bundle, files["frozen"]), files["frozen"], 0.5)
+    of_both = embed(load_adapters(bundle, together), PROMPT, "ugly")
+    torch.testing.assert_close(embed(one_by_one, PROMPT, "ugly"), of_both)
+    torch.testing.assert_close(of_both[1], base[1])
+    for first, second in (("frozen", "trained"), ("trained", "frozen")):
+        with pytest.raises(UserError, match="some leave the empty prompt as it was"):
+            load_adapters(bundle, [(files[first], 1.0), (files[second], 1.0)])
+        with pytest.raises(UserError, match="some leave the empty prompt as it was"):
             load_adapter(load_adapter(bundle, files[first]), files[second])
 
 

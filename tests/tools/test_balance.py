@@ -178,7 +178,7 @@ def batch_by_hand(i, align, image, u=None, k=1, asked=1):
     return Batch(i, task, asked, terms, norm, {"gender": k}, {} if u is None else {"gender": torch.tensor(u)})
 
 
-def test_a_report_by_hand():
+def test_a_report_by_hand(caplog):
     """The two that still lean are held against each other's u, the third against both; u's length does not count."""
     batches = [
         batch_by_hand(5, [3.0, 0.0], [0.0, 4.0], u=[7.0, 0.0]),
@@ -207,6 +207,11 @@ def test_a_report_by_hand():
     assert found["rows"][0]["leaned"] == {"gender": "man"} and found["rows"][2]["still_leans"] == []
     with pytest.raises(UserError, match="no two of 2 batches still lean to one class of gender"):
         pulls(batches[1:], "gender")
+    classes = {"gender": ("woman", "man"), "age": ("young", "old")}  # of age no prompt leans
+    assert report(Recipe(clip=half), classes, batches)["attributes"] == found["attributes"]
+    assert "no two of 3 batches still lean to one class of age" in caplog.text
+    with pytest.raises(UserError, match="one class of age"):
+        report(Recipe(clip=half), {"age": classes["age"]}, batches)
 
 
 def test_what_moves_all_prompts_to_one_class_cancels_out():

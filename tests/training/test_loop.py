@@ -19,13 +19,14 @@ from fairref.diffusion.gradient import subsample
 from fairref.errors import UserError
 from fairref.fairness.attributes import JointTarget
 from fairref.fairness.transport import joint_ot
-from fairref.generation.adapters import load_adapter
+from fairref.generation.adapters import FILE, load_adapter, read_adapter
 from fairref.generation.rollout import embed
 from fairref.settings import SOFT, Recipe
 from fairref.training import checkpoints, loop, step
 from fairref.training.checks import check, quiet_batches
 from fairref.training.logs import Log
-from fairref.training.loop import finetune, iterate, learning_rate, new_state, update
+from fairref.training.loop import RAW_FILE, finetune, iterate, learning_rate, new_state, update
+from fairref.training.run import train
 from fairref.training.step import draw_task, iteration_gradient, prompt_of
 
 ROOT = Path(__file__).parents[2]
@@ -299,6 +300,21 @@ def test_a_frozen_empty_prompt_has_no_part_in_the_gradient(bundles, tmp_path):
     c, c_empty = embed(load_adapter(bundle, tmp_path), prompt)
     torch.testing.assert_close(c_empty, embed(bundle, prompt)[1])
     assert not torch.equal(c, embed(bundle, prompt)[0])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "leaves"),
+    [
+        ({"empty_prompt": "frozen"}, True),
+        ({"component": "both", "empty_prompt": "frozen"}, True),
+        ({}, False),
+        ({"component": "prefix"}, False),
+    ],
+)
+def test_the_files_of_a_run_say_whether_they_leave_the_empty_prompt(loaded_tiny, tmp_path, recipe, leaves):
+    folder = train(loaded_tiny, "gender", tmp_path / "run", iterations=1, evaluate="none", **recipe)
+    for file in (FILE, RAW_FILE):
+        assert read_adapter(folder / file).leaves_empty == leaves
 
 
 def test_at_the_start_both_models_draw_the_same_and_nothing_is_drawn_twice(bundles, monkeypatch):
@@ -594,8 +610,9 @@ def test_a_run_whose_images_show_no_face_says_so_once(bundles, tmp_path, capsys)
     assert "shows a face" not in capsys.readouterr().err
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(bundles, tmp_path, monkeypatch):
-    setup = make_setup(bundles[torch.float32], iterations=4, checkpoint_every=2)
+@pytest.mark.parametrize("empty_prompt", ["trained", "unread"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(bundles, tmp_path, monkeypatch, empty_prompt):
+    setup = make_setup(bundles[torch.float32], iterations=4, checkpoint_every=2, empty_prompt=empty_prompt)
     folders = [tmp_path / "whole", tmp_path / "interrupted"]
     for folder in folders:
         folder.mkdir()
@@ -689,12 +706,12 @@ def test_a_class_too_rare_for_a_confident_target_is_refused(bundles, rest, lacks
     message = r"no target is man, which has 0\.064 of gender, as surely as C = 0\.8"
     with pytest.raises(UserError, match=message):
         check(setup)
-    for other in (
-        {"targets": "soft"},
-        {"targets": "random"},
-        {"threshold": "leave"},
-    ):  # it is not about these
+    for other in ({"targets": "soft"}, {"targets": "random"}):  # it is not about these
         check(replace(setup, recipe=replace(setup.recipe, **other)))
+    with pytest.raises(
+        UserError, match=r"no target is other than woman, which has 0\.064 of gender, as surely"
+    ):
+        check(replace(setup, recipe=replace(setup.recipe, threshold="leave")))
 
 
 @pytest.mark.parametrize(
