@@ -82,7 +82,7 @@ class Run:
 
 RUNS = {
     "gender": Run("text encoder", GENDER, (UNSEEN, TRAINED, *SCALED)),
-    "prefix": Run("prefix", (*GENDER, "--component", "prefix", "--lr", "0.1")),
+    "prefix": Run("prefix", (*GENDER, "--component", "prefix", "--lr", "0.3")),
     "unet": Run("U-Net", (*GENDER, "--component", "unet")),
     "both": Run("text encoder and U-Net", ON_BOTH),
     **{
