@@ -109,6 +109,11 @@ RUNS = {
     "none": Run("none", (*GENDER, "--gradient", "none")),
     "scales": Run("1 to 12", (*GENDER, "--guidance", "1:12"), (UNSEEN, *SCALED)),
     "turns": Run("1 and 12 by turns", (*GENDER, "--guidance", "1,12"), (UNSEEN, *SCALED)),
+    "unread": Run(
+        "the bundle's, empty prompt unread",
+        (*GENDER, "--empty-prompt", "unread", "--lr", "0.004"),
+        (UNSEEN, *SCALED),
+    ),
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
     "summary": {"gender": "gender", "skin_tone": None, "gender-skin_tone": None},
@@ -124,8 +129,8 @@ TABLES = {  # title -> its runs; a label in place of the run's own
     "concepts": {"concepts": None},
     "losses": {"align": None, "align-img": None, "gender": "L_align + L_img + L_face"},
     "gradients": {"gender": "paper", "solver": None, "none": None},
-    "scales": {"gender": "the bundle's", "scales": None, "turns": None},
-    "drift": {"gender": "the bundle's", "scales": None, "turns": None},
+    "scales": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None},
+    "drift": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None},
 }
 
 
