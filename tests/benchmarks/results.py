@@ -111,7 +111,7 @@ RUNS = {
     "turns": Run("1 and 12 by turns", (*GENDER, "--guidance", "1,12"), (UNSEEN, *SCALED)),
     "unread": Run(
         "the bundle's, empty prompt unread",
-        (*GENDER, "--empty-prompt", "unread", "--lr", "0.004"),
+        (*GENDER, "--empty-prompt", "unread", "--lr", "0.003"),
         (UNSEEN, *SCALED),
     ),
 }
