@@ -144,7 +144,7 @@ def export_adapter(
     if adapter.leaves_empty and to != SPACE:
         raise UserError(
             f"{adapter.file}: was trained with --empty-prompt frozen, but in other tools an adapter of the text encoder"
-            " changes the empty prompt, too; train one without that option."
+            " changes the empty prompt, too; train one with --empty-prompt unread."
         )
     check_trained(adapter)
     if out == Path.cwd():

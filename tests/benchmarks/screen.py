@@ -199,6 +199,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "1 and 12 by turns, empty prompt held": ("empty=1", "--guidance 1,12"),
             "empty prompt unread": ("", "--empty-prompt unread"),
             "empty prompt unread, lr .004": ("", "--empty-prompt unread --lr 0.004"),
+            "empty prompt unread, lr .003": ("", "--empty-prompt unread --lr 0.003"),
             "12 alone": ("", "--guidance 12"),
             "12 alone, empty prompt frozen": ("", "--guidance 12 --empty-prompt frozen"),
             "12 alone, unread, lr .004": ("", "--guidance 12 --empty-prompt unread --lr 0.004"),
