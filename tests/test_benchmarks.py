@@ -440,7 +440,10 @@ def test_what_is_there_of_an_evaluation_stays_and_what_is_judged_is_kept_for_all
     def compared(how, models, part):
         explicit = part.explicit_images
         made.append((part.part, how.drawing.guidance, len(part.prompts), part.images, explicit, how.kept))
-        return [(label, Evaluated({"label": label}, [])) for label in models]
+        return [
+            (label, Evaluated({"label": label, "sure": {"prompts": {}}, "prompts": 3}, []))
+            for label in models
+        ]
 
     monkeypatch.setattr(results, "compare", compared)
     monkeypatch.setattr(results, "lines", lambda report: [])
@@ -453,7 +456,7 @@ def test_what_is_there_of_an_evaluation_stays_and_what_is_judged_is_kept_for_all
     (tmp_path / results.SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     (tmp_path / results.METRICS).write_text('{"seconds": 30}\n{"seconds": 60}\n', encoding="utf-8")
     found = {}
-    for name, before, after in (("gender-1", {}, {}), ("gender", {"test": 1}, {"test": 2}), ("unet", {}, {})):
+    for name, before, after in (("gender-3", {}, {}), ("gender", {"test": 1}, {"test": 2}), ("unet", {}, {})):
         found[name] = {"command": results.RUNS[name].command, "before": before, "after": after}
     for name, of_one in found.items():
         results.evaluate_run(bundle, name, tmp_path, of_one, lambda now: saves.append(list(now["after"])))
@@ -469,7 +472,9 @@ def test_what_is_there_of_an_evaluation_stays_and_what_is_judged_is_kept_for_all
         ("train", guidance, few[1], *kept),
         *(("test", scale, few[0], *kept) for scale in (1.0, 3.0, 5.0, 7.5, 12.0)),
     }
-    assert found["gender-1"]["before"] == {"test": {"label": "before"}, "train": {"label": "before"}}
+    assert found["gender-3"]["before"] == {
+        part: {"label": "before", "sure": {}, "prompts": 3} for part in ("test", "train")
+    }
     assert found["gender"]["after"]["test"] == 2 and not results.RUNS["gender"].missing(found["gender"])
     assert found["unet"]["minutes"] == 1.5 and list(found["unet"]["after"]) == ["test"]
     assert saves[:3] == [["test"], ["test", "train"], ["test", "train"]]
@@ -477,7 +482,7 @@ def test_what_is_there_of_an_evaluation_stays_and_what_is_judged_is_kept_for_all
 
 def test_the_queue_names_every_run_of_a_table():
     assert set().union(*results.TABLES.values()) == set(results.RUNS)
-    assert results.wanted(["seeds", "gender"]) == ["gender", "gender-1", "gender-2"]
+    assert results.wanted(["concepts", "gradients", "none"]) == ["concepts", "gender", "solver", "none"]
     assert results.wanted(None) == list(results.RUNS)
 
 

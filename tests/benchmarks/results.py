@@ -107,13 +107,13 @@ RUNS = {
     "align-img": Run("L_align + L_img", (*GENDER, "--lambda-face", "0")),
     "solver": Run("solver", (*GENDER, "--gradient", "solver")),
     "none": Run("none", (*GENDER, "--gradient", "none")),
-    "scales": Run("1 to 12", (*GENDER, "--guidance", "1:12"), (UNSEEN, *SCALED)),
-    "turns": Run("1 and 12 by turns", (*GENDER, "--guidance", "1,12"), (UNSEEN, *SCALED)),
     "unread": Run(
         "the bundle's, empty prompt unread",
         (*GENDER, "--empty-prompt", "unread", "--lr", "0.003"),
         (UNSEEN, *SCALED),
     ),
+    "scales": Run("1 to 12", (*GENDER, "--guidance", "1:12"), (UNSEEN, *SCALED)),
+    "turns": Run("1 and 12 by turns", (*GENDER, "--guidance", "1,12"), (UNSEEN, *SCALED)),
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
     "summary": {"gender": "gender", "skin_tone": None, "gender-skin_tone": None},
@@ -220,9 +220,16 @@ def evaluate_run(bundle: Bundle, name: str, run: Path, found: dict, save: Callab
             prompts = replace(prompts, **{look.part: getattr(prompts, look.part)[::EVERY]})
         part = PromptPart(prompts, look.part, IMAGES, EXPLICIT_IMAGES if look == UNSEEN else 0)
         for when, evaluated in compare(how, models, part):
-            found[when][look.key] = evaluated.report
+            found[when][look.key] = short(evaluated.report)
         print("\n  ".join([f"{name}, {look.key}:", *lines(found["after"][look.key])]), flush=True)
         save(found)
+
+
+def short(report):
+    """A report without each prompt's own intervals, which its counts give again."""
+    if not isinstance(report, dict):
+        return report
+    return {key: short(of) for key, of in report.items() if not (key == "prompts" and isinstance(of, dict))}
 
 
 def draw_picture(run: Path, reports: Path, bundle: Bundle, picture: Path) -> None:
