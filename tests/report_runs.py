@@ -24,6 +24,8 @@ CLASSES = {
     "age": ["young", "old"],
 }
 AFTER = "after (ema)"
+NEWER = {"padding", "made", "judged_by", "diversity", "confusion", "paired", "flips", "leans"}
+NEWER |= {"sure", "floor", "corrected"}  # of a judge
 SIDE = 32  # pixels of a picture
 RIGHT = 0.97  # how often a judge of a confusion is right
 
@@ -85,7 +87,7 @@ def evaluation_of(result="gender.json", new=True, prompts=None, parts=("test", "
 
 @cache
 def _evaluation_of(result, new, prompts, parts):
-    found = json.loads((RESULTS / result).read_text())
+    found = older(json.loads((RESULTS / result).read_text()))
     shorten(found, prompts)
     evaluation = {
         label: {part: report for part, report in found[key].items() if "," in part or part in parts}
@@ -96,6 +98,13 @@ def _evaluation_of(result, new, prompts, parts):
             for part, report in parts.items():
                 add_news(report, evaluation["before"][part] if label == AFTER else None)
     return json.dumps(evaluation)
+
+
+def older(reports):
+    """Without what evaluations have had only since they have intervals."""
+    if not isinstance(reports, dict):
+        return reports
+    return {key: older(value) for key, value in reports.items() if key not in NEWER}
 
 
 def shorten(reports, prompts):

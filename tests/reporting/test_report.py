@@ -124,11 +124,11 @@ def test_it_says_what_the_files_say(page):
         ".84\u00a0[.82,\u00a0.86]",
         ".89\u00a0[.84,\u00a0.95]",
     ]
-    assert read.row("judge, model", f"templates, {AFTER}")[1].startswith(".23\u00a0±\u00a0.15")
+    assert read.row("judge, model", f"templates, {AFTER}")[1].startswith(".23\u00a0±\u00a0.18")
     assert read.row("judge, model", "classifier, before")[6] == ".86; .94"
     more = read.row("judge, model", f"apparent gender, classifier, {AFTER}")
-    assert more[1].startswith("9 of 50: firefighter (< .001), ") and "toolmaker (.001), …" in more[1]
-    assert "firefighter: .63 (a fair model: .3" in more[2] and more[6].startswith(".23\u00a0[.1")
+    assert more[1].startswith("11 of 50: information clerk (< .001), ") and "art therapist (< .001), …" in more[1]
+    assert "information clerk: .60 (a fair model: .3" in more[2] and more[6].startswith(".24\u00a0[.1")
     for how in ("permutation test", "corrected rms gap: score interval", "corrected bias: delta method"):
         assert how in text
     assert read.row("judge, prompts, file", "classifier, unseen occupations, evaluation.json") == [
@@ -139,11 +139,11 @@ def test_it_says_what_the_files_say(page):
     ]
     assert read.row("prompt", "nurse")[1:3] == [
         "93%\u00a0[84%,\u00a097%], n = 60",
-        "63%\u00a0[51%,\u00a074%], n = 60",
+        "67%\u00a0[54%,\u00a077%], n = 60",
     ]
     assert read.row(
         "measure", "CLIP-I: likeness to the original's picture of the same noise; 1 is the same picture"
-    )[1:] == ["–", ".942"]
+    )[1:] == ["–", ".936"]
     assert read.row("guidance", "3")[0] == "3" and read.row("way", "coin")[3] == "3.0%\u00a0/ –"
     first = read.row("judge, model: where the class is known from", "classifier, before: labelled pictures")
     assert first[1:] == ["woman", "97.0%", "1.0%", "100", ".040"]
@@ -186,11 +186,11 @@ def test_several_runs_stand_side_by_side(runs):
     text, read = page_of(runs["small"], runs["unet"], runs["concepts"])
     assert "Table 1. What is trained" in text and "Table 2. Several concepts" in text
     assert read.row("run", "unet")[1] == "the U-Net" and read.row("run", "unet")[4].startswith(
-        ".20\u00a0±\u00a0.14"
+        ".24\u00a0±\u00a0.18"
     )
     row = read.row("prompts, model, n", f"unseen sports, {AFTER}, 10 prompts × 60 images")
-    assert [cell[:3] for cell in row[1:4]] == [".07", ".24", ".08"]  # joint, gender, skin tone
-    assert row[-3:] == [".481", ".818", ".954"]  # CLIP-T, CLIP-I, DINO of docs/results.md
+    assert [cell[:3] for cell in row[1:4]] == [".07", ".28", ".10"]  # joint, gender, skin tone
+    assert row[-3:] == [".497", ".845", ".959"]  # CLIP-T, CLIP-I, DINO of docs/results.md
     assert "This evaluation has no intervals" in text  # of the older evaluations
 
 
@@ -200,7 +200,7 @@ def test_of_unequal_shares_the_distance_from_them_counts(tmp_path):
     tables = {table[1][2]: table for table in read.tables if table[0][0] == "judge, model"}  # by their floor
     assert tables[".09\u00a0±\u00a0.07"][2][:3] == [
         f"classifier, {AFTER}",
-        ".11\u00a0±\u00a0.08",
+        ".10\u00a0±\u00a0.08",
         ".09\u00a0±\u00a0.07",
     ]
     assert "Apparent age: distance from the target" in text and "Apparent gender: bias" in text
