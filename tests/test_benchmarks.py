@@ -268,6 +268,9 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         texts = [leftover.lines_of(found)]
     elif name == "screens":
         texts = screen.tables(found, 100, screen.SHORT).split("\n\n")
+        assert screen.by_scale(found, 100) in document("docs/guidance.md"), (
+            "put what screen.py --short prints there"
+        )
     elif name == "loudest":
         texts = [loudest.lines_of(found["rows"])]
     else:

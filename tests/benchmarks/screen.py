@@ -269,6 +269,7 @@ OPTIONS = (
 )
 COLUMNS = ("run", "seeds", "bias", "slope", "intercept", "rms gap", "CLIP-T", "CLIP-I", "DINO")
 COLUMNS += ("none", "blended", "explicit", "needless", "asked", "min")
+SCALES = (1, None, 5, 12)  # of guidance
 SHORT = ("run", "seeds", "bias", "slope", "intercept", "CLIP-T", "CLIP-I", "none")  # for a document
 
 
@@ -383,6 +384,21 @@ def tables(found: dict[str, dict], iterations: int, columns: tuple[str, ...] = C
     return "\n\n".join(texts)
 
 
+def by_scale(found: dict[str, dict], iterations: int) -> str:
+    """A table of seed 0 of the runs that were looked at with all SCALES: bias, and slope and intercept of its lean."""
+    rows = []
+    for name in (name for of_group in GROUPS.values() for name in of_group):
+        keys = [f"{name}{f' at {scale:g}' if scale else ''}-{iterations}-0" for scale in SCALES]
+        if all(key in found for key in keys):
+            cells = [
+                "{:.2f} ({:.2f}, {:+.2f})".format(r["bias"][0], r["slope"], r["intercept"])
+                for r in map(found.get, keys)
+            ]
+            rows.append([name, *cells])
+    heads = [f"at {scale:g}" if scale else "at the bundle's 2.5" for scale in SCALES]
+    return table(["run", *heads], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", metavar="NAME", help="groups or rows")
@@ -401,7 +417,8 @@ def main():
     if unknown := set(names) - set(rows):
         parser.error(f"--only names {min(unknown)}; expected some of {', '.join([*GROUPS, *rows])}")
     if options.short:
-        print(tables(known(options.report), options.iterations, SHORT))
+        found = known(options.report)
+        print(tables(found, options.iterations, SHORT), by_scale(found, options.iterations), sep="\n\n")
         return
     bundle, failed = None, []
     for seed, name, strength, scale in itertools.product(

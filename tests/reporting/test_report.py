@@ -127,7 +127,10 @@ def test_it_says_what_the_files_say(page):
     assert read.row("judge, model", f"templates, {AFTER}")[1].startswith(".23\u00a0±\u00a0.18")
     assert read.row("judge, model", "classifier, before")[6] == ".86; .94"
     more = read.row("judge, model", f"apparent gender, classifier, {AFTER}")
-    assert more[1].startswith("11 of 50: information clerk (< .001), ") and "art therapist (< .001), …" in more[1]
+    assert (
+        more[1].startswith("11 of 50: information clerk (< .001), ")
+        and "art therapist (< .001), …" in more[1]
+    )
     assert "information clerk: .60 (a fair model: .3" in more[2] and more[6].startswith(".24\u00a0[.1")
     for how in ("permutation test", "corrected rms gap: score interval", "corrected bias: delta method"):
         assert how in text
