@@ -14,6 +14,7 @@ import collectives
 import flops
 import gradient_runs
 import gradient_truth
+import guidance_drift
 import interval_coverage
 import iteration
 import leftover
@@ -250,7 +251,7 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
 
 
 @pytest.mark.parametrize(
-    "name", ["baselines", "gradient_runs", "gradient_truth", "leftover", "loudest", "screens"]
+    "name", ["baselines", "drift", "gradient_runs", "gradient_truth", "leftover", "loudest", "screens"]
 )
 def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
     kept = ROOT / "docs" / "results" / f"{name}.json"
@@ -264,6 +265,8 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         drawn = list(csv.DictReader((ROOT / "docs" / "figures" / "minutes.csv").read_text().splitlines()))
         assert [{key: str(value) for key, value in row.items()} for row in figure.rows] == drawn
         texts = [gradient_runs.lines_of(gradient_runs.of_modes(found))]
+    elif name == "drift":
+        texts = [guidance_drift.lines_of(found)]
     elif name == "leftover":
         texts = [leftover.lines_of(found)]
     elif name == "screens":
@@ -275,7 +278,8 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         texts = [loudest.lines_of(found["rows"])]
     else:
         texts = [gradient_truth.shown(*point).strip().split("\n\n")[1] for point in found["points"].items()]
-    page = "docs/recipe.md" if name in ("leftover", "screens") else "docs/results.md"
+    pages = {"drift": "docs/guidance.md", "leftover": "docs/recipe.md", "screens": "docs/recipe.md"}
+    page = pages.get(name, "docs/results.md")
     for text in texts:
         assert text in document(page), f"put what {name}.py prints into {page}"
 

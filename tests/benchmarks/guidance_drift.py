@@ -3,11 +3,11 @@
     python tests/benchmarks/guidance_drift.py RUN [RUN ...] [--images 60] [--scales 1 2.5 5 7.5 12]
         [--folder runs/drift] [--report docs/results/drift.json]
 
-To first order (docs/method.md §8) the lean at scale s is that at s_0 plus (s - s_0) times what the guidance direction
+To first order (docs/guidance.md) the lean at scale s is that at s_0 plus (s - s_0) times what the guidance direction
 leans: a line in s for each occupation, whose slope the changes of c and of c_empty make together. Each run is a text
 encoder's adapter, drawn with in four ways: c and c_empty changed, c alone, c_empty alone, and c_empty by half. The 12
 validation occupations are judged by the classifier, and what is judged is kept in --folder. Each scale has noise of its
-own, the same for all ways, so that the points of a line are independent. About 36 core minutes a run.
+own, the same for all ways, so that the points of a line are independent. About 20 core minutes a run.
 """
 
 import argparse
@@ -84,10 +84,17 @@ def rows(report: dict) -> list[list]:
         counts = np.array([of_scales[str(scale)] for scale in report["scales"]])  # (S, P, 2)
         shares = counts / counts.sum(-1, keepdims=True)
         line = lines(report["scales"], counts)
-        odds = [f"{v:+.2f}" for v in log_odds(counts).mean(1)]
+        odds = " ".join(f"{v:+.2f}" for v in log_odds(counts).mean(1))
         gaps = [f"{abs(of_s[:, 0] - of_s[:, 1]).mean():.2f}".removeprefix("0") for of_s in shares]
-        found.append([key, *odds, line["slope"], line["sd"], line["misfit"], " ".join(gaps)])
+        slopes = (f"{line[key]:.2f}" for key in ("slope", "sd", "misfit"))
+        found.append([key, odds, *slopes, " ".join(gaps)])
     return found
+
+
+def lines_of(report: dict) -> str:
+    """The table."""
+    scales = " ".join(f"{scale:g}" for scale in report["scales"])
+    return table(["model", f"log-odds at {scales}", "slope", "sd", "misfit", "bias at each"], rows(report))
 
 
 def main():
@@ -125,8 +132,7 @@ def main():
                 counts = counts_by_judge(judged, target.classes)[JUDGE]
                 of_scales[str(scale)] = counts.reshape(len(judged), -1).tolist()
                 write_json(options.report, report)
-    odds = [f"{scale:g}" for scale in options.scales]
-    print(table(["log-odds at", *odds, "slope", "sd", "misfit", "bias at each"], rows(report)))
+    print(lines_of(report))
 
 
 if __name__ == "__main__":
