@@ -162,7 +162,7 @@ def least_squares(start: Tensor, steps: int, about: str, loss_of: Callable[[Tens
             loss.backward()
             optimizer.step()
             rate.step()
-            progress.step(f"{float(loss):.4g}")
+            progress.step(f"{loss.item():.4g}")
     return tokens.detach()
 
 
