@@ -21,6 +21,7 @@ import leftover
 import loudest
 import measure
 import numpy as np
+import prefix_limits
 import pytest
 import recompute
 import result_tables
@@ -251,7 +252,17 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
 
 
 @pytest.mark.parametrize(
-    "name", ["baselines", "drift", "gradient_runs", "gradient_truth", "leftover", "loudest", "screens"]
+    "name",
+    [
+        "baselines",
+        "drift",
+        "gradient_runs",
+        "gradient_truth",
+        "leftover",
+        "loudest",
+        "prefix_limits",
+        "screens",
+    ],
 )
 def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
     kept = ROOT / "docs" / "results" / f"{name}.json"
@@ -267,6 +278,8 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         texts = [gradient_runs.lines_of(gradient_runs.of_modes(found))]
     elif name == "drift":
         texts = [guidance_drift.lines_of(found)]
+    elif name == "prefix_limits":
+        texts = [prefix_limits.lines_of(found)]
     elif name == "leftover":
         texts = [leftover.lines_of(found)]
     elif name == "screens":
@@ -278,7 +291,8 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         texts = [loudest.lines_of(found["rows"])]
     else:
         texts = [gradient_truth.shown(*point).strip().split("\n\n")[1] for point in found["points"].items()]
-    pages = {"drift": "docs/guidance.md", "leftover": "docs/recipe.md", "screens": "docs/recipe.md"}
+    pages = {"leftover": "docs/recipe.md", "screens": "docs/recipe.md"}
+    pages |= {"drift": "docs/guidance.md", "prefix_limits": "docs/prefix.md"}
     page = pages.get(name, "docs/results.md")
     for text in texts:
         assert text in document(page), f"put what {name}.py prints into {page}"

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from measure import ROOT, cell_of, table
+from measure import ROOT, table
 from result_tables import CONCEPTS
-from screen import COLUMNS, IMAGES, row_of
+from screen import IMAGES, SHORT, mean, row_of
 
 from fairref.bundle.loading import DEFAULT, Bundle, load_bundle
 from fairref.diffusion.model import GuidedModel
@@ -58,6 +58,7 @@ P = 5  # tokens
 KEPT_SHARE = 0.9  # of the original's CLIP-T, which a prefix of words must keep
 STEPS, GUIDANCE, SAMPLED = 12, 2.5, 6  # of evaluation, and steps of the paths of the second fit
 RATE, THIRDS = 0.05, 3  # Adam's; a step of the first fit takes a third of the prompts
+SHOWN = SHORT[2:]  # columns
 ORIGINAL, FITS = "original", ("fit of c", "fit of eps")
 GENDERED = ("woman", "man", "female", "male", "women", "men", "person", "people")
 
@@ -275,17 +276,20 @@ def main():
     chosen = best_words(how, concept, options.candidates, options.folder)
     say({" ".join(words): with_tokens(bundle, tokens_of(bundle, words), "words") for words in chosen})
     write_json(options.report, found)
-    print(table(["model", *COLUMNS[2:]], [[name, *cells(row)] for name, row in found["rows"].items()]))
+    print(lines_of(found))
     for name, about in found["about"].items():
         print(f"{name}: {about}")
 
 
+def lines_of(found: dict) -> str:
+    """The table."""
+    return table(["model", *SHOWN], [[name, *cells(row)] for name, row in found["rows"].items()])
+
+
 def cells(row: dict) -> list:
     """A row's, the bias by both judges as one."""
-    return [
-        " / ".join(map(cell_of, value)) if isinstance(value, list) else value
-        for value in map(row.get, COLUMNS[2:])
-    ]
+    values = ((key, row.get(key)) for key in SHOWN)
+    return [mean([value]) if key == "bias" else value for key, value in values]
 
 
 if __name__ == "__main__":
