@@ -341,6 +341,25 @@ def test_the_numbers_in_the_prose_of_the_results():
     assert of_text.format(*means[:2]) in page and of_both.format(*means[2:]) in page
 
 
+def test_how_often_batches_of_more_classes_ask_anybody_in_the_prose():
+    page = words("docs/results.md")
+    found = json.loads((ROOT / "docs" / "results" / "screens.json").read_text())
+    reach, joint, soft = (
+        found[f"quick, {name}-100-0"]
+        for name in ("skin_tone, reach", "gender,skin_tone, reach", "skin_tone, soft")
+    )
+    for row, text in (
+        (reach, "somebody in {} % of"),
+        (joint, "in {} % of one for gender"),
+        (soft, "asks in {} % of"),
+    ):
+        assert text.format(f"{100 * row['asked']:.0f}") in page
+    ends = [" / ".join(f"{v:.2f}".removeprefix("0") for v in row["bias"]) for row in (soft, reach)]
+    assert "ends at {} on validation occupations where the threshold ends at {}".format(*ends) in page
+    assert f"{soft['blended']:.2f} {reach['blended']:.2f}" == "0.10 0.10" and "as blended (10 %)" in page
+    assert f"CLIP-I of {soft['CLIP-I']:.2f} in place of {reach['CLIP-I']:.2f}".replace("0.", ".") in page
+
+
 def test_the_leans_that_are_left():
     """The range over the seeds and both parts of the share of the gender that an occupation had more of."""
     found, page = committed(), words("docs/results.md")
