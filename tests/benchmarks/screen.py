@@ -221,6 +221,7 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             "prefix, lr .1, of genders": (0.1, "words=1", ""),
             "prefix, lr .1, 16 tokens": (0.1, "", "--tokens 16"),
             "prefix, lr .03, 16 tokens": (0.03, "", "--tokens 16"),
+            "prefix, lr .3, of genders": (0.3, "words=1", ""),
             "prefix, lr .3, 16 tokens": (0.3, "", "--tokens 16"),
             "prefix, lr .3, length 4.7": (0.3, "length=4.7", ""),
             "prefix, lr .3, 1000 iterations": (0.3, "", "--iterations 1000"),
