@@ -121,12 +121,15 @@ def _settings(run):
 
 
 def _recipe(settings):
-    """The recipe in a run's settings, its ranges in words; {} without one."""
+    """The recipe in a run's settings, its ranges in words; {} without one, or where they are none."""
     recipe = settings.get("recipe")
     wanted = ("steps", "guidance", "eval_steps", "eval_guidance")
     if not isinstance(recipe, dict) or not all(key in recipe for key in wanted):
         return {}
-    return recipe | {key: _in_words(read_range(recipe[key])) for key in ("steps", "guidance")}
+    try:
+        return recipe | {key: _in_words(read_range(recipe[key])) for key in ("steps", "guidance")}
+    except (TypeError, ValueError):
+        return {}
 
 
 def _in_words(drawn):

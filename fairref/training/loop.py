@@ -70,9 +70,8 @@ def new_state(setup: Setup) -> tuple[Bundle, State]:
     )
     if recipe.empty_prompt == "unread":
         names, found = zip(*empty_directions(setup.bundle).items(), strict=True)
-        found = setup.processes.total(
-            [of * setup.processes.first for of in found]
-        )  # the same to the bit in all
+        # the first process's for all: they must be the same to the bit
+        found = setup.processes.total([of * setup.processes.first for of in found])
         keep_out(adapter, directions := dict(zip(names, found, strict=True)))
         optimizer.register_step_post_hook(lambda *_: keep_out(adapter, directions))
     ema = {name: p.detach().clone() for name, p in adapter.named_parameters()}

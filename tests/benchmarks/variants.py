@@ -132,9 +132,8 @@ def summed(iterations: float) -> None:
     update, kept, seen = loop.update, [], set()
 
     def of_several(recipe, state, gradient):
-        if (
-            state.iteration and not seen
-        ):  # a checkpoint has neither what was summed nor how often Adam stepped
+        # a checkpoint has neither what was summed nor how often Adam stepped
+        if state.iteration and not seen:
             raise UserError("sum: such a run can't be resumed; make it anew.")
         seen.add(state.iteration)
         norm = float(torch.cat([g.flatten() for g in gradient]).norm())

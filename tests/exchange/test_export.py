@@ -631,6 +631,10 @@ def test_the_card_says_how_guidance_was_drawn(loaded_emoji, evaluated, tmp_path,
     (run / "settings.json").write_text(json.dumps(settings))
     text = (export_adapter(loaded_emoji, run, "kohya", tmp_path / "out") / "README.md").read_text()
     assert f"6 to 7 steps, guidance {words}" in text and "about 12 steps, guidance 2.5" in text
+    settings["recipe"]["guidance"] = ["much"]  # somebody else's file
+    (run / "settings.json").write_text(json.dumps(settings))
+    text = (export_adapter(loaded_emoji, run, "kohya", tmp_path / "other") / "README.md").read_text()
+    assert "the steps and guidance of its finetuning are not known here" in text
 
 
 def test_the_card_of_another_of_the_runs_adapters_has_its_own_numbers(loaded_emoji, evaluated, tmp_path):
