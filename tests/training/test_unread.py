@@ -1,5 +1,7 @@
 """`--empty-prompt unread`: LoRA on the text encoder that has no part in what the empty prompt shows its layers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fairref.generation import lora
 from fairref.generation.adapters import FILE, load_adapter, read_adapter
 from fairref.generation.lora import adapt, empty_directions
 from fairref.generation.rollout import embed
+from fairref.nets.clip import ClipText, ClipTextConfig
 from fairref.training.loop import RAW_FILE, new_state, update
 from fairref.training.run import train
 
@@ -60,9 +63,30 @@ def test_the_directions_are_the_largest_of_a_layers_inputs(loaded_emoji):
 
 @pytest.mark.parametrize("component", ["text_encoder", "both"])
 def test_where_all_directions_are_unread_the_empty_prompt_stays(loaded_emoji, monkeypatch, component):
-    """So it is with Stable Diffusion 1.5, whose 77 tokens are a tenth of a layer's directions."""
     monkeypatch.setattr(lora, "UNREAD", 1)
-    setup = make_setup(loaded_emoji, component=component, empty_prompt="unread", lr=0.01)
+    stays(make_setup(loaded_emoji, component=component, empty_prompt="unread", lr=0.01))
+
+
+def test_of_stable_diffusions_width_all_directions_are_unread(loaded_emoji):
+    """77 tokens are a tenth of its 768 directions. Two of its text encoder's layers, random weights."""
+    torch.manual_seed(0)
+    shape = ClipTextConfig(
+        768,
+        3072,
+        12,
+        2,
+        vocab_size=loaded_emoji.text_encoder.text_model.embeddings.token_embedding.num_embeddings,
+    )
+    setup = make_setup(
+        replace(loaded_emoji, text_encoder=ClipText(shape)), empty_prompt="unread", rank=4, lr=0.01
+    )
+    found = empty_directions(setup.bundle)
+    assert {of.shape for of in found.values()} == {(77, 768), (77, 3072)}
+    stays(setup)
+
+
+def stays(setup):
+    """Asserts that the empty prompt does, while another moves."""
     state = steps(setup)
     for tensors in (state.parameters(), state.ema):
         empty, other = moves(setup, tensors)
