@@ -197,9 +197,9 @@ class Recipe:
     )
     empty_prompt: str = setting(
         "trained",
-        "what becomes of the empty prompt, from which guidance leads away. frozen: it goes through the base's text"
-        " encoder, which other tools can't do; unread: LoRA reads little or nothing of it, so that it stays where it"
-        " was in any tool",
+        "what becomes of the empty prompt, from which guidance leads away. frozen: it, or a negative prompt, goes"
+        " through the base's text encoder, which other tools can't do; unread: LoRA reads little or nothing of the"
+        " empty text, so that it moves less, or with Stable Diffusion not at all, in any tool",
         choices=("trained", "frozen", "unread"),
         only_with={"component": ("text_encoder", "both")},
     )

@@ -56,8 +56,9 @@ def log_odds(counts: np.ndarray) -> np.ndarray:
 def lines(scales: Sequence[float], counts: np.ndarray) -> dict[str, float]:
     """Straight lines in s through each occupation's log-odds, counts (S, P, 2), by least squares weighed by noise.
 
-    slope: the mean over occupations, and its standard deviation, from which noise is taken (0: they are alike).
-    misfit: Pearson's statistic of the lines over its degrees of freedom: 1 where noise alone is left.
+    slope: the mean over occupations, its standard error, and the standard deviation over occupations, from which
+    noise is taken (0: they are alike). misfit: Pearson's statistic of the lines over its degrees of freedom, 1 where
+    noise alone is left; and that of one line through the mean log-odds, which sees a bend that all share.
     """
     y, n = log_odds(counts), counts.sum(-1)
     shares = (counts[..., 0] + 0.5) / (n + 1)
@@ -70,10 +71,15 @@ def lines(scales: Sequence[float], counts: np.ndarray) -> dict[str, float]:
     left = y - level - slopes * (s - centre)
     free = left.size - 2 * len(slopes)
     noise = float(np.mean(1 / spread))
+    mean, weight = y.mean(1), y.shape[1] ** 2 / (1 / weights).sum(1)  # (S,)
+    of_mean = np.polynomial.Polynomial.fit(scales, mean, 1, w=np.sqrt(weight))
+    bend = (weight * (mean - of_mean(np.asarray(scales))) ** 2).sum() / (len(scales) - 2)
     return {
         "slope": float(slopes.mean()),
+        "error": float(np.sqrt(noise / len(slopes))),
         "sd": float(np.sqrt(max(slopes.var(ddof=1) - noise, 0))),
         "misfit": float((weights * left**2).sum() / free),
+        "bend": float(bend),
     }
 
 
@@ -86,7 +92,8 @@ def rows(report: dict) -> list[list]:
         line = lines(report["scales"], counts)
         odds = " ".join(f"{v:+.2f}" for v in log_odds(counts).mean(1))
         gaps = [f"{abs(of_s[:, 0] - of_s[:, 1]).mean():.2f}".removeprefix("0") for of_s in shares]
-        slopes = (f"{line[key]:.2f}" for key in ("slope", "sd", "misfit"))
+        slopes = [f"{line['slope']:.2f} ± {line['error']:.2f}".replace("0.", ".")]
+        slopes += [f"{line[key]:.2f}" for key in ("sd", "misfit", "bend")]
         found.append([key, odds, *slopes, " ".join(gaps)])
     return found
 
@@ -94,7 +101,8 @@ def rows(report: dict) -> list[list]:
 def lines_of(report: dict) -> str:
     """The table."""
     scales = " ".join(f"{scale:g}" for scale in report["scales"])
-    return table(["model", f"log-odds at {scales}", "slope", "sd", "misfit", "bias at each"], rows(report))
+    columns = ("slope", "sd", "misfit", "of the mean", "bias at each")
+    return table(["model", f"log-odds at {scales}", *columns], rows(report))
 
 
 def main():

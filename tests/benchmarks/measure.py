@@ -35,6 +35,7 @@ FIRST_RECIPE = {  # the small bundle's when its gradients were compared; the scr
     "lambda_img": 0.5,
     "C": 0.8,
     "warmup": 5,
+    "lr": 0.003,
 }
 FIRST_OPTIONS = " ".join(
     f"--{name.replace('_', '-')} {':'.join(map(str, of[:2])) if isinstance(of, Range) else of}"
