@@ -114,6 +114,11 @@ RUNS = {
     ),
     "scales": Run("1 to 12", (*GENDER, "--guidance", "1:12"), (UNSEEN, *SCALED)),
     "turns": Run("1 and 12 by turns", (*GENDER, "--guidance", "1,12"), (UNSEEN, *SCALED)),
+    "long": Run(
+        "1 to 12, unread, 1,000 iterations",
+        (*GENDER, "--guidance", "1:12", "--empty-prompt", "unread", "--lr", "0.003", "--iterations", "1000"),
+        (UNSEEN, *SCALED),
+    ),
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
     "summary": {"gender": "gender", "skin_tone": None, "gender-skin_tone": None},
@@ -129,8 +134,8 @@ TABLES = {  # title -> its runs; a label in place of the run's own
     "concepts": {"concepts": None},
     "losses": {"align": None, "align-img": None, "gender": "L_align + L_img + L_face"},
     "gradients": {"gender": "paper", "solver": None, "none": None},
-    "scales": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None},
-    "drift": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None},
+    "scales": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None, "long": None},
+    "drift": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None, "long": None},
 }
 
 
