@@ -83,6 +83,10 @@ class Run:
 RUNS = {
     "gender": Run("text encoder", GENDER, (UNSEEN, TRAINED, *SCALED)),
     "prefix": Run("prefix", (*GENDER, "--component", "prefix", "--lr", "0.3")),
+    "prefix-long": Run(
+        "prefix, 1,000 iterations",
+        (*GENDER, "--component", "prefix", "--lr", "0.3", "--iterations", "1000"),
+    ),
     "unet": Run("U-Net", (*GENDER, "--component", "unet")),
     "both": Run("text encoder and U-Net", ON_BOTH),
     **{
@@ -122,8 +126,8 @@ RUNS = {
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
     "summary": {"gender": "gender", "skin_tone": None, "gender-skin_tone": None},
-    "components": {"prefix": None, "gender": None, "unet": None, "both": None},
-    "leans": {"prefix": None, "gender": None, "unet": None, "both": None},
+    "components": {"prefix": None, "prefix-long": None, "gender": None, "unet": None, "both": None},
+    "leans": {"prefix": None, "prefix-long": None, "gender": None, "unet": None, "both": None},
     "seeds": {f"{name}-{seed}": None for name in ("gender", "both") for seed in SEEDS},
     "attributes": {
         f"{name}{leave}": None

@@ -235,7 +235,8 @@ GROUPS = {  # group -> name of a row -> what it adds to FIRST_RECIPE, behind a w
             ("generated", (0.001, 0.003, 0.01)),
         )
         for rate in rates
-    },
+    }
+    | {"suffix, lr .1, 1000 iterations": f"{QUICK} --component suffix --lr 0.1 --iterations 1000"},
     "prompts": {
         "replay .5": "replay=0.5",
         "no explicit": "--explicit-every 0",
