@@ -58,6 +58,10 @@ EVERY = 5
 GENDER = ("--attr", "gender")
 BOTH = ("--attr", "gender,skin_tone")
 ON_BOTH = (*GENDER, "--component", "both", "--lr", "0.001")
+AT_ALL_SCALES = (
+    *(*GENDER, "--guidance", "1:12", "--empty-prompt", "unread", "--lr", "0.003"),
+    *("--iterations", "1000"),
+)
 SEEDS = ("3", "4", "5")  # none of those that the recipe was chosen with
 WITH_AGE = ("--attr", "gender,skin_tone,age", "--target", "age=0.75,0.25", "--C", "0.6")
 
@@ -118,11 +122,15 @@ RUNS = {
     ),
     "scales": Run("1 to 12", (*GENDER, "--guidance", "1:12"), (UNSEEN, *SCALED)),
     "turns": Run("1 and 12 by turns", (*GENDER, "--guidance", "1,12"), (UNSEEN, *SCALED)),
-    "long": Run(
-        "1 to 12, unread, 1,000 iterations",
-        (*GENDER, "--guidance", "1:12", "--empty-prompt", "unread", "--lr", "0.003", "--iterations", "1000"),
-        (UNSEEN, *SCALED),
-    ),
+    "long": Run("1 to 12, unread, 1,000 iterations", AT_ALL_SCALES, (UNSEEN, *SCALED)),
+    **{
+        f"long-{seed}": Run(
+            f"1 to 12, unread, 1,000 iterations, seed {seed}",
+            (*AT_ALL_SCALES, "--seed", seed),
+            (UNSEEN, *SCALED),
+        )
+        for seed in SEEDS
+    },
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
     "summary": {"gender": "gender", "skin_tone": None, "gender-skin_tone": None},
