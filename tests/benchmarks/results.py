@@ -146,8 +146,11 @@ TABLES = {  # title -> its runs; a label in place of the run's own
     "concepts": {"concepts": None},
     "losses": {"align": None, "align-img": None, "gender": "L_align + L_img + L_face"},
     "gradients": {"gender": "paper", "solver": None, "none": None},
-    "scales": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None, "long": None},
-    "drift": {"gender": "the bundle's", "unread": None, "scales": None, "turns": None, "long": None},
+    **{
+        title: {"gender": "the bundle's"}
+        | dict.fromkeys(("unread", "scales", "turns", "long", *(f"long-{seed}" for seed in SEEDS)))
+        for title in ("scales", "drift")
+    },
 }
 
 
