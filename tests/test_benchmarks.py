@@ -29,6 +29,7 @@ import results
 import sampling
 import screen
 import swings
+import time_to_bias
 import torch
 import training
 import transport
@@ -262,6 +263,7 @@ def test_the_tables_in_the_documents_are_those_of_the_committed_evaluations():
         "loudest",
         "prefix_limits",
         "screens",
+        "time_to_bias",
     ],
 )
 def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
@@ -280,6 +282,11 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         texts = [guidance_drift.lines_of(found)]
     elif name == "prefix_limits":
         texts = [prefix_limits.lines_of(found)]
+    elif name == "time_to_bias":
+        drawn = list(csv.DictReader(document("docs/figures/time_to_bias.csv").splitlines()))
+        made = time_to_bias.figure(found).rows
+        assert [{key: str(value) for key, value in row.items()} for row in made] == drawn
+        texts = [time_to_bias.lines_of(found)]
     elif name == "leftover":
         texts = [leftover.lines_of(found)]
     elif name == "screens":
@@ -291,7 +298,7 @@ def test_the_tables_in_the_documents_are_those_of_long_measurements(name):
         texts = [loudest.lines_of(found["rows"])]
     else:
         texts = [gradient_truth.shown(*point).strip().split("\n\n")[1] for point in found["points"].items()]
-    pages = {"leftover": "docs/recipe.md", "screens": "docs/recipe.md"}
+    pages = dict.fromkeys(("leftover", "screens", "time_to_bias"), "docs/recipe.md")
     pages |= {"drift": "docs/guidance.md", "prefix_limits": "docs/prefix.md"}
     page = pages.get(name, "docs/results.md")
     for text in texts:
