@@ -129,6 +129,8 @@ def main():
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "time_to_bias.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures")
     options = parser.parse_args()
+    if options.timed < 1:
+        parser.error(f"--timed {options.timed}; expected at least 1")
     ways = dict(way.split("=", 1) for way in options.way)
     folder, bundle = options.folder.resolve(), None
     report = read_json(options.report) if options.report.exists() else {"ways": {}}
