@@ -231,19 +231,21 @@ def every_assignment(cost: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """The cheapest assignment of N images for every vector of counts of `classes`: cost (N, K) -> (N, M).
 
     Neighbouring counts share their work: what is cheapest for one vector becomes, by one move (`Changes.move_one`),
-    what is cheapest for the next. All images start in one class; to another alone they go in their order. All
-    M = C(N+k-1, k-1) vectors are reached in N (k-2) rounds of moves.
+    what is cheapest for the next. All images start in one class; to another alone they go in their order. From there,
+    round r reaches the vectors with r images in the other classes, each from one with r - 1 in them: no class is
+    filled after a later one. All M = C(N+k-1, k-1) vectors are reached in N rounds of moves.
     """
     changes, classes = Changes.of(cost), classes.astype(np.min_scalar_type(cost.shape[1]))
-    start, second = classes[[0, -1]]
+    start, second, others = classes[0], classes[-1], classes[1:-1]
     n = np.arange(len(cost) + 1 if second != start else 1)
-    assigned = np.where(changes.rank[start, second][:, None] < n, second, start)  # (N, M so far)
-    for other in classes[1:-1]:
-        reached = [assigned]
-        while (rows := reached[-1][:, (reached[-1] == start).any(0)]).size:
-            reached.append(changes.move_one(rows, start, other))
-        assigned = np.hstack(reached)
-    return assigned
+    reached = [np.where(changes.rank[start, second][:, None] < n, second, start)]  # (N, G) of each round
+    filled = np.zeros(len(n), int)  # (G,) which of the others was filled last
+    while (
+        ways := (reached[-1] == start).any(0)[:, None] & (filled[:, None] <= np.arange(len(others)))
+    ).any():
+        rows, filled = np.nonzero(ways)
+        reached.append(changes.move_one(reached[-1][:, rows], start, others[filled]))
+    return np.hstack(reached)
 
 
 class Changes(NamedTuple):
@@ -269,7 +271,7 @@ class Changes(NamedTuple):
         Bellman and Ford's shortest way over the K classes, in which u -> v costs what the image of u costs that
         goes to v most cheaply; each image on the way moves on by one class.
         """
-        (N, G), K = assigned.shape, len(self.rank)
+        (N, G), K, assigned = assigned.shape, len(self.rank), assigned.copy()  # in rows, the fast way round
         row, start = np.arange(G), np.broadcast_to(start, G)
         others = assigned != np.arange(K, dtype=assigned.dtype)[:, None, None]  # (K, N, G) images not of u
         # (K, K, G) the rank of the image of u that goes to v most cheaply; N if u has none
@@ -285,7 +287,7 @@ class Changes(NamedTuple):
                 break
             later.append((better, length))
             length = np.where(better, shorter, length)
-        assigned, v = assigned.copy(), np.broadcast_to(end, G).copy()
+        v = np.broadcast_to(end, G).copy()
         for better, length in reversed(later):
             moves = row[better[v, row]]
             to = v[moves]
