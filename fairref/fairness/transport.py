@@ -239,10 +239,8 @@ def every_assignment(cost: np.ndarray, classes: np.ndarray) -> np.ndarray:
     start, second, others = classes[0], classes[-1], classes[1:-1]
     n = np.arange(len(cost) + 1 if second != start else 1)
     reached = [np.where(changes.rank[start, second][:, None] < n, second, start)]  # (N, G) of each round
-    filled = np.zeros(len(n), int)  # (G,) which of the others was filled last
-    while (
-        ways := (reached[-1] == start).any(0)[:, None] & (filled[:, None] <= np.arange(len(others)))
-    ).any():
+    order, filled = np.arange(len(others)), np.zeros(len(n), int)  # (G,) which of the others was filled last
+    while (ways := (reached[-1] == start).any(0)[:, None] & (filled[:, None] <= order)).any():
         rows, filled = np.nonzero(ways)
         reached.append(changes.move_one(reached[-1][:, rows], start, others[filled]))
     return np.hstack(reached)
