@@ -129,7 +129,7 @@ RUNS = {
             (*AT_ALL_SCALES, "--seed", seed),
             (UNSEEN, *SCALED),
         )
-        for seed in SEEDS
+        for seed in SEEDS[:2]
     },
 }
 TABLES = {  # title -> its runs; a label in place of the run's own
@@ -148,7 +148,7 @@ TABLES = {  # title -> its runs; a label in place of the run's own
     "gradients": {"gender": "paper", "solver": None, "none": None},
     **{
         title: {"gender": "the bundle's"}
-        | dict.fromkeys(("unread", "scales", "turns", "long", *(f"long-{seed}" for seed in SEEDS)))
+        | dict.fromkeys(("unread", "scales", "turns", "long", *(f"long-{seed}" for seed in SEEDS[:2])))
         for title in ("scales", "drift")
     },
 }
