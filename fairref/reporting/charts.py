@@ -64,8 +64,9 @@ def curves(
 ) -> str:
     """Return a curve for each name: the mean, and a band from low to high. Rows have "x", "mean", "low" and "high".
 
-    A name stands at its curve's end. `under`: the name of a wide one, so that no other hides it. Of the y axis: `log`;
-    `percent`, from 0 to 100; `holds`, values that are on it; `marked`, one with a dashed line.
+    A name stands at its curve's end, or behind a dotted line from there. `under`: the name of a wide one, so that no
+    other hides it. Of the y axis: `log`; `percent`, from 0 to 100; `holds`, values that are on it; `marked`, one with a
+    dashed line.
     """
     height = max(PLOT, LINE * SIZE * len(series))
     above, top = head(title, width, y_label)
@@ -91,7 +92,10 @@ def curves(
             said.append(f"{name}: {_said(first['mean'])} to {_said(last['mean'])}.")
     places = spaced([end[-1] for end in ends], LINE * SIZE, top + SIZE / 2, bottom - SIZE / 2)
     for (colour, name, at, end), place in zip(ends, places, strict=True):
-        drawn.append(coloured(colour, line(at, end, right + 20, place, 1.2)))
+        early = (
+            {"stroke_dasharray": "1 5"} if at < right - 1 else {}
+        )  # so that it looks like no part of the curve
+        drawn.append(coloured(colour, line(at, end, right + 20, place, 1.2, **early)))
         drawn.append(coloured("ink", label(right + 24, place, name, names)))
     about = " ".join(
         [f"{y_label}, by {x_label}; first to last value.", *said, f"{goal}." if goal else ""]
