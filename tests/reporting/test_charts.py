@@ -140,6 +140,16 @@ def test_a_curve_has_gaps_where_numbers_are_missing():
     assert [len(run) for run in drawn] == [2, 1, 1]  # 0 has no place on a log axis
 
 
+def test_the_way_to_a_name_looks_like_no_part_of_a_curve_that_ends_early():
+    series = {
+        name: [{"x": x, "mean": x, "low": None, "high": None} for x in range(n)]
+        for name, n in (("a", 2), ("b", 9))
+    }
+    root, _ = parse(charts.curves(series, "x", "y", "title"))
+    ways = [line for line in root.iter(f"{SVG}line") if line.get("stroke-width") == "1.2"]
+    assert [line.get("stroke-dasharray") for line in ways] == ["1 5", None]
+
+
 def test_dumbbells_stand_where_their_shares_are():
     rows = [("cook", (0.1, 0.05, 0.2), (0.45, 0.33, 0.58)), ("judge", (0.9, 0.8, 1.0), (0.5, 0.4, 0.6))]
     rows.append(("nobody", (None, None, None), None))
