@@ -92,9 +92,7 @@ def curves(
             said.append(f"{name}: {_said(first['mean'])} to {_said(last['mean'])}.")
     places = spaced([end[-1] for end in ends], LINE * SIZE, top + SIZE / 2, bottom - SIZE / 2)
     for (colour, name, at, end), place in zip(ends, places, strict=True):
-        early = (
-            {"stroke_dasharray": "1 5"} if at < right - 1 else {}
-        )  # so that it looks like no part of the curve
+        early = {"stroke_dasharray": "1 5"} if at < right - 1 else {}  # it is no part of the curve
         drawn.append(coloured(colour, line(at, end, right + 20, place, 1.2, **early)))
         drawn.append(coloured("ink", label(right + 24, place, name, names)))
     about = " ".join(
