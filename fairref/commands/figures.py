@@ -101,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         renderer()
     check_new_folder(options.out)
     for figure in _figures(options):
-        options.out.mkdir(parents=True, exist_ok=True)
         print(*figure.write(options.out, options.png), sep="\n", flush=True)
 
 

@@ -26,7 +26,8 @@ class Figure(NamedTuple):
     rows: Sequence[Row] = ()
 
     def write(self, folder: Path, as_png: bool = False) -> list[Path]:
-        """Write the SVG, the numbers as CSV and, if wanted, a PNG; return the files. Raises UserError."""
+        """Write the SVG, the numbers as CSV and, if wanted, a PNG into a folder; return the files. Raises UserError."""
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.stem}.svg"
         written = [path]
         write_file(path, self.svg.encode())

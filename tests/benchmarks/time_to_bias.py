@@ -134,6 +134,7 @@ def main():
     ways = dict(way.split("=", 1) for way in options.way)
     folder, bundle = options.folder.resolve(), None
     report = read_json(options.report) if options.report.exists() else {"ways": {}}
+    options.report.parent.mkdir(parents=True, exist_ok=True)
     for label, added in ways.items():
         of = report["ways"].setdefault(label, {"options": added, "looks": {}})
         if of["options"] != added:
