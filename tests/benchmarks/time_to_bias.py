@@ -134,7 +134,6 @@ def main():
     ways = dict(way.split("=", 1) for way in options.way)
     folder, bundle = options.folder.resolve(), None
     report = read_json(options.report) if options.report.exists() else {"ways": {}}
-    options.report.parent.mkdir(parents=True, exist_ok=True)
     for label, added in ways.items():
         of = report["ways"].setdefault(label, {"options": added, "looks": {}})
         if of["options"] != added:
@@ -145,6 +144,7 @@ def main():
             if options.list:
                 print(f"{'whole' if (run / FILE).exists() else 'to do'} {run.name}")
                 continue
+            options.report.parent.mkdir(parents=True, exist_ok=True)
             if not finetune(added, seed, options.every, run):
                 sys.exit(f"{run}: is not whole")
             looked = report["ways"][label]["looks"].setdefault(str(seed), {})
